@@ -1,0 +1,242 @@
+# Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
+"""`SparsePathViTConfig`: everything that decides what the network computes, typed and checked."""
+
+from collections.abc import Callable
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers.backbone_utils import BackboneConfigMixin
+from transformers.configuration_utils import PreTrainedConfig
+
+MLP_TYPES = ("gelu", "swiglu")
+POOLINGS = ("cls", "cls_mean")
+PRUNE_SCORES = ("attention", "cls_attention", "attention_value")
+
+# Remote code needs every Auto class spelled out: saving one class would record only that class.
+AUTO_MAP = {
+    "AutoConfig": "configuration_sparsepath_vit.SparsePathViTConfig",
+    "AutoModel": "modeling_sparsepath_vit.SparsePathViTModel",
+    "AutoModelForImageClassification": "modeling_sparsepath_vit.SparsePathViTForImageClassification",
+    "AutoBackbone": "modeling_sparsepath_vit.SparsePathViTBackbone",
+}
+
+
+def _at_least(minimum: int, remedy: str) -> Callable[[str, Any], None]:
+    def check(name: str, value: Any) -> None:
+        if value < minimum:
+            raise ValueError(f"{name}={value!r} is not possible: it must be at least {minimum}. {remedy}")
+
+    return check
+
+
+def _one_of(choices: tuple[str, ...]) -> Callable[[str, Any], None]:
+    def check(name: str, value: Any) -> None:
+        if value not in choices:
+            raise ValueError(f"{name}={value!r} is unknown: choose one of {', '.join(map(repr, choices))}.")
+
+    return check
+
+
+def _probability(name: str, value: Any) -> None:
+    if not 0 <= value < 1:
+        raise ValueError(f"{name}={value!r} is not possible: it must lie in [0, 1).")
+
+
+def _check_window_size(name: str, value: Any) -> None:
+    if value is not None and value < 1:
+        raise ValueError(
+            f"{name}={value!r} is not possible: a block is at least 1 patch token wide. "
+            f"Use 8 (the default), any larger integer, or None for dense attention."
+        )
+
+
+def _check_prune_ratio(name: str, value: Any) -> None:
+    if not 0 <= value < 1:
+        raise ValueError(
+            f"{name}={value!r} is not possible: it is the share of patch tokens removed and lies in [0, 1). "
+            "Use 0.6 for classification, 0.0 to keep every token."
+        )
+
+
+_FIELD_CHECKS: dict[str, Callable[[str, Any], None]] = {
+    "hidden_size": _at_least(1, "It is the width of a token."),
+    "num_hidden_layers": _at_least(1, "It is the depth of the network."),
+    "num_attention_heads": _at_least(1, "It must divide hidden_size."),
+    "intermediate_size": _at_least(1, "For SwiGLU it is the width after the gate split."),
+    "num_register_tokens": _at_least(0, "Use 0 for a model without registers."),
+    "num_prefix_position_embeddings": _at_least(0, "Use 0 where only patches carry position embeddings."),
+    "patch_size": _at_least(1, "Pathology foundation models use 8, 14 or 16."),
+    "image_size": _at_least(1, "It is the pretraining image size; 224 for nearly all models."),
+    "num_channels": _at_least(1, "RGB images have 3."),
+    "neighbor_radius": _at_least(0, "0 is the own block only, 1 (the default) is 3 x 3 blocks."),
+    "prune_after_layer": _at_least(1, "Layers count from 1; the method prunes after layer 4."),
+    "chunk_size_feed_forward": _at_least(0, "0 runs the MLP on all tokens at once."),
+    "mlp_type": _one_of(MLP_TYPES),
+    "pooling": _one_of(POOLINGS),
+    "prune_score": _one_of(PRUNE_SCORES),
+    "window_size": _check_window_size,
+    "prune_ratio": _check_prune_ratio,
+    "hidden_dropout": _probability,
+    "attention_dropout": _probability,
+    "drop_path_rate": _probability,
+}
+
+
+@strict
+class SparsePathViTConfig(BackboneConfigMixin, PreTrainedConfig):
+    """Configuration of a SparsePathViT. The defaults are UNI2-h's shape with block-local attention.
+
+    Every value is checked when it is set, at construction and later; a wrong one raises a `ValueError` that names the
+    field, the value and the remedy (a wrong *type* raises huggingface_hub's `StrictDataclassFieldValidationError`).
+
+    Args:
+        hidden_size (`int`): width D of a token.
+        num_hidden_layers (`int`): depth.
+        num_attention_heads (`int`): heads; must divide `hidden_size`.
+        intermediate_size (`int`): width of the MLP's hidden layer; for `swiglu` *after* the gate split (timm's packed
+            `fc1` is twice as wide).
+        mlp_type (`str`): `"gelu"` or `"swiglu"`.
+        qkv_bias (`bool`): bias on the fused query-key-value projection.
+        use_layerscale (`bool`): whether each residual branch is scaled by a learned vector.
+        layerscale_value (`float`): its initial value.
+        layer_norm_eps (`float`): epsilon of every LayerNorm.
+        num_register_tokens (`int`): register tokens R; the model has G = 1 + R global tokens.
+        patch_size (`int`): pixels per patch side.
+        image_size (`int`): pretraining image size in pixels; the stored position grid is `image_size // patch_size`.
+        num_channels (`int`): image channels.
+        num_prefix_position_embeddings (`int`): how many global tokens carry a position embedding: 0 (patches only),
+            1 (CLS) or 1 + R (CLS and registers).
+        pooling (`str`): `"cls"`, or `"cls_mean"` for CLS concatenated with the mean of the kept patch tokens.
+        window_size (`int` or `None`): tokens per block side; `None` is dense attention.
+        neighbor_radius (`int`): a token sees blocks up to this many block rows and columns away.
+        prune_after_layer (`int`): tokens are removed after this layer, counted from 1.
+        prune_ratio (`float`): share of the present patch tokens removed, per image. 0.6 is recommended for
+            classification, 0.0 (the default) removes none.
+        prune_score (`str`): `"attention"` (mean over global queries and heads), `"cls_attention"` (CLS query only) or
+            `"attention_value"` (probability times the norm of the value).
+        hidden_dropout, attention_dropout, drop_path_rate (`float`): regularisation in training.
+        initializer_range (`float`): standard deviation of the weight initialisation.
+        chunk_size_feed_forward (`int`): tokens per MLP chunk at inference; 0 runs all at once. Bounds the peak memory
+            by the hidden states instead of the wide MLP activation.
+        apply_layernorm (`bool`): whether the backbone normalises its feature maps.
+
+    Example:
+    ```python
+    >>> from sparsepath_vit import SparsePathViTConfig, SparsePathViTModel
+
+    >>> config = SparsePathViTConfig(prune_ratio=0.6)
+    >>> model = SparsePathViTModel(config)
+    ```
+    """
+
+    model_type = "sparsepath_vit"
+
+    hidden_size: int = 1536
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 24
+    intermediate_size: int = 4096
+    mlp_type: str = "swiglu"
+    qkv_bias: bool = True
+    use_layerscale: bool = True
+    layerscale_value: float | int = 1e-5
+    layer_norm_eps: float = 1e-6
+    num_register_tokens: int = 8
+    patch_size: int = 14
+    image_size: int = 224
+    num_channels: int = 3
+    num_prefix_position_embeddings: int = 0
+    pooling: str = "cls"
+    window_size: int | None = 8
+    neighbor_radius: int = 1
+    prune_after_layer: int = 4
+    prune_ratio: float | int = 0.0
+    prune_score: str = "attention"
+    hidden_dropout: float | int = 0.0
+    attention_dropout: float | int = 0.0
+    drop_path_rate: float | int = 0.0
+    initializer_range: float = 0.02
+    chunk_size_feed_forward: int = 4096
+    apply_layernorm: bool = True
+    _out_features: list[str] | None = None
+    _out_indices: list[int] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.stage_names = ["stem"] + [f"stage{index}" for index in range(1, self.num_hidden_layers + 1)]
+        self.set_output_features_output_indices(
+            out_indices=kwargs.pop("out_indices", None), out_features=kwargs.pop("out_features", None)
+        )
+        kwargs.setdefault("auto_map", dict(AUTO_MAP))
+        super().__post_init__(**kwargs)
+        self._check_consistency()
+        self._is_consistent = True
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        previous = self.__dict__.get(name)
+        if name in _FIELD_CHECKS:
+            _FIELD_CHECKS[name](name, value)
+        super().__setattr__(name, value)
+        if name in _FIELD_CHECKS and self.__dict__.get("_is_consistent", False):
+            try:
+                self._check_consistency()
+            except ValueError:
+                super().__setattr__(name, previous)
+                raise
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain values, as they are written to config.json."""
+        output = super().to_dict()
+        output.pop("_is_consistent", None)
+        return output
+
+    def _check_consistency(self) -> None:
+        """Checks that involve two fields.
+
+        Raises:
+            ValueError: names both fields, their values and the remedy.
+        """
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size={self.hidden_size} is not divisible by num_attention_heads={self.num_attention_heads}: "
+                "every head needs the same width."
+            )
+        if self.image_size < self.patch_size:
+            raise ValueError(
+                f"image_size={self.image_size} is smaller than patch_size={self.patch_size}: "
+                "the pretraining image must hold at least one patch."
+            )
+        if self.prune_ratio > 0 and self.prune_after_layer > self.num_hidden_layers:
+            raise ValueError(
+                f"prune_after_layer={self.prune_after_layer} lies outside the network: it has "
+                f"num_hidden_layers={self.num_hidden_layers} layers, counted from 1. "
+                f"Choose 1..{self.num_hidden_layers}, or prune_ratio=0.0 to prune nothing."
+            )
+        possible = (0, 1, self.num_global_tokens)
+        if self.num_prefix_position_embeddings not in possible:
+            raise ValueError(
+                f"num_prefix_position_embeddings={self.num_prefix_position_embeddings} does not fit "
+                f"num_register_tokens={self.num_register_tokens}: it is 0 (patches only), 1 (CLS) or "
+                f"{self.num_global_tokens} (CLS and registers)."
+            )
+
+    @property
+    def num_global_tokens(self) -> int:
+        """G: the CLS token and the registers."""
+        return 1 + self.num_register_tokens
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def pooled_size(self) -> int:
+        """Width of `pooler_output`."""
+        return self.hidden_size * (2 if self.pooling == "cls_mean" else 1)
+
+    @property
+    def prunes(self) -> bool:
+        """Whether any token is removed."""
+        return self.prune_ratio > 0
+
+
+__all__ = ["SparsePathViTConfig"]
