@@ -1,0 +1,273 @@
+# Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
+"""Block-local attention: the public operation, the choice of its backend, and its place in Transformers.
+
+`block_attention` validates its arguments and runs a `torch.library` operator, so that `torch.compile` sees one node
+with shapes and gradients. The operator runs on the backend chosen by `set_block_attention_backend`. Importing this file
+registers it with Transformers as the attention implementation "block_sparse".
+"""
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
+from transformers.utils import logging
+
+from .block_attention_cpu import tiled_block_attention, tiled_block_attention_backward
+from .block_attention_reference import naive_block_attention
+from .token_grid import TokenGrid
+
+logger = logging.get_logger(__name__)
+
+ATTENTION_NAME = "block_sparse"
+BACKENDS = ("auto", "cpu", "reference")
+
+_chosen_backend = "auto"
+
+
+def set_block_attention_backend(backend: str) -> None:
+    """Chooses what runs `block_sparse` attention in this process.
+
+    Args:
+        backend: "auto" (the fastest that runs on the tensors' device), "cpu" (tiles of torch SDPA calls, on any device)
+            or "reference" (the naive specification; quadratic).
+
+    Raises:
+        ValueError: an unknown backend.
+    """
+    global _chosen_backend
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r} is unknown: choose one of {', '.join(map(repr, BACKENDS))}.")
+    _chosen_backend = backend
+
+
+def block_attention_backend(device: torch.device | str) -> str:
+    """The backend that runs `block_sparse` on a device: "cpu" or "reference"."""
+    return "cpu" if _chosen_backend == "auto" else _chosen_backend
+
+
+def block_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    grid: TokenGrid,
+    *,
+    scale: float | None = None,
+    dropout: float = 0.0,
+) -> torch.Tensor:
+    """Attention of every token to the global tokens and to the blocks around its own.
+
+    One softmax over all keys of a query (arXiv 2601.12150). Where the neighbourhood covers the grid it equals
+    `torch.nn.functional.scaled_dot_product_attention` without a mask.
+
+    Args:
+        query, key, value: (batch, heads, tokens, head_dim) with (batch, tokens) = `grid.batch_shape`, in the grid's
+            order: global tokens, then patch tokens block by block.
+        grid: where the tokens are.
+        scale: factor on the logits, head_dim ** -0.5 by default.
+        dropout: share of attention probabilities set to zero, in [0, 1).
+
+    Returns:
+        (batch, heads, tokens, head_dim). Bitwise reproducible on the same machine.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit each other or the grid.
+    """
+    _check_states(query, key, value, grid)
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout={dropout!r} is not possible: it must lie in [0, 1).")
+    batch, heads, tokens, head_dim = query.shape
+    backend = block_attention_backend(query.device)
+    _announce(query.device, backend)
+    # (batch, heads, tokens, head_dim) -> (batch * tokens, heads, head_dim): a view of a fused projection
+    packed = [states.transpose(1, 2).reshape(-1, heads, head_dim) for states in (query, key, value)]
+    scale = head_dim**-0.5 if scale is None else scale
+    if backend == "reference":
+        output = naive_block_attention(*packed, grid, scale, dropout)
+    else:
+        seed = torch.randint(2**62, ()) if dropout > 0.0 else torch.zeros((), dtype=torch.int64)
+        output = _block_attention(*packed, *_flatten_grid(grid), scale, dropout, seed)
+    return output.view(batch, tokens, heads, head_dim).transpose(1, 2)
+
+
+def _announce(device: torch.device, backend: str) -> None:
+    if torch.compiler.is_compiling() or _chosen_backend != "auto":
+        return
+    if device.type == "cuda":
+        logger.warning_once(
+            f"block_sparse: no kernel for {device.type}, using the {backend} strips: correct, but slower than a kernel."
+        )
+    else:
+        logger.info_once("block_sparse: no CUDA, using CPU strips.")
+
+
+def _check_states(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, grid: TokenGrid) -> None:
+    if query.ndim != 4:
+        raise ValueError(f"query has shape {tuple(query.shape)}: it takes (batch, heads, tokens, head_dim).")
+    for name, states in (("key", key), ("value", value)):
+        if states.shape != query.shape:
+            raise ValueError(f"{name} has shape {tuple(states.shape)}: it takes the query's, {tuple(query.shape)}.")
+        if states.dtype != query.dtype:
+            raise ValueError(f"{name} is {states.dtype}: it takes the query's dtype, {query.dtype}.")
+        if states.device != query.device:
+            raise ValueError(f"{name} is on {states.device}: it takes the query's device, {query.device}.")
+    if not query.is_floating_point():
+        raise ValueError(f"query is {query.dtype}: it takes a floating point dtype.")
+    if grid.device != query.device:
+        raise ValueError(f"grid is on {grid.device}: it takes the query's device, {query.device}.")
+    if (query.shape[0], query.shape[2]) != grid.batch_shape:
+        raise ValueError(
+            f"grid describes (batch, tokens) = {grid.batch_shape}, but query has shape {tuple(query.shape)}, that is "
+            f"{(query.shape[0], query.shape[2])}: pass the grid these tokens were made with."
+        )
+
+
+_GRID_TENSORS = ("rows", "columns", "blocks", "block_offsets", "entry_shifts")
+
+
+def _flatten_grid(grid: TokenGrid) -> tuple[list[torch.Tensor], list[int], list[int], int, int, int]:
+    """The grid as arguments an operator can take; window size 0 stands for `None`."""
+    return (
+        [getattr(grid, name) for name in _GRID_TENSORS],
+        [side for size in grid.grid_sizes for side in size],
+        list(grid.counts),
+        grid.num_global_tokens,
+        grid.window_size or 0,
+        grid.neighbor_radius,
+    )
+
+
+def _unflatten_grid(
+    grid_tensors: list[torch.Tensor],
+    grid_sizes: list[int],
+    counts: list[int],
+    num_global_tokens: int,
+    window_size: int,
+    neighbor_radius: int,
+) -> TokenGrid:
+    return TokenGrid(
+        grid_sizes=tuple(zip(grid_sizes[::2], grid_sizes[1::2], strict=True)),
+        counts=tuple(counts),
+        num_global_tokens=num_global_tokens,
+        window_size=window_size or None,
+        neighbor_radius=neighbor_radius,
+        **dict(zip(_GRID_TENSORS, grid_tensors, strict=True)),
+    )
+
+
+def _generator(seed: torch.Tensor, device: torch.device, dropout: float) -> torch.Generator | None:
+    """Draws the same dropout in the forward and in its recomputation, and leaves the global generator untouched."""
+    return torch.Generator(device).manual_seed(int(seed)) if dropout > 0.0 else None
+
+
+@torch.library.custom_op("sparsepath_vit::block_attention", mutates_args=())
+def _block_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    grid_tensors: list[torch.Tensor],
+    grid_sizes: list[int],
+    counts: list[int],
+    num_global_tokens: int,
+    window_size: int,
+    neighbor_radius: int,
+    scale: float,
+    dropout: float,
+    seed: torch.Tensor,
+) -> torch.Tensor:
+    grid = _unflatten_grid(grid_tensors, grid_sizes, counts, num_global_tokens, window_size, neighbor_radius)
+    generator = _generator(seed, query.device, dropout)
+    return tiled_block_attention(query, key, value, grid, scale, dropout, generator)
+
+
+@_block_attention.register_fake
+def _block_attention_fake(query: torch.Tensor, *arguments: object, **keywords: object) -> torch.Tensor:
+    return query.new_empty(query.shape)
+
+
+@torch.library.custom_op("sparsepath_vit::block_attention_backward", mutates_args=())
+def _block_attention_backward(
+    grad_output: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    grid_tensors: list[torch.Tensor],
+    grid_sizes: list[int],
+    counts: list[int],
+    num_global_tokens: int,
+    window_size: int,
+    neighbor_radius: int,
+    scale: float,
+    dropout: float,
+    seed: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    grid = _unflatten_grid(grid_tensors, grid_sizes, counts, num_global_tokens, window_size, neighbor_radius)
+    generator = _generator(seed, query.device, dropout)
+    return tiled_block_attention_backward(grad_output, query, key, value, grid, scale, dropout, generator)
+
+
+@_block_attention_backward.register_fake
+def _block_attention_backward_fake(
+    grad_output: torch.Tensor, query: torch.Tensor, *arguments: object, **keywords: object
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return query.new_empty(query.shape), query.new_empty(query.shape), query.new_empty(query.shape)
+
+
+def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: torch.Tensor) -> None:
+    query, key, value, grid_tensors, *settings, seed = inputs
+    ctx.save_for_backward(query, key, value, seed, *grid_tensors)
+    ctx.settings = settings
+
+
+def _backward(ctx: torch.autograd.function.FunctionCtx, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    query, key, value, seed, *grid_tensors = ctx.saved_tensors
+    gradients = _block_attention_backward(grad_output, query, key, value, grid_tensors, *ctx.settings, seed)
+    return (*gradients, [None] * len(grid_tensors), *[None] * (len(ctx.settings) + 1))
+
+
+_block_attention.register_autograd(_backward, setup_context=_setup_context)
+
+
+def block_sparse_attention_forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    token_grid: TokenGrid | None = None,
+    **kwargs: object,
+) -> tuple[torch.Tensor, None]:
+    """`block_attention` with the signature Transformers' `AttentionInterface` asks for.
+
+    Args:
+        module: the attention module; unused.
+        query, key, value: (batch, heads, tokens, head_dim).
+        attention_mask: must be `None`: the grid says which tokens are present.
+        scaling: factor on the logits.
+        dropout: share of attention probabilities set to zero.
+        token_grid: where the tokens are.
+        **kwargs: arguments of other implementations.
+
+    Returns:
+        (batch, tokens, heads, head_dim), and `None` in place of attention weights.
+
+    Raises:
+        ValueError: a mask was given, or no grid.
+    """
+    if token_grid is None:
+        raise ValueError(
+            "token_grid is missing: block_sparse attention needs a TokenGrid that says where the tokens are. "
+            'For models other than SparsePathViT use attn_implementation="sdpa".'
+        )
+    if attention_mask is not None:
+        raise ValueError(
+            f"attention_mask of shape {tuple(attention_mask.shape)} was given beside token_grid: block_sparse takes "
+            "None. Say which tokens are absent with patch_mask, from which the grid is made."
+        )
+    output = block_attention(query, key, value, token_grid, scale=scaling, dropout=dropout)
+    return output.transpose(1, 2), None
+
+
+AttentionInterface.register(ATTENTION_NAME, block_sparse_attention_forward)
+# Without a mask of its own a padding mask would be dropped silently; with it, the function above refuses it.
+AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)

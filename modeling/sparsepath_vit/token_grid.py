@@ -1,0 +1,245 @@
+# Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
+"""`TokenGrid`: where every present patch token is, and nothing else.
+
+Tokens of a batch lie one image after the other. An image's tokens are its G global tokens followed by its present patch
+tokens in *block-major* order: rows of blocks from the top, blocks from the left, inside a block row by row. A
+neighbourhood of blocks is then one contiguous run of keys per block row, also after pruning, when blocks are ragged.
+
+    packed tokens: [ globals of image 0 | patch tokens of image 0 | globals of image 1 | patch tokens of image 1 | ...
+
+Where all images keep equally many tokens, the packed tokens are a plain batch (batch, tokens): see `batch_shape`.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TokenGrid:
+    """Positions of the present patch tokens of a batch, in block-major order.
+
+    Made once by `TokenGrid.create`, made smaller by `select`. T is the number of present patch tokens of the whole
+    batch, G the number of global tokens of each image, M = T + batch * G the number of packed tokens.
+
+    Attributes:
+        grid_sizes: (rows, columns) of the full token grid, per image.
+        counts: present patch tokens, per image; host integers, so that reading them never waits for a device.
+        num_global_tokens: G.
+        window_size: tokens per block side; `None` is a single block, dense attention.
+        neighbor_radius: block rows and columns a token sees beyond its own.
+        rows: (T,) int64, token row of each patch token.
+        columns: (T,) int64, token column of each patch token.
+        blocks: (T,) int64, ascending: the entry of `block_offsets` at which the token's block starts.
+        block_offsets: (entries,) int64 packed token indices. Each block row of each image owns `block columns + 1`
+            consecutive entries: where its blocks start, and where the last one ends. The keys of the blocks
+            first..last of a block row are the packed tokens `block_offsets[first] : block_offsets[last + 1]`.
+        entry_shifts: (entries,) int64, how many global tokens precede the patch tokens of an entry's image.
+    """
+
+    grid_sizes: tuple[tuple[int, int], ...]
+    counts: tuple[int, ...]
+    num_global_tokens: int
+    window_size: int | None
+    neighbor_radius: int
+    rows: torch.Tensor
+    columns: torch.Tensor
+    blocks: torch.Tensor
+    block_offsets: torch.Tensor
+    entry_shifts: torch.Tensor
+
+    @classmethod
+    def create(
+        cls,
+        grid_sizes: Sequence[tuple[int, int]],
+        *,
+        num_global_tokens: int,
+        window_size: int | None,
+        neighbor_radius: int = 1,
+        present: torch.Tensor | None = None,
+        device: torch.device | str | None = None,
+    ) -> "TokenGrid":
+        """Puts the present patch tokens of a batch in block-major order.
+
+        Args:
+            grid_sizes: (rows, columns) of each image's token grid.
+            num_global_tokens: G.
+            window_size: tokens per block side, `None` for dense attention.
+            neighbor_radius: see the class.
+            present: (batch, rows, columns) bool on a canvas that holds every image's grid in its top left corner;
+                `None` where every patch token is present.
+            device: where the tensors live; by default where `present` lives.
+
+        Raises:
+            ValueError: a grid without tokens, an image without a present patch token, or a mask that does not fit.
+        """
+        if present is not None:
+            _check_present(present, grid_sizes)
+            device = present.device if device is None else device
+        images = [
+            _block_major(size, window_size, None if present is None else present[index], device)
+            for index, size in enumerate(grid_sizes)
+        ]
+        counts = tuple(rows.shape[0] for rows, _, _ in images)
+        if 0 in counts:
+            raise ValueError(
+                f"patch_mask leaves image {counts.index(0)} without a present patch token, so nothing can be computed "
+                "for it. Drop the image from the batch, or mask less of it."
+            )
+        block_counts = _block_counts(grid_sizes, window_size)
+        entries = [block_rows * (block_columns + 1) for block_rows, block_columns in block_counts]
+        first_entries = [sum(entries[:index]) for index in range(len(entries))]
+        blocks = torch.cat([blocks + first for (_, _, blocks), first in zip(images, first_entries, strict=True)])
+        entry_shifts = torch.cat(
+            [
+                torch.full((count,), num_global_tokens * (index + 1), dtype=torch.int64, device=blocks.device)
+                for index, count in enumerate(entries)
+            ]
+        )
+        return cls(
+            grid_sizes=tuple((rows, columns) for rows, columns in grid_sizes),
+            counts=counts,
+            num_global_tokens=num_global_tokens,
+            window_size=window_size,
+            neighbor_radius=neighbor_radius,
+            rows=torch.cat([rows for rows, _, _ in images]),
+            columns=torch.cat([columns for _, columns, _ in images]),
+            blocks=blocks,
+            block_offsets=_block_offsets(blocks, entry_shifts),
+            entry_shifts=entry_shifts,
+        )
+
+    def select(self, kept: torch.Tensor, counts: Sequence[int]) -> "TokenGrid":
+        """The grid of the kept patch tokens.
+
+        Args:
+            kept: (K,) int64 indices into the T patch tokens, ascending.
+            counts: how many of them belong to each image; their sum is K.
+        """
+        blocks = self.blocks[kept]
+        return dataclasses.replace(
+            self,
+            counts=tuple(counts),
+            rows=self.rows[kept],
+            columns=self.columns[kept],
+            blocks=blocks,
+            block_offsets=_block_offsets(blocks, self.entry_shifts),
+        )
+
+    @property
+    def batch_size(self) -> int:
+        """Number of images."""
+        return len(self.counts)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the positions live."""
+        return self.rows.device
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all images have equally many present patch tokens."""
+        return all(count == self.counts[0] for count in self.counts)
+
+    @property
+    def batch_shape(self) -> tuple[int, int]:
+        """(batch, G + K) of uniform images, (1, M) of packed ragged ones."""
+        if self.is_uniform:
+            return self.batch_size, self.num_global_tokens + self.counts[0]
+        return 1, self.num_tokens
+
+    @property
+    def num_tokens(self) -> int:
+        """M: all tokens of the batch, global and patch."""
+        return sum(self.counts) + self.batch_size * self.num_global_tokens
+
+    @property
+    def image_offsets(self) -> tuple[int, ...]:
+        """(batch + 1) packed index of each image's first global token, and the end of the last image."""
+        offsets = [0]
+        for count in self.counts:
+            offsets.append(offsets[-1] + self.num_global_tokens + count)
+        return tuple(offsets)
+
+    @property
+    def block_counts(self) -> tuple[tuple[int, int], ...]:
+        """(block rows, block columns) of each image."""
+        return _block_counts(self.grid_sizes, self.window_size)
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether every token's neighbourhood is its whole image: the pattern is plain dense attention."""
+        return all(max(block_counts) - 1 <= self.neighbor_radius for block_counts in self.block_counts)
+
+    @property
+    def canvas_size(self) -> tuple[int, int]:
+        """(rows, columns) that hold every image's grid."""
+        return max(rows for rows, _ in self.grid_sizes), max(columns for _, columns in self.grid_sizes)
+
+    def images(self) -> torch.Tensor:
+        """(T,) int64, the image each patch token belongs to."""
+        return torch.cat(
+            [
+                torch.full((count,), index, dtype=torch.int64, device=self.device)
+                for index, count in enumerate(self.counts)
+            ]
+        )
+
+    def patch_indices(self) -> torch.Tensor:
+        """(T,) int64, where the patch tokens lie among the M packed tokens."""
+        return torch.arange(sum(self.counts), device=self.device) + self.num_global_tokens * (self.images() + 1)
+
+    def canvas_indices(self) -> torch.Tensor:
+        """(T,) int64, raster index of each patch token on the (batch, canvas rows, canvas columns) canvas."""
+        canvas_rows, canvas_columns = self.canvas_size
+        return (self.images() * canvas_rows + self.rows) * canvas_columns + self.columns
+
+    def raster_order(self) -> torch.Tensor:
+        """(T,) int64: taking the patch tokens in this order puts them in raster order, image by image."""
+        return torch.argsort(self.canvas_indices())
+
+
+def _block_major(
+    size: tuple[int, int], window_size: int | None, present: torch.Tensor | None, device: torch.device | str | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rows, columns and block entries of one image's present patch tokens, in block-major order."""
+    num_rows, num_columns = size
+    if num_rows < 1 or num_columns < 1:
+        raise ValueError(f"grid_sizes holds {size}: every image needs at least one patch token.")
+    raster = torch.arange(num_rows * num_columns, device=device)
+    if present is not None:
+        raster = raster[present[:num_rows, :num_columns].reshape(-1)]
+    rows, columns = raster // num_columns, raster % num_columns
+    window = max(size) if window_size is None else window_size
+    block_columns = -(-num_columns // window)
+    blocks = (rows // window) * (block_columns + 1) + columns // window
+    # The sort is stable, so that the tokens of a block stay in raster order.
+    blocks, order = torch.sort(blocks, stable=True)
+    return rows[order], columns[order], blocks
+
+
+def _block_counts(grid_sizes: Sequence[tuple[int, int]], window_size: int | None) -> tuple[tuple[int, int], ...]:
+    """(block rows, block columns) of each image."""
+    windows = [max(size) if window_size is None else window_size for size in grid_sizes]
+    return tuple(
+        (-(-rows // window), -(-columns // window)) for (rows, columns), window in zip(grid_sizes, windows, strict=True)
+    )
+
+
+def _block_offsets(blocks: torch.Tensor, entry_shifts: torch.Tensor) -> torch.Tensor:
+    """Packed index at which each entry's block starts: the tokens of earlier entries and the globals before them."""
+    entries = torch.arange(entry_shifts.shape[0], device=blocks.device)
+    return torch.searchsorted(blocks, entries) + entry_shifts
+
+
+def _check_present(present: torch.Tensor, grid_sizes: Sequence[tuple[int, int]]) -> None:
+    if present.dtype != torch.bool:
+        raise ValueError(f"patch_mask is {present.dtype}: it takes torch.bool, True where a patch token is present.")
+    canvas = (max(rows for rows, _ in grid_sizes), max(columns for _, columns in grid_sizes))
+    fits = present.ndim == 3 and present.shape[1] >= canvas[0] and present.shape[2] >= canvas[1]
+    if not fits or present.shape[0] != len(grid_sizes):
+        raise ValueError(
+            f"patch_mask has shape {tuple(present.shape)}: it takes (batch, rows, columns) of the token grid, here "
+            f"({len(grid_sizes)}, {canvas[0]}, {canvas[1]})."
+        )
