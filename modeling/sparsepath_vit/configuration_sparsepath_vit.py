@@ -239,4 +239,25 @@ class SparsePathViTConfig(BackboneConfigMixin, PreTrainedConfig):
         return self.prune_ratio > 0
 
 
+def failure_signatures(config: SparsePathViTConfig) -> list[str]:
+    """Settings the method is known to fail with, each as a sentence that says what was observed."""
+    observed = []
+    if config.prune_ratio > 0.8:
+        observed.append(
+            f"prune_ratio={config.prune_ratio}: beyond 0.8 too few tokens are left and accuracy was observed to "
+            "collapse. 0.6 is recommended for classification."
+        )
+    if config.prunes and config.prune_after_layer < 2:
+        observed.append(
+            f"prune_after_layer={config.prune_after_layer}: after the first layer the global tokens do not yet attend "
+            "to tissue, and accuracy was observed to collapse. 4 is recommended."
+        )
+    if config.window_size is not None and config.window_size < 4:
+        observed.append(
+            f"window_size={config.window_size}: blocks narrower than 4 tokens were observed to fragment the spatial "
+            "context. 8 is recommended, 64 for segmentation."
+        )
+    return observed
+
+
 __all__ = ["SparsePathViTConfig"]

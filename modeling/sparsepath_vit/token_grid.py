@@ -127,6 +127,17 @@ class TokenGrid:
             block_offsets=_block_offsets(blocks, self.entry_shifts),
         )
 
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "TokenGrid":
+        """The same grid on another device; the name and arguments let Accelerate move it with the tokens."""
+        if torch.device(device) == self.device:
+            return self
+        moved = {
+            field.name: getattr(self, field.name).to(device, non_blocking=non_blocking)
+            for field in dataclasses.fields(self)
+            if isinstance(getattr(self, field.name), torch.Tensor)
+        }
+        return dataclasses.replace(self, **moved)
+
     @property
     def batch_size(self) -> int:
         """Number of images."""
@@ -190,6 +201,11 @@ class TokenGrid:
         """(T,) int64, where the patch tokens lie among the M packed tokens."""
         return torch.arange(sum(self.counts), device=self.device) + self.num_global_tokens * (self.images() + 1)
 
+    def global_indices(self) -> torch.Tensor:
+        """(batch * G,) int64, where the global tokens lie among the M packed tokens."""
+        starts = torch.tensor(self.image_offsets[:-1], device=self.device)
+        return (starts[:, None] + torch.arange(self.num_global_tokens, device=self.device)).reshape(-1)
+
     def canvas_indices(self) -> torch.Tensor:
         """(T,) int64, raster index of each patch token on the (batch, canvas rows, canvas columns) canvas."""
         canvas_rows, canvas_columns = self.canvas_size
@@ -198,6 +214,28 @@ class TokenGrid:
     def raster_order(self) -> torch.Tensor:
         """(T,) int64: taking the patch tokens in this order puts them in raster order, image by image."""
         return torch.argsort(self.canvas_indices())
+
+    def raster_permutation(self) -> torch.Tensor:
+        """(M,) int64: taking the packed tokens in this order puts each image's patch tokens in raster order."""
+        patch_indices = self.patch_indices()
+        permutation = torch.arange(self.num_tokens, device=self.device)
+        permutation[patch_indices] = patch_indices[self.raster_order()]
+        return permutation
+
+    def to_raster(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Puts tokens in the public order: global tokens first, then the patch tokens in raster order.
+
+        Args:
+            tokens: (*batch_shape, features).
+
+        Returns:
+            (batch, G + K, features), K the largest count; images with fewer tokens end in zeros.
+        """
+        in_raster = tokens.reshape(self.num_tokens, -1)[self.raster_permutation()]
+        if self.is_uniform:
+            return in_raster.view(*self.batch_shape, -1)
+        images = in_raster.split([self.num_global_tokens + count for count in self.counts])
+        return torch.nn.utils.rnn.pad_sequence(list(images), batch_first=True)
 
 
 def _block_major(

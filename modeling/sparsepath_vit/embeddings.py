@@ -1,0 +1,220 @@
+# Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
+"""From pixels to tokens: patches, resampled position embeddings, CLS and register tokens, in the grid's order."""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import nn
+
+from .configuration_sparsepath_vit import SparsePathViTConfig
+from .token_grid import TokenGrid
+
+# At inference a larger image is embedded in strips of this many token rows, so that neither its patches nor its
+# position map are in memory at once beside the tokens themselves.
+ROWS_PER_STRIP = 32
+
+
+def resampling_weights(new_size: int, old_size: int, like: torch.Tensor) -> torch.Tensor:
+    """One axis of bicubic, antialiased resampling as a matrix.
+
+    Resampling is separable and linear, so the library's own kernel applied to the identity gives its weights.
+
+    Returns:
+        (new_size, old_size), of the dtype and on the device of `like`.
+    """
+    identity = torch.eye(old_size, dtype=like.dtype, device=like.device)
+    if new_size == old_size:
+        return identity
+    # One channel: torch resamples an (old, old, 1) image of `old` channels in the wrong memory order.
+    resampled = nn.functional.interpolate(
+        identity[None, None], size=(new_size, old_size), mode="bicubic", antialias=True
+    )
+    return resampled[0, 0]
+
+
+class SparsePathViTPatchEmbeddings(nn.Module):
+    """Patches of (batch, channels, height, width) pixels as (batch, rows, columns, hidden_size)."""
+
+    def __init__(self, config: SparsePathViTConfig) -> None:
+        super().__init__()
+        self.num_channels = config.num_channels
+        self.patch_size = config.patch_size
+        self.projection = nn.Conv2d(
+            config.num_channels, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size
+        )
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        patches = self.projection(pixel_values.to(self.projection.weight.dtype))
+        return patches.permute(0, 2, 3, 1)  # (batch, hidden_size, rows, columns) -> (batch, rows, columns, hidden_size)
+
+    def check(self, pixel_values: torch.Tensor) -> None:
+        """Refuses pixels the model would misread.
+
+        Raises:
+            ValueError: names the shape and the remedy.
+        """
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != self.num_channels:
+            raise ValueError(
+                f"pixel_values has shape {tuple(pixel_values.shape)}: it takes (batch, {self.num_channels}, height, "
+                "width). SparsePathViTImageProcessor converts images of any mode."
+            )
+        height, width = pixel_values.shape[-2:]
+        if height < self.patch_size or width < self.patch_size:
+            raise ValueError(
+                f"pixel_values is {height} x {width} px, smaller than one patch of {self.patch_size} px: "
+                "use a larger region."
+            )
+        if height % self.patch_size or width % self.patch_size:
+            raise ValueError(
+                f"pixel_values is {height} x {width} px, no multiple of patch_size={self.patch_size}: "
+                "SparsePathViTImageProcessor pads to the next multiple and masks the padding."
+            )
+        # On an accelerator reading the answer would stall the queue, and capturing a graph would fail.
+        is_checked = pixel_values.device.type == "cpu" and not torch.compiler.is_compiling()
+        if is_checked and not torch.isfinite(pixel_values).all():
+            raise ValueError(
+                "pixel_values holds NaN or infinite numbers, which would spread to every token: check the image and "
+                "its normalisation."
+            )
+
+
+class SparsePathViTEmbeddings(nn.Module):
+    """CLS and register tokens and the present patch tokens with their position embeddings, in the grid's order."""
+
+    def __init__(self, config: SparsePathViTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.position_grid = config.image_size // config.patch_size
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
+        if config.num_register_tokens:
+            self.register_tokens = nn.Parameter(torch.zeros(1, config.num_register_tokens, config.hidden_size))
+        num_positions = config.num_prefix_position_embeddings + self.position_grid**2
+        self.position_embeddings = nn.Parameter(torch.zeros(1, num_positions, config.hidden_size))
+        self.patch_embeddings = SparsePathViTPatchEmbeddings(config)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def token_grid(
+        self,
+        pixel_values: torch.Tensor,
+        patch_mask: torch.Tensor | None,
+        image_sizes: torch.Tensor | Sequence[tuple[int, int]] | None,
+    ) -> TokenGrid:
+        """Says which patch tokens of a batch are present, and puts them in order.
+
+        Args:
+            pixel_values: (batch, channels, height, width).
+            patch_mask: (batch, rows, columns) bool, True where a patch token is present; `None` for all.
+            image_sizes: (height, width) in pixels of each image; `None` where each fills the canvas.
+
+        Raises:
+            ValueError: pixels that are misshapen or not finite, sizes or a mask that do not fit them.
+        """
+        self.patch_embeddings.check(pixel_values)
+        batch, _, height, width = pixel_values.shape
+        patch_size = self.config.patch_size
+        grid_sizes = [(height // patch_size, width // patch_size)] * batch
+        if image_sizes is not None:
+            sizes = image_sizes.tolist() if isinstance(image_sizes, torch.Tensor) else image_sizes
+            if len(sizes) != batch or any(not (0 < rows <= height and 0 < cols <= width) for rows, cols in sizes):
+                raise ValueError(
+                    f"image_sizes is {sizes}: it takes one (height, width) per image, here {batch}, each within the "
+                    f"canvas of {height} x {width} px."
+                )
+            grid_sizes = [(-(-rows // patch_size), -(-columns // patch_size)) for rows, columns in sizes]
+        return TokenGrid.create(
+            grid_sizes,
+            num_global_tokens=self.config.num_global_tokens,
+            window_size=self.config.window_size,
+            neighbor_radius=self.config.neighbor_radius,
+            present=None if patch_mask is None else patch_mask.to(pixel_values.device),
+            device=pixel_values.device,
+        )
+
+    def forward(self, pixel_values: torch.Tensor, grid: TokenGrid) -> torch.Tensor:
+        """Embeds the present tokens of a batch.
+
+        Args:
+            pixel_values: (batch, channels, height, width).
+            grid: which patch tokens are present, and their order.
+
+        Returns:
+            (*grid.batch_shape, hidden_size).
+        """
+        rows = pixel_values.shape[-2] // self.config.patch_size
+        in_strips = rows > ROWS_PER_STRIP and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if in_strips and grid.batch_size == 1:
+            return self.embed_strips(pixel_values.split(ROWS_PER_STRIP * self.config.patch_size, dim=2), grid)
+        patches = self.patch_embeddings(pixel_values)  # (batch, canvas rows, canvas columns, hidden_size)
+        canvas_rows, canvas_columns = patches.shape[1:3]
+        canvas_indices = (grid.images() * canvas_rows + grid.rows) * canvas_columns + grid.columns
+        patch_tokens = patches.flatten(0, 2)[canvas_indices] + self._positions_of_batch(grid)
+        return self.dropout(self._with_global_tokens(patch_tokens, grid))
+
+    def embed_strips(self, strips: Iterable[torch.Tensor], grid: TokenGrid) -> torch.Tensor:
+        """Embeds one image that arrives in strips, so that its pixels need never be in memory at once.
+
+        Args:
+            strips: (1, channels, height, width) pixels from the top of the image down, each a whole number of patches
+                high.
+            grid: the present patch tokens of that one image.
+
+        Returns:
+            (1, G + N, hidden_size).
+        """
+        size = grid.grid_sizes[0]
+        order = torch.argsort(grid.rows, stable=True)
+        ordered_rows = grid.rows[order]
+        patch_tokens = self.cls_token.new_empty(len(order), self.config.hidden_size)
+        first_row = 0
+        for strip in strips:
+            self.patch_embeddings.check(strip)
+            patches = self.patch_embeddings(strip)[0]  # (rows, columns, hidden_size)
+            bounds = torch.tensor([first_row, first_row + patches.shape[0]], device=grid.device)
+            start, end = torch.searchsorted(ordered_rows, bounds).tolist()
+            tokens = order[start:end]
+            patches = patches + self._position_map(size, first_row, patches.shape[0])[:, : patches.shape[1]]
+            patch_tokens[tokens] = patches[grid.rows[tokens] - first_row, grid.columns[tokens]]
+            first_row += patches.shape[0]
+        if first_row != size[0]:
+            raise ValueError(f"strips hold {first_row} token rows: the grid has {size[0]}.")
+        return self.dropout(self._with_global_tokens(patch_tokens, grid))
+
+    def _position_map(self, size: tuple[int, int], first_row: int, num_rows: int) -> torch.Tensor:
+        """Position embeddings of some rows of a grid, resampled as timm does: (num_rows, columns, hidden_size)."""
+        side = self.position_grid
+        positions = self.position_embeddings[0, self.config.num_prefix_position_embeddings :]
+        positions = positions.to(torch.promote_types(positions.dtype, torch.float32))
+        row_weights = resampling_weights(size[0], side, positions)[first_row : first_row + num_rows]
+        column_weights = resampling_weights(size[1], side, positions)
+        by_row = row_weights @ positions.view(side, -1)  # (num_rows, side * hidden_size)
+        position_map = column_weights @ by_row.view(-1, side, self.config.hidden_size)
+        return position_map.to(self.position_embeddings.dtype)
+
+    def _positions_of_batch(self, grid: TokenGrid) -> torch.Tensor:
+        """Position embeddings of the present patch tokens: (T, hidden_size)."""
+        position_maps, starts, start = {}, [], 0
+        for size in grid.grid_sizes:
+            if size not in position_maps:
+                position_maps[size] = (start, self._position_map(size, 0, size[0]).flatten(0, 1))
+                start += size[0] * size[1]
+            starts.append(position_maps[size][0])
+        position_table = torch.cat([position_map for _, position_map in position_maps.values()])
+        images = grid.images()
+        columns_of_image = torch.tensor([columns for _, columns in grid.grid_sizes], device=grid.device)
+        starts_of_image = torch.tensor(starts, device=grid.device)
+        return position_table[starts_of_image[images] + grid.rows * columns_of_image[images] + grid.columns]
+
+    def _with_global_tokens(self, patch_tokens: torch.Tensor, grid: TokenGrid) -> torch.Tensor:
+        """Puts each image's global tokens before its patch tokens: (T, hidden_size) -> (*batch_shape, hidden_size)."""
+        global_tokens = self.cls_token[0]
+        if self.config.num_register_tokens:
+            global_tokens = torch.cat([global_tokens, self.register_tokens[0]])
+        num_prefix = self.config.num_prefix_position_embeddings
+        if num_prefix:
+            prefix_positions = self.position_embeddings[0, :num_prefix]
+            global_tokens = torch.cat([global_tokens[:num_prefix] + prefix_positions, global_tokens[num_prefix:]])
+        if grid.is_uniform:
+            patch_tokens = patch_tokens.view(grid.batch_size, grid.counts[0], -1)
+            return torch.cat([global_tokens.expand(grid.batch_size, -1, -1), patch_tokens], dim=1)
+        images = patch_tokens.split(grid.counts)
+        return torch.cat([tokens for image in images for tokens in (global_tokens, image)])[None]

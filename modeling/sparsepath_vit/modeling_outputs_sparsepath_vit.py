@@ -1,0 +1,129 @@
+# Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
+"""What the models return. Everything is in raster order; G global tokens come first, K patch tokens follow."""
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.utils import ModelOutput
+
+from .encoder_sparsepath_vit import EncoderOutput
+from .token_grid import TokenGrid
+
+
+@dataclasses.dataclass
+class SparsePathViTModelOutput(ModelOutput):
+    """Output of `SparsePathViTModel`.
+
+    Images of a batch that keep different numbers of tokens are padded to the largest: with zeros in the states, with -1
+    in `patch_positions`.
+
+    Attributes:
+        last_hidden_state: (batch, G + K, hidden_size) after the final norm.
+        pooler_output: (batch, hidden_size) of the CLS token, or (batch, 2 * hidden_size) of the CLS token and the mean
+            of the kept patch tokens.
+        patch_positions: (batch, K, 2) int64, (row, column) of each kept patch token in the token grid.
+        grid_sizes: (batch, 2) int64, (rows, columns) of each image's token grid.
+        prune_scores: (batch, rows * columns) float32 on the grid all images fit in, 0 where no token was present;
+            `None` without pruning.
+        hidden_states: before the first and after each layer, (batch, G + N, hidden_size), and (batch, G + K, ...) for
+            the layers after pruning. Before the final norm.
+        attentions: per layer (batch, heads, tokens, tokens).
+    """
+
+    last_hidden_state: torch.Tensor | None = None
+    pooler_output: torch.Tensor | None = None
+    patch_positions: torch.Tensor | None = None
+    grid_sizes: torch.Tensor | None = None
+    prune_scores: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+
+    def to_dense_map(self, fill: float = 0.0) -> torch.Tensor:
+        """Puts the kept patch tokens where they belong.
+
+        Args:
+            fill: value at removed and absent places.
+
+        Returns:
+            (batch, hidden_size, rows, columns) on the grid all images fit in.
+        """
+        return patch_tokens_to_map(self.last_hidden_state, self.patch_positions, self.grid_sizes, fill)
+
+
+def patch_tokens_to_map(
+    last_hidden_state: torch.Tensor, patch_positions: torch.Tensor, grid_sizes: torch.Tensor, fill: float
+) -> torch.Tensor:
+    """(batch, G + K, features) tokens at (batch, K, 2) positions -> (batch, features, rows, columns)."""
+    batch, num_kept, _ = patch_positions.shape
+    patch_tokens = last_hidden_state[:, last_hidden_state.shape[1] - num_kept :]
+    rows, columns = grid_sizes.amax(dim=0).tolist()
+    dense_map = patch_tokens.new_full((batch, rows, columns, patch_tokens.shape[-1]), fill)
+    is_token = patch_positions[..., 0] >= 0  # (batch, K), False where an image kept fewer tokens
+    images = torch.arange(batch, device=is_token.device)[:, None].expand_as(is_token)[is_token]
+    token_rows, token_columns = patch_positions[is_token].unbind(-1)
+    dense_map = dense_map.index_put((images, token_rows, token_columns), patch_tokens[is_token])
+    return dense_map.permute(0, 3, 1, 2)  # (batch, rows, columns, features) -> (batch, features, rows, columns)
+
+
+@dataclasses.dataclass
+class SparsePathViTImageClassifierOutput(ModelOutput):
+    """Output of `SparsePathViTForImageClassification`.
+
+    Attributes:
+        loss: of the labels, where given.
+        logits: (batch, num_labels).
+        hidden_states: as in `SparsePathViTModelOutput`.
+        attentions: as in `SparsePathViTModelOutput`.
+        patch_positions: as in `SparsePathViTModelOutput`.
+        grid_sizes: as in `SparsePathViTModelOutput`.
+        prune_scores: as in `SparsePathViTModelOutput`.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    patch_positions: torch.Tensor | None = None
+    grid_sizes: torch.Tensor | None = None
+    prune_scores: torch.Tensor | None = None
+
+
+def public_outputs(encoded: EncoderOutput) -> dict[str, Any]:
+    """What the models return beside their features, in raster order."""
+    _, grid = encoded.last
+    rows, columns = grid.canvas_size
+    positions = torch.stack([grid.rows, grid.columns], dim=-1)[grid.raster_order()].split(grid.counts)
+    scores = None
+    if encoded.prune_scores is not None:
+        scored_grid = encoded.before_pruning[1]
+        scores = encoded.prune_scores.new_zeros(grid.batch_size * rows * columns)
+        scores = scores.index_put((scored_grid.canvas_indices(),), encoded.prune_scores).view(grid.batch_size, -1)
+    hidden_states, attentions = None, None
+    if len(encoded.states) > 1:
+        hidden_states = tuple(states_grid.to_raster(tokens) for tokens, states_grid in encoded.states)
+    if encoded.attentions:
+        attentions = tuple(_attentions_in_raster(*weights_and_grid) for weights_and_grid in encoded.attentions)
+    return {
+        "patch_positions": nn.utils.rnn.pad_sequence(list(positions), batch_first=True, padding_value=-1),
+        "grid_sizes": torch.tensor(grid.grid_sizes, device=grid.device),
+        "prune_scores": scores,
+        "hidden_states": hidden_states,
+        "attentions": attentions,
+    }
+
+
+def _attentions_in_raster(weights: torch.Tensor, grid: TokenGrid) -> torch.Tensor:
+    """Probabilities in the grid's order -> (batch, heads, tokens, tokens) in raster order, padded with zeros."""
+    order = grid.raster_permutation()
+    length = grid.num_global_tokens + max(grid.counts)
+    images = []
+    for image, (start, end) in enumerate(zip(grid.image_offsets[:-1], grid.image_offsets[1:], strict=True)):
+        # Uniform images lie on the batch axis, ragged ones one after the other on the token axes.
+        batch_index, shift = (image, start) if grid.is_uniform else (0, 0)
+        tokens = order[start:end] - shift
+        padding = length - (end - start)
+        in_raster = weights[batch_index][:, tokens[:, None], tokens[None, :]]  # (heads, queries, keys)
+        images.append(nn.functional.pad(in_raster, (0, padding, 0, padding)))
+    return torch.stack(images)

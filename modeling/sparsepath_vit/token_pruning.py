@@ -1,0 +1,133 @@
+# Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
+"""Token pruning: score, keep, select, and scatter back. The only place where tokens disappear.
+
+The prune score of a patch token is the attention it receives from the global tokens (arXiv 2601.12150): the tokens with
+the lowest score are removed once, after an early layer.
+"""
+
+import math
+
+import torch
+
+from .token_grid import TokenGrid
+
+
+def prune_scores(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    grid: TokenGrid,
+    *,
+    scale: float,
+    kind: str = "attention",
+) -> torch.Tensor:
+    """How much the global tokens attend to each patch token.
+
+    The softmax runs in float32 over all keys of a global query, global tokens included.
+
+    Args:
+        query, key, value: (batch, heads, tokens, head_dim) with (batch, tokens) = `grid.batch_shape`.
+        grid: where the tokens are.
+        scale: factor on the logits.
+        kind: "attention" averages over heads and all global queries, "cls_attention" over heads of the CLS query only,
+            "attention_value" averages probability times the norm of the value.
+
+    Returns:
+        (T,) float32, in the grid's order.
+    """
+    with torch.no_grad():
+        if grid.is_uniform:
+            return _image_scores(query, key, value, grid.num_global_tokens, scale, kind).reshape(-1)
+        bounds = zip(grid.image_offsets[:-1], grid.image_offsets[1:], strict=True)
+        scores = [
+            _image_scores(
+                *(states[:, :, start:end] for states in (query, key, value)), grid.num_global_tokens, scale, kind
+            )
+            for start, end in bounds
+        ]
+        return torch.cat(scores, dim=1).reshape(-1)
+
+
+def _image_scores(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, num_global_tokens: int, scale: float, kind: str
+) -> torch.Tensor:
+    """Scores of images with equally many tokens: (batch, heads, tokens, head_dim) -> (batch, patch tokens)."""
+    num_queries = 1 if kind == "cls_attention" else num_global_tokens
+    batch, heads, tokens, _ = key.shape
+    scores = torch.zeros(batch, tokens - num_global_tokens, dtype=torch.float32, device=key.device)
+    for head in range(heads):  # one head at a time: a float32 copy of all keys of a whole slide would not fit
+        logits = query[:, head, :num_queries].float() @ key[:, head].float().transpose(1, 2) * scale
+        received = logits.softmax(dim=-1)[:, :, num_global_tokens:].mean(dim=1)  # (batch, patch tokens)
+        if kind == "attention_value":
+            received = received * value[:, head, num_global_tokens:].float().norm(dim=-1)
+        scores += received
+    return scores / heads
+
+
+def num_kept(num_present: int, prune_ratio: float) -> int:
+    """K = N - floor(p N): how many of N present patch tokens stay."""
+    return num_present - math.floor(prune_ratio * num_present)
+
+
+def kept_tokens(scores: torch.Tensor, grid: TokenGrid, prune_ratio: float) -> tuple[torch.Tensor, tuple[int, ...]]:
+    """The patch tokens with the highest scores of each image; equal scores go to the lower raster index.
+
+    Args:
+        scores: (T,) in the grid's order.
+        grid: where the tokens are.
+        prune_ratio: share of each image's present patch tokens that is removed.
+
+    Returns:
+        Indices into the T patch tokens, ascending, and how many of them belong to each image: what
+        `TokenGrid.select` takes.
+    """
+    counts = tuple(num_kept(count, prune_ratio) for count in grid.counts)
+    raster_order = grid.raster_order()
+    if grid.is_uniform:
+        images = [(raster_order.view(grid.batch_size, -1), counts[0])]
+    else:
+        images = [(order[None], count) for order, count in zip(raster_order.split(grid.counts), counts, strict=True)]
+    kept = []
+    for order, count in images:  # order: (batch, patch tokens)
+        ranking = torch.sort(scores[order], dim=1, descending=True, stable=True).indices
+        kept.append(order.gather(1, ranking[:, :count]).sort(dim=1).values.reshape(-1))
+    return torch.cat(kept), counts
+
+
+def select_tokens(tokens: torch.Tensor, grid: TokenGrid, kept: torch.Tensor, kept_grid: TokenGrid) -> torch.Tensor:
+    """Takes the global tokens and the kept patch tokens.
+
+    Args:
+        tokens: (*grid.batch_shape, features).
+        grid: where they are.
+        kept: what `kept_tokens` returned.
+        kept_grid: `grid.select` of it.
+
+    Returns:
+        (*kept_grid.batch_shape, features).
+    """
+    # Packed order is ascending within and across images, so sorting puts each image's global tokens first again.
+    indices = torch.cat([grid.global_indices(), grid.patch_indices()[kept]]).sort().values
+    return tokens.reshape(grid.num_tokens, -1)[indices].view(*kept_grid.batch_shape, -1)
+
+
+def scatter_to_map(tokens: torch.Tensor, grid: TokenGrid, base: torch.Tensor | float = 0.0) -> torch.Tensor:
+    """Puts patch tokens back where they belong.
+
+    Args:
+        tokens: (*grid.batch_shape, features).
+        grid: where the tokens are.
+        base: what lies at all other places: a number, or a (batch, features, rows, columns) map, for example of the
+            tokens before pruning.
+
+    Returns:
+        (batch, features, rows, columns) on the grid's canvas.
+    """
+    rows, columns = grid.canvas_size
+    shape = (grid.batch_size, rows, columns, tokens.shape[-1])
+    if isinstance(base, torch.Tensor):
+        canvas = base.permute(0, 2, 3, 1).reshape(-1, shape[-1])
+    else:
+        canvas = tokens.new_full((math.prod(shape[:-1]), shape[-1]), base)
+    patch_tokens = tokens.reshape(grid.num_tokens, -1)[grid.patch_indices()]
+    return canvas.index_put((grid.canvas_indices(),), patch_tokens).view(shape).permute(0, 3, 1, 2)
