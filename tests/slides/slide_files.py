@@ -8,12 +8,15 @@ import tifffile
 def stained_image(width, height, tissue, seed=0):
     """(height, width, 3) uint8: pink tissue with dark nuclei in the boxes (x, y, width, height), else white."""
     generator = np.random.default_rng(seed)
-    image = np.full((height, width, 3), 243, dtype=np.int16)
+    repeats = (-(-height // 256), -(-width // 256))
+    nuclei = np.tile(generator.random((256, 256)) < 0.15, repeats)[:height, :width, None]
+    noise = np.tile(generator.integers(-4, 5, (256, 256, 3), dtype=np.int8), (*repeats, 1))[:height, :width]
+    image = np.full((height, width, 3), 243, dtype=np.uint8)
+    stained = np.where(nuclei, np.uint8([96, 60, 140]), np.uint8([214, 150, 190]))
     for x, y, box_width, box_height in tissue:
-        shape = image[y : y + box_height, x : x + box_width].shape[:2]
-        nuclei = generator.random(shape) < 0.15
-        image[y : y + box_height, x : x + box_width] = np.where(nuclei[..., None], (96, 60, 140), (214, 150, 190))
-    return (image + generator.integers(-4, 5, image.shape)).clip(0, 255).astype(np.uint8)
+        box = np.s_[y : y + box_height, x : x + box_width]
+        image[box] = stained[box]
+    return image + noise.view(np.uint8)  # no value is near 0 or 255: the sum wraps to the right one
 
 
 def write_pyramid(path, image, mpp=0.5, factors=(4,), tile=64, compression="deflate", description=None):

@@ -1,5 +1,4 @@
 # Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
-import multiprocessing
 import os
 import pickle
 from concurrent.futures import ThreadPoolExecutor
@@ -238,10 +237,8 @@ class Regions(torch.utils.data.Dataset):
         return torch.from_numpy(region), os.getpid(), self.slide._process
 
 
-@pytest.mark.parametrize(
-    ("kind", "method", "workers"), [("OpenSlide", "fork", 2), ("tifffile", "fork", 2), ("OpenSlide", "spawn", 1)]
-)
-def test_dataloader_workers_open_their_own_handle(tmp_path, small_image, kind, method, workers):
+@pytest.mark.parametrize("kind", ["OpenSlide", "tifffile"])
+def test_forked_dataloader_workers_open_their_own_handle(tmp_path, small_image, kind):
     path = tmp_path / "slide.tiff"
     if kind == "OpenSlide":
         write_pyramid(path, small_image)
@@ -260,7 +257,7 @@ def test_dataloader_workers_open_their_own_handle(tmp_path, small_image, kind, m
         assert (region.numpy() == small_image[:, index * 64 : index * 64 + 64]).all()
         assert process == opened_by != os.getpid()
         processes.add(process)
-    assert len(processes) == workers
+    assert len(processes) == 2
     assert (slide.read_region(0, 0, 640, 512) == small_image).all()
 
 

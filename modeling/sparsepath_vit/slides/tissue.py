@@ -1,0 +1,253 @@
+# Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
+"""Where the tissue is: found on a low-resolution overview, or read from a file, and asked for as a token grid."""
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from .backends import SlideError
+from .extras import require
+from .reader import Slide
+
+_OVERVIEW_MPP = 8.0
+_OVERVIEW_MAX_SIDE = 4096
+# Otsu splits any histogram, also that of a blank slide or one full of tissue: it decides between these.
+_SATURATION_THRESHOLDS = (0.06, 0.15)
+_DARKEST_TISSUE = 0.2  # value (HSV); below are black pen, the slide's label edge and what the scanner did not see
+_GREEN_PEN = (0.22, 0.47)  # hues no histological stain of ours has
+_BLUE_PEN = (0.50, 0.66)  # haematoxylin lies above; a pen is also more saturated than any stain at low resolution
+_BLUE_PEN_SATURATION = 0.6
+_ASPECT_TOLERANCE = 0.03
+
+
+@dataclass(frozen=True)
+class TissueMask:
+    """Where a slide has tissue.
+
+    Attributes:
+        mask: (rows, columns) bool over the whole slide, True for tissue.
+        scale: level-0 pixels per mask pixel along x and y.
+    """
+
+    mask: np.ndarray
+    scale: tuple[float, float]
+
+    @classmethod
+    def of_mask(cls, mask: np.ndarray, slide: Slide) -> "TissueMask":
+        """`mask` stretched over the whole of `slide`."""
+        return cls(mask, (slide.dimensions[0] / mask.shape[1], slide.dimensions[1] / mask.shape[0]))
+
+    @classmethod
+    def everywhere(cls, slide: Slide) -> "TissueMask":
+        """All of the slide counts as tissue."""
+        return cls.of_mask(np.ones((1, 1), dtype=bool), slide)
+
+    @property
+    def share(self) -> float:
+        """Share of the slide's area that is tissue."""
+        return float(self.mask.mean())
+
+    def token_grid(
+        self,
+        slide: Slide,
+        patch_size: int,
+        mpp: float | None = None,
+        x: float = 0,
+        y: float = 0,
+        width: int | None = None,
+        height: int | None = None,
+        minimum_share: float = 0.5,
+    ) -> np.ndarray:
+        """Which patch tokens of a region are tissue: the model's `patch_mask`.
+
+        Args:
+            slide: the slide of this mask.
+            patch_size: pixels per patch token side, at `mpp`.
+            mpp: resolution of the region; None for level 0.
+            x: left edge of the region, level-0 pixels.
+            y: top edge of the region, level-0 pixels.
+            width: output pixels at `mpp`; None for all that is right of `x`.
+            height: output pixels at `mpp`; None for all that is below `y`.
+            minimum_share: a token is tissue when at least this share of its area is (and some of it, where 0).
+
+        Returns:
+            `np.ndarray` of shape (ceil(height / patch_size), ceil(width / patch_size)), bool. Tokens that reach over
+            the region's edge are counted whole, as the image processor pads them.
+        """
+        scale = slide.scale(mpp)
+        sides = []
+        for start, size, slide_side, step in zip((x, y), (width, height), slide.dimensions, scale, strict=True):
+            pixels = (slide_side - start) / step - 1e-6 if size is None else size
+            sides.append(-(-pixels // patch_size))
+        columns, rows = (int(side) for side in sides)
+        token = tuple(patch_size * step for step in scale)  # (width, height) in level-0 pixels
+        edges_x = (x + token[0] * np.arange(columns + 1)) / self.scale[0]
+        edges_y = (y + token[1] * np.arange(rows + 1)) / self.scale[1]
+        token_area = token[0] / self.scale[0] * token[1] / self.scale[1]
+        share = self._areas(edges_x, edges_y) / token_area
+        return share >= minimum_share if minimum_share > 0 else share > 1e-9
+
+    def _areas(self, edges_x: np.ndarray, edges_y: np.ndarray) -> np.ndarray:
+        """Tissue area, in mask pixels, between neighbouring edges: (len(edges_y) - 1, len(edges_x) - 1)."""
+        cumulative = np.zeros((self.mask.shape[0] + 1, self.mask.shape[1] + 1))
+        cumulative[1:, 1:] = self.mask.cumsum(0, dtype=np.int64).cumsum(1)
+        for axis, edges in ((0, edges_y), (1, edges_x)):
+            position = edges.clip(0, self.mask.shape[axis])
+            below = np.minimum(position.astype(np.int64), self.mask.shape[axis] - 1)
+            part = np.expand_dims(position - below, 1 - axis)
+            cumulative = cumulative.take(below, axis) * (1 - part) + cumulative.take(below + 1, axis) * part
+        return np.diff(np.diff(cumulative, axis=0), axis=1)
+
+
+def find_tissue(
+    slide: Slide,
+    mask_file: str | os.PathLike[str] | None = None,
+    margin: float = 24.0,
+    smallest_piece: float = 10_000.0,
+    largest_hole: float = 50_000.0,
+    remove_pen: bool = True,
+) -> TissueMask:
+    """Finds the slide's tissue, or takes it from `mask_file`.
+
+    On an overview of 8 micrometres per pixel (at most 4096 pixels long) a pixel is tissue where its saturation exceeds
+    Otsu's threshold, kept between 0.06 and 0.15 so that a blank slide has no tissue and one without background is all
+    tissue. White is never tissue, so neither are the stitching borders of a scanner. Pixels darker than value 0.2
+    (black pen, unscanned glass) and, with `remove_pen`, green and strongly blue ones are not tissue; red and brown pen
+    resemble stains and are kept: mask such slides by hand. Pieces and holes are then cleaned up and a margin is added.
+
+    Args:
+        slide: its mpp must be known.
+        mask_file: instead of all this, an image of the slide's aspect ratio (zero is background; a JPEG counts from
+            128), or GeoJSON polygons in level-0 pixels as QuPath exports them. It is taken as it is. "all" takes the
+            whole slide (for images that were cut out of tissue).
+        margin: micrometres added around the tissue.
+        smallest_piece: square micrometres; smaller specks are dropped. On small images 0.5 % of the area, if less.
+        largest_hole: square micrometres; holes up to this size are filled, unless they reach the image's edge.
+        remove_pen: set False for green or bright blue stains.
+
+    Raises:
+        SlideError: no tissue at all, an unusable mask file, or an unknown mpp.
+        ImportError: scikit-image is missing; the message gives the install command.
+    """
+    if mask_file == "all":
+        return TissueMask.everywhere(slide)
+    if mask_file is not None:
+        tissue = _read_mask(Path(mask_file), slide)
+        if not tissue.mask.any():
+            raise SlideError(f"the tissue mask {mask_file} marks nothing of {slide.path}: check that it belongs to it.")
+        return tissue
+    overview = _overview(slide)
+    mask = _stained(overview, remove_pen)
+    scale = slide.dimensions[0] / overview.shape[1]
+    pixel_side = slide.mpp * scale  # micrometres
+    pixel_area = pixel_side**2
+    mask = ~_without_small(~mask, largest_hole / pixel_area, keep_at_edge=True)
+    mask = _without_small(mask, min(smallest_piece / pixel_area, 0.005 * mask.size))
+    if not mask.any():
+        raise SlideError(
+            f"{slide.path}: no tissue was found. If there is some (very pale, or in the colour of a pen), mark it by "
+            "hand and pass --tissue-mask FILE (an image or GeoJSON polygons), or take everything: --tissue-mask all."
+        )
+    mask = require("skimage.morphology").isotropic_dilation(mask, margin / pixel_side)
+    return TissueMask.of_mask(mask, slide)
+
+
+def _overview(slide: Slide) -> np.ndarray:
+    longest = max(slide.dimensions)
+    return slide.thumbnail(min(_OVERVIEW_MAX_SIDE, max(1, round(longest * slide.mpp / _OVERVIEW_MPP))))
+
+
+def _stained(overview: np.ndarray, remove_pen: bool) -> np.ndarray:
+    filters = require("skimage.filters")
+    brightest = overview.max(-1).astype(np.float32)
+    saturation = (brightest - overview.min(-1)) / np.maximum(brightest, 1)
+    lowest, highest = _SATURATION_THRESHOLDS
+    # A single saturation has no threshold between two classes.
+    threshold = filters.threshold_otsu(saturation) if np.ptp(saturation) > 0 else highest
+    mask = (saturation > np.clip(threshold, lowest, highest)) & (brightest >= 255 * _DARKEST_TISSUE)
+    return mask & ~_pen(overview, saturation) if remove_pen else mask
+
+
+def _pen(overview: np.ndarray, saturation: np.ndarray) -> np.ndarray:
+    color = require("skimage.color")
+    coloured = saturation > _SATURATION_THRESHOLDS[0]
+    hue = np.full(saturation.shape, -1.0, dtype=np.float32)
+    hue[coloured] = color.rgb2hsv(overview[coloured])[..., 0]
+    green = (hue > _GREEN_PEN[0]) & (hue < _GREEN_PEN[1])
+    blue = (hue > _BLUE_PEN[0]) & (hue < _BLUE_PEN[1]) & (saturation > _BLUE_PEN_SATURATION)
+    # The pale rim of a stroke is no longer saturated enough to be told from a stain.
+    return require("skimage.morphology").isotropic_dilation(green | blue, 2)
+
+
+def _without_small(mask: np.ndarray, smallest: float, keep_at_edge: bool = False) -> np.ndarray:
+    """`mask` without its connected pieces of fewer than `smallest` pixels."""
+    pieces = require("skimage.measure").label(mask, connectivity=1)
+    kept = np.bincount(pieces.ravel()) >= smallest
+    if keep_at_edge:
+        kept[np.concatenate([pieces[0], pieces[-1], pieces[:, 0], pieces[:, -1]])] = True
+    kept[0] = False  # the label of what is not in the mask
+    return kept[pieces]
+
+
+def _read_mask(path: Path, slide: Slide) -> TissueMask:
+    if path.suffix.lower() in (".geojson", ".json"):
+        return _read_polygons(path, slide)
+    try:
+        with Image.open(path) as image:
+            lossy = image.format == "JPEG"
+            pixels = np.asarray(image.convert("RGB") if image.mode in ("P", "RGBA", "CMYK", "YCbCr") else image)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise SlideError(
+            f"the tissue mask {path} cannot be read ({error}): it is an image or GeoJSON. Any size with the slide's "
+            "aspect ratio works; a side of 4096 pixels is plenty."
+        ) from error
+    pixels = pixels.max(-1) if pixels.ndim == 3 else pixels
+    width, height = slide.dimensions
+    if abs((pixels.shape[1] / pixels.shape[0]) / (width / height) - 1) > _ASPECT_TOLERANCE:
+        raise SlideError(
+            f"the tissue mask {path} is {pixels.shape[1]} x {pixels.shape[0]}, which is not the shape of {slide.path} "
+            f"({width} x {height}): it must cover the whole slide, at any resolution."
+        )
+    return TissueMask.of_mask(pixels >= 128 if lossy else pixels > 0, slide)
+
+
+def _read_polygons(path: Path, slide: Slide) -> TissueMask:
+    draw = require("skimage.draw")
+    try:
+        polygons = list(_polygons(json.loads(path.read_text(encoding="utf-8"))))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SlideError(f"the tissue mask {path} is no GeoJSON of polygons ({error!r}).") from error
+    longest = max(slide.dimensions)
+    scale = longest / min(_OVERVIEW_MAX_SIDE, max(1, round(longest * slide.mpp / _OVERVIEW_MPP)))
+    width, height = (max(1, round(side / scale)) for side in slide.dimensions)
+    tissue = TissueMask.of_mask(np.zeros((height, width), dtype=bool), slide)
+    for rings in polygons:
+        inside = np.zeros_like(tissue.mask)
+        for number, ring in enumerate(rings):  # the outline, then its holes
+            columns, rows = (ring / tissue.scale - 0.5).T  # pixel centres are whole numbers there
+            inside[draw.polygon(rows, columns, inside.shape)] = number == 0
+        tissue.mask[inside] = True
+    return tissue
+
+
+def _polygons(content: Any) -> Iterator[list[np.ndarray]]:
+    """Every polygon in a GeoJSON collection, list, feature or geometry: its rings, each (points, 2) as x, y."""
+    if isinstance(content, list):
+        for part in content:
+            yield from _polygons(part)
+    elif content["type"] == "FeatureCollection":
+        yield from _polygons(content["features"])
+    elif content["type"] == "GeometryCollection":
+        yield from _polygons(content["geometries"])
+    elif content["type"] == "Feature":
+        yield from _polygons(content["geometry"])
+    elif content["type"] in ("Polygon", "MultiPolygon"):
+        parts = content["coordinates"] if content["type"] == "MultiPolygon" else [content["coordinates"]]
+        for rings in parts:
+            yield [np.asarray(ring, dtype=float)[:, :2] for ring in rings]
