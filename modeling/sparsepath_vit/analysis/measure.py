@@ -1,0 +1,111 @@
+# Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
+"""Time and peak memory of a piece of work, and the machine they were measured on."""
+
+import platform
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+import transformers
+
+from ..version import __version__
+
+SAMPLING_INTERVAL_SECONDS = 0.005
+
+
+@dataclass
+class Measurement:
+    """Filled in when the measured block ends.
+
+    Attributes:
+        seconds: wall time.
+        peak_bytes: on CUDA the allocator's peak, otherwise the process's largest resident size, weights included.
+    """
+
+    seconds: float = 0.0
+    peak_bytes: int = 0
+
+
+@contextmanager
+def measured(device: torch.device | str = "cpu") -> Iterator[Measurement]:
+    """Measures the enclosed block; resident memory is sampled every few milliseconds.
+
+    Args:
+        device: where the work runs.
+    """
+    device = torch.device(device)
+    result = Measurement()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        yield result
+        torch.cuda.synchronize(device)
+        result.seconds = time.perf_counter() - start
+        result.peak_bytes = torch.cuda.max_memory_allocated(device)
+        return
+    process, finished = psutil.Process(), threading.Event()
+    result.peak_bytes = process.memory_info().rss
+
+    def sample() -> None:
+        while not finished.wait(SAMPLING_INTERVAL_SECONDS):
+            result.peak_bytes = max(result.peak_bytes, process.memory_info().rss)
+
+    sampler = threading.Thread(target=sample, daemon=True)
+    sampler.start()
+    start = time.perf_counter()
+    try:
+        yield result
+    finally:
+        result.seconds = time.perf_counter() - start
+        finished.set()
+        sampler.join()
+
+
+def describe_run(device: torch.device | str = "cpu") -> dict[str, str]:
+    """Commit, versions and machine, as every recorded measurement carries them."""
+    device = torch.device(device)
+    return {
+        "commit": _commit(),
+        "sparsepath_vit": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "threads": str(torch.get_num_threads()),
+    }
+
+
+def _commit() -> str:
+    """The checkout's commit, marked where the tree differs from it; "unknown" outside a checkout."""
+    folder = Path(__file__).parent
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=10"],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return described.stdout.strip()
+
+
+def _processor() -> str:
+    """Model name of the processor, with its matrix instructions where the system says."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    fields = dict(line.split(":", 1) for line in lines if ":" in line)
+    fields = {name.strip(): value.strip() for name, value in fields.items()}
+    flags = fields.get("flags", "").split()
+    features = [flag for flag in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if flag in flags]
+    return f"{fields.get('model name', platform.machine())} ({features[0] if features else 'no AVX'})"
