@@ -146,7 +146,8 @@ class SparsePathViTModel(SparsePathViTPreTrainedModel):
 
     def _pool(self, last_hidden_state: torch.Tensor, grid: TokenGrid) -> torch.Tensor:
         """(batch, G + K, hidden_size) -> (batch, pooled_size)."""
-        cls_token = last_hidden_state[:, 0]
+        # A copy: a view would keep all tokens alive as long as somebody holds the pooled features.
+        cls_token = last_hidden_state[:, 0].clone()
         if self.config.pooling == "cls":
             return cls_token
         counts = torch.tensor(grid.counts, device=cls_token.device)[:, None]

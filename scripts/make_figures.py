@@ -1,0 +1,31 @@
+#!/usr/bin/env python
+# Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
+"""Draws the pictures of README and model card into model_card/figures.
+
+Examples:
+    python scripts/make_figures.py
+    python scripts/make_figures.py --output_dir /tmp/figures
+"""
+
+import argparse
+import logging
+from pathlib import Path
+
+from sparsepath_vit.analysis.figures import block_pattern_figure, save_image
+
+logger = logging.getLogger("make_figures")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, default=Path("model_card/figures"))
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    arguments.output_dir.mkdir(parents=True, exist_ok=True)
+    path = arguments.output_dir / "block_pattern.png"
+    save_image(block_pattern_figure(), path)
+    logger.info("wrote %s", path)
+
+
+if __name__ == "__main__":
+    main()
