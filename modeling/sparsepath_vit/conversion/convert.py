@@ -1,0 +1,280 @@
+# Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
+"""A foundation model's checkpoint -> a SparsePathViT folder for `from_pretrained`."""
+
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from tqdm import tqdm
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from transformers.utils import logging
+
+from ..configuration_sparsepath_vit import SparsePathViTConfig
+from ..image_processing_sparsepath_vit import SparsePathViTImageProcessor
+from ..remote_code import export_remote_code
+from .architectures import Architecture
+from .architectures import architecture as find_architecture
+from .mapping import MappingPlan, check_parameters, infer_structure, plan_mapping
+from .model_card import write_model_card
+from .source_config import read_source_config, read_source_normalisation
+from .sources import CheckpointSource, open_source
+
+logger = logging.get_logger(__name__)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+WEIGHTS_FILE = "model.safetensors"
+# A known model is the same network whether its file stores a position embedding for CLS or has it added to the token,
+# and at whatever grid its position embeddings are stored: here the tensors decide.
+_FIELDS_OF_THE_FILE = ("num_prefix_position_embeddings", "image_size")
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """What a conversion did.
+
+    Args:
+        source: the Hub id, or the name of the file or folder.
+        output_dir: the new folder.
+        known: the known model, if it is one.
+        config: the configuration that was written.
+        num_parameters: number of weights.
+        dtype: their type.
+        ignored: source tensors that the backbone has no use for -> why.
+    """
+
+    source: str
+    output_dir: Path
+    known: Architecture | None
+    config: SparsePathViTConfig
+    num_parameters: int
+    dtype: torch.dtype
+    ignored: dict[str, str]
+
+    def __str__(self) -> str:
+        name = "unknown model" if self.known is None else self.known.title
+        lines = [
+            f"{self.source} ({name}) -> {self.output_dir}",
+            f"  {self.num_parameters:,} parameters in {str(self.dtype).removeprefix('torch.')}, "
+            f"{self.config.num_hidden_layers} layers of width {self.config.hidden_size}",
+        ]
+        lines += [f"  not used: {tensor} ({reason})" for tensor, reason in self.ignored.items()]
+        return "\n".join(lines)
+
+
+def convert_checkpoint(
+    source: str | Path,
+    output_dir: str | Path,
+    *,
+    architecture: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    image_mean: tuple[float, ...] | None = None,
+    image_std: tuple[float, ...] | None = None,
+    overwrite: bool = False,
+    **config_overrides: Any,
+) -> ConversionReport:
+    """Converts a timm, DINOv2 or Transformers vision transformer into a SparsePathViT folder.
+
+    The weights are renamed (and query, key and value stacked where they come apart), never changed. Shapes are read
+    from the tensors; the head count and what else they do not say comes from `config_overrides`, the table of known
+    models, or the source's `config.json`, in this order. Every tensor is used exactly once and every parameter set
+    exactly once. The output holds config.json, model.safetensors, preprocessor_config.json, README.md (a model card
+    with source and licence) and the model's source files for `trust_remote_code=True`. It appears whole or not at all.
+
+    Args:
+        source: a `.safetensors`, `.bin`, `.pth` or `.pt` file, a folder with one (sharded safetensors included), a
+            Hub id, or the name of a known model. Pickles are read with `weights_only=True`.
+        output_dir: the new folder; must not exist, or be empty.
+        architecture: a name of the table of known models; needed for a local file of such a model.
+        dtype: `"float32"`, `"bfloat16"`, `"float16"`, or `None` to keep the source's.
+        image_mean: channel means of the normalisation, where the table does not know them.
+        image_std: channel standard deviations, likewise.
+        overwrite: replace an earlier conversion in `output_dir`.
+        **config_overrides: fields of `SparsePathViTConfig`, for example `num_attention_heads=12` or `window_size=None`.
+
+    Returns:
+        `ConversionReport`: what was converted and which tensors were left out.
+
+    Raises:
+        ValueError: the source cannot be read or is refused, its tensors do not fit, a field contradicts them, the
+            architecture is unknown, or `output_dir` is in use. The message lists names and says what to do.
+        OSError: the Hub cannot be reached or refuses access; the message says how to authenticate.
+
+    Example:
+    ```python
+    >>> from sparsepath_vit.conversion import convert_checkpoint
+
+    >>> report = convert_checkpoint("pytorch_model.bin", "uni2-h-sparse", architecture="uni2-h", prune_ratio=0.6)
+    ```
+    """
+    output_dir = Path(output_dir).expanduser()
+    _check_output(output_dir, Path(source).expanduser(), overwrite)
+    wanted_dtype = _parse_dtype(dtype)
+    known = None if architecture is None else find_architecture(architecture)
+    opened = open_source(source, known)
+    known = _agree_on_architecture(known, opened)
+    plan = plan_mapping(opened.shapes)
+    config = build_config(opened, plan, known, config_overrides)
+    check_parameters(plan, config)
+    processor = _image_processor(opened, known, config, image_mean, image_std)
+
+    with _folder_when_complete(output_dir) as folder:
+        state = _read_parameters(opened, plan, wanted_dtype)
+        save_file(state, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        config.architectures = ["SparsePathViTModel"]
+        config.dtype = state["embeddings.patch_embeddings.projection.weight"].dtype
+        report = ConversionReport(
+            source=opened.label,
+            output_dir=output_dir,
+            known=known,
+            config=config,
+            num_parameters=sum(tensor.numel() for tensor in state.values()),
+            dtype=config.dtype,
+            ignored=plan.ignored,
+        )
+        config.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        export_remote_code(folder)
+        write_model_card(folder, report.source, known, config, processor, plan.ignored)
+    return report
+
+
+def build_config(
+    opened: CheckpointSource, plan: MappingPlan, known: Architecture | None, overrides: dict[str, Any]
+) -> SparsePathViTConfig:
+    """The configuration of a checkpoint.
+
+    Args:
+        opened: the checkpoint.
+        plan: the mapping of its tensors.
+        known: the known model, if it is one.
+        overrides: fields that the caller sets.
+
+    Raises:
+        ValueError: a field is unknown, contradicts the tensors, or the head count is known from nowhere.
+    """
+    possible = {field.name for field in fields(SparsePathViTConfig)}
+    unknown = sorted(set(overrides) - possible)
+    if unknown:
+        raise ValueError(f"{', '.join(unknown)}: no such field of SparsePathViTConfig.")
+    structure = infer_structure(plan, overrides.get("num_prefix_position_embeddings"))
+    if known is not None:
+        theirs = {name: value for name, value in known.config.items() if name not in _FIELDS_OF_THE_FILE}
+        _refuse_contradictions(structure, theirs, f"architecture={known.name!r} says", "Leave the architecture out.")
+    _refuse_contradictions(structure, overrides, "the argument says", "Leave it out.")
+    known_fields = {} if known is None else {k: v for k, v in known.config.items() if k not in structure}
+    source_fields = {} if known is not None else read_source_config(opened, plan, structure)
+    values = {**structure, **source_fields, **known_fields, **overrides}
+    if "num_attention_heads" not in values:
+        raise ValueError(
+            f"The head count of {opened.label} is not known: tensors do not say it. Pass architecture=... (`sparsepath "
+            "models` lists the known ones), num_attention_heads=..., or put the model's config.json beside the weights."
+        )
+    return SparsePathViTConfig(**values)
+
+
+def _refuse_contradictions(structure: dict[str, Any], values: dict[str, Any], who: str, remedy: str) -> None:
+    wrong = [
+        f"{name}: the tensors say {structure[name]!r}, {who} {values[name]!r}"
+        for name in structure
+        if name in values and values[name] != structure[name]
+    ]
+    if wrong:
+        raise ValueError(f"The checkpoint is a different model. {'; '.join(wrong)}. {remedy}")
+
+
+def _agree_on_architecture(known: Architecture | None, opened: CheckpointSource) -> Architecture | None:
+    if known is not None and opened.known is not None and known != opened.known:
+        raise ValueError(
+            f"architecture={known.name!r} does not fit {opened.label}, which is {opened.known.name!r}: leave it out."
+        )
+    return known or opened.known
+
+
+def _parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    if dtype is None or dtype in DTYPES.values():
+        return dtype
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r} is not possible: choose {', '.join(DTYPES)}, or None to keep the source's.")
+    return DTYPES[dtype]
+
+
+def _image_processor(
+    opened: CheckpointSource,
+    known: Architecture | None,
+    config: SparsePathViTConfig,
+    image_mean: tuple[float, ...] | None,
+    image_std: tuple[float, ...] | None,
+) -> SparsePathViTImageProcessor:
+    """The processor with the source's normalisation."""
+    mean, std = (known.image_mean, known.image_std) if known is not None else read_source_normalisation(opened)
+    mean, std = image_mean or mean, image_std or std
+    if mean is None or std is None:
+        logger.warning(
+            f"The normalisation of {opened.label} is not known; the ImageNet mean and standard deviation are written. "
+            "Pass image_mean and image_std if it was trained with others."
+        )
+        mean, std = mean or IMAGENET_DEFAULT_MEAN, std or IMAGENET_DEFAULT_STD
+    return SparsePathViTImageProcessor(image_mean=list(mean), image_std=list(std), patch_size=config.patch_size)
+
+
+def _read_parameters(opened: CheckpointSource, plan: MappingPlan, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
+    """Every parameter of the model; those that need no change stay in the source file's memory mapping."""
+    state = {}
+    for target, names in tqdm(plan.sources.items(), desc="converting", unit="tensor", leave=False):
+        tensors = [opened.tensors.pop(name).read() for name in names]
+        stacked = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+        if not stacked.is_floating_point():
+            raise ValueError(
+                f"{', '.join(names)} is {stacked.dtype}: quantised weights cannot be converted. Take the original ones."
+            )
+        state[target] = (stacked if dtype is None else stacked.to(dtype)).contiguous()
+    return state
+
+
+def _check_output(output_dir: Path, source: Path, overwrite: bool) -> None:
+    if not output_dir.exists():
+        return
+    if not output_dir.is_dir():
+        raise ValueError(f"output_dir={output_dir.name!r} is a file: name a folder.")
+    if source.exists() and output_dir.resolve() in (source.resolve(), *source.resolve().parents):
+        raise ValueError(f"output_dir={output_dir.name!r} holds the source: name another folder.")
+    if not any(output_dir.iterdir()):
+        return
+    if not overwrite:
+        raise ValueError(
+            f"output_dir={output_dir.name!r} exists and is not empty: name another, or pass overwrite=True."
+        )
+    if not (output_dir / "config.json").is_file() or not (output_dir / WEIGHTS_FILE).is_file():
+        raise ValueError(
+            f"output_dir={output_dir.name!r} is no earlier conversion (no config.json with {WEIGHTS_FILE}), so it is "
+            "not overwritten: empty it yourself or name another."
+        )
+
+
+@contextmanager
+def _folder_when_complete(output_dir: Path) -> Iterator[Path]:
+    """A temporary folder beside `output_dir` that takes its place when the block ends without an error."""
+    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    token = uuid.uuid4().hex[:8]
+    folder = output_dir.parent / f".{output_dir.name}.{token}.partial"
+    replaced = output_dir.parent / f".{output_dir.name}.{token}.replaced"
+    folder.mkdir()
+    try:
+        yield folder
+        if output_dir.exists():
+            output_dir.rename(replaced)
+        try:
+            folder.rename(output_dir)
+        except OSError:
+            if replaced.exists():
+                replaced.rename(output_dir)
+            raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)

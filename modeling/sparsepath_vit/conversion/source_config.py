@@ -1,0 +1,89 @@
+# Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
+"""What the config.json beside an unknown model's weights says that its tensors do not."""
+
+from typing import Any
+
+import torch
+
+from .mapping import MappingPlan
+from .sources import CheckpointSource
+
+# The published default of each naming, used where no config.json says otherwise.
+TIMM_LAYER_NORM_EPS = 1e-6
+DINOV2_LAYER_NORM_EPS = 1e-6
+TRANSFORMERS_VIT_LAYER_NORM_EPS = 1e-12
+
+Normalisation = tuple[tuple[float, ...] | None, tuple[float, ...] | None]
+
+
+def read_source_config(opened: CheckpointSource, plan: MappingPlan, structure: dict[str, Any]) -> dict[str, Any]:
+    """Head count, LayerNorm epsilon and pooling of a model that the table does not know.
+
+    Args:
+        opened: the checkpoint with its config.json, timm style (`model_args`) or Transformers style.
+        plan: the mapping of its tensors.
+        structure: the fields read from the shapes.
+
+    Returns:
+        `dict[str, Any]`: fields of `SparsePathViTConfig`; without `num_attention_heads` where nothing says it.
+
+    Raises:
+        ValueError: the activation is not the exact GELU, or SiLU in a gated MLP.
+    """
+    if plan.style == "timm":
+        return _read_timm_config(opened.config, structure)
+    config = opened.config
+    # Transformers' Dinov2 configs keep hidden_act="gelu" beside a SwiGLU MLP, which does not use it.
+    if structure["mlp_type"] == "gelu":
+        _check_activation(config.get("hidden_act"), "gelu")
+    default_eps = DINOV2_LAYER_NORM_EPS if structure["use_layerscale"] else TRANSFORMERS_VIT_LAYER_NORM_EPS
+    values = {"layer_norm_eps": float(config.get("layer_norm_eps", default_eps))}
+    if "num_attention_heads" in config:
+        values["num_attention_heads"] = config["num_attention_heads"]
+    return values
+
+
+def _read_timm_config(config: dict[str, Any], structure: dict[str, Any]) -> dict[str, Any]:
+    arguments = config.get("model_args", {})
+    _check_activation(arguments.get("act_layer"), structure["mlp_type"])
+    values: dict[str, Any] = {"layer_norm_eps": TIMM_LAYER_NORM_EPS}
+    heads = arguments.get("num_heads") or _heads_of_timm_model(config.get("architecture"))
+    if heads is not None:
+        values["num_attention_heads"] = heads
+    return values
+
+
+def _heads_of_timm_model(name: str | None) -> int | None:
+    """Heads of a model of timm's registry, where timm is installed and knows it; nothing is allocated."""
+    try:
+        import timm
+    except ImportError:
+        return None
+    if name is None or not timm.is_model(name):
+        return None
+    with torch.device("meta"):
+        blocks = getattr(timm.create_model(name, pretrained=False), "blocks", None)
+    return None if blocks is None else blocks[0].attn.num_heads
+
+
+def _check_activation(name: str | None, mlp_type: str) -> None:
+    if name is not None and name.lower() != ("gelu" if mlp_type == "gelu" else "silu"):
+        raise ValueError(
+            f"The source's activation {name!r} is not supported in a {mlp_type} MLP: SparsePathViT computes the exact "
+            "GELU, or SiLU in a gated MLP, and would give other numbers."
+        )
+
+
+def read_source_normalisation(opened: CheckpointSource) -> Normalisation:
+    """Channel means and standard deviations, from preprocessor_config.json or timm's `pretrained_cfg`.
+
+    Args:
+        opened: the checkpoint with its JSON files.
+
+    Returns:
+        `tuple`: (mean, std); `None` for what is not stated.
+    """
+    timm_fields = opened.config.get("pretrained_cfg", {})
+    mean = opened.preprocessor.get("image_mean") or timm_fields.get("mean")
+    std = opened.preprocessor.get("image_std") or timm_fields.get("std")
+    return (None if mean is None else tuple(mean), None if std is None else tuple(std))

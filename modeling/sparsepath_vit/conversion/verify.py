@@ -1,0 +1,259 @@
+# Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
+"""Runs the source model in timm or Transformers beside the converted one and compares their outputs."""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+from transformers import (
+    Dinov2Config,
+    Dinov2Model,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
+    PreTrainedConfig,
+    PreTrainedModel,
+    ViTConfig,
+    ViTModel,
+)
+
+from ..configuration_sparsepath_vit import SparsePathViTConfig
+from ..modeling_sparsepath_vit import SparsePathViTModel
+from .architectures import architecture as find_architecture
+from .mapping import MappingPlan, plan_mapping
+from .sources import CheckpointSource, open_source
+
+# Grids of patch tokens that are compared besides the native one: at patch 14 these are 224, 448 and 196 x 350 px.
+DEFAULT_GRIDS = ((16, 16), (32, 32), (14, 25))
+RESAMPLING_NOTE = "position embeddings resampled differently (here as in timm, not as in Transformers)"
+
+Peer = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How far the converted model is from its source on one image size.
+
+    Args:
+        height: of the image in pixels.
+        width: likewise.
+        peer: `"timm"` or `"transformers"`.
+        pattern: `"dense"`, or `"w = N"` for block-local attention with blocks of N x N tokens.
+        max_abs_error: largest absolute difference over all tokens of `last_hidden_state`, in float32.
+        scale: root mean square of the source's output.
+        note: why they differ, where they must; empty otherwise.
+    """
+
+    height: int
+    width: int
+    peer: str
+    pattern: str
+    max_abs_error: float
+    scale: float
+    note: str = ""
+
+    @property
+    def relative_error(self) -> float:
+        """`max_abs_error` over `scale`."""
+        return self.max_abs_error / self.scale
+
+    def __str__(self) -> str:
+        text = f"{self.height} x {self.width} px, {self.pattern}: {self.relative_error:.1e} of the output's scale"
+        return f"{text} ({self.max_abs_error:.1e} absolute, against {self.peer}){'; ' + self.note if self.note else ''}"
+
+
+@torch.inference_mode()
+def verify_conversion(
+    source: str | Path,
+    converted: str | Path,
+    *,
+    architecture: str | None = None,
+    sizes: Sequence[tuple[int, int]] | None = None,
+) -> list[Parity]:
+    """Compares a converted model with its source on random images, in float32 on the CPU.
+
+    Dense attention (`window_size=None`) and no pruning at every size; where the blocks' neighbourhoods cover a size's
+    whole grid also the attention pattern that was converted, which then must give the same numbers. Transformers
+    sources agree at their native size; elsewhere Transformers resamples position embeddings differently, and the
+    difference that is reported says how much that matters.
+
+    Args:
+        source: what was converted, as for `convert_checkpoint`.
+        converted: the folder that was written.
+        architecture: as for `convert_checkpoint`; only needed where it says which file of a folder was converted.
+        sizes: (height, width) in pixels, multiples of the patch size; by default the native size and about 224, 448
+            and 196 x 350 px.
+
+    Returns:
+        `list[Parity]`: one per size and attention pattern.
+
+    Raises:
+        ValueError: there is no peer for this form, or a size is no multiple of the patch size.
+        ImportError: the source is timm style and timm is not installed.
+    """
+    opened = open_source(source, None if architecture is None else find_architecture(architecture))
+    plan = plan_mapping(opened.shapes)
+    model = SparsePathViTModel.from_pretrained(converted, dtype=torch.float32).eval()
+    config = model.config
+    window_size, prune_ratio = config.window_size, config.prune_ratio
+    sizes = sizes or _default_sizes(config)
+    _check_sizes(sizes, config.patch_size)
+    peer = _timm_peer(opened, plan, config) if plan.style == "timm" else _transformers_peer(opened, plan, config)
+    peer_name = "timm" if plan.style == "timm" else "transformers"
+
+    results = []
+    generator = torch.Generator().manual_seed(0)
+    config.prune_ratio = 0.0
+    for height, width in tqdm(sizes, desc="verifying", unit="size", leave=False):
+        pixel_values = torch.randn(1, config.num_channels, height, width, generator=generator)
+        wanted = peer(pixel_values)
+        windows = [None]
+        if window_size is not None and _covers(height, width, window_size, config):
+            windows.append(window_size)
+        for window in windows:
+            config.window_size = window
+            found = model(pixel_values).last_hidden_state
+            native = (height, width) == (config.image_size, config.image_size)
+            results.append(
+                Parity(
+                    height=height,
+                    width=width,
+                    peer=peer_name,
+                    pattern="dense" if window is None else f"w = {window}",
+                    max_abs_error=(found - wanted).abs().max().item(),
+                    scale=wanted.square().mean().sqrt().item(),
+                    note="" if native or plan.style == "timm" else RESAMPLING_NOTE,
+                )
+            )
+    config.window_size, config.prune_ratio = window_size, prune_ratio
+    return results
+
+
+def _default_sizes(config: SparsePathViTConfig) -> list[tuple[int, int]]:
+    native = config.image_size // config.patch_size
+    grids = dict.fromkeys(((native, native), *DEFAULT_GRIDS))
+    return [(rows * config.patch_size, columns * config.patch_size) for rows, columns in grids]
+
+
+def _check_sizes(sizes: Sequence[tuple[int, int]], patch_size: int) -> None:
+    wrong = [f"{height} x {width}" for height, width in sizes if height % patch_size or width % patch_size]
+    if wrong:
+        raise ValueError(f"sizes: {', '.join(wrong)} px are no multiples of the patch size {patch_size}.")
+
+
+def _covers(height: int, width: int, window_size: int, config: SparsePathViTConfig) -> bool:
+    """Whether every block is a neighbour of every other, so that the pattern equals dense attention."""
+    side = max(height, width) // config.patch_size
+    return -(-side // window_size) <= config.neighbor_radius + 1
+
+
+def _state_of(opened: CheckpointSource, plan: MappingPlan) -> dict[str, torch.Tensor]:
+    """The source's own tensors under their own names, without prefix and ignored ones, in float32."""
+    used = [name for names in plan.sources.values() for name in names]
+    return {name.removeprefix(plan.prefix): opened.tensors[name].read().float() for name in used}
+
+
+def _timm_peer(opened: CheckpointSource, plan: MappingPlan, config: SparsePathViTConfig) -> Peer:
+    """The source network in timm, loaded strictly by timm's own rules."""
+    try:
+        from timm.layers import LayerNorm, SwiGLUPacked
+        from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+    except ImportError as error:
+        raise ImportError("Verifying a timm or DINOv2 checkpoint needs timm: pip install timm.") from error
+    state = _state_of(opened, plan)
+    is_dinov2_form = config.num_register_tokens > 0 and config.num_prefix_position_embeddings == 1
+    gated = config.mlp_type == "swiglu"
+    # timm takes the width of the MLP as a ratio that it truncates; half a row keeps rounding from losing one.
+    rows = config.intermediate_size * (2 if gated else 1)
+    network = VisionTransformer(
+        img_size=config.image_size,
+        patch_size=config.patch_size,
+        in_chans=config.num_channels,
+        num_classes=0,
+        global_pool="",
+        embed_dim=config.hidden_size,
+        depth=config.num_hidden_layers,
+        num_heads=config.num_attention_heads,
+        mlp_ratio=(rows + 0.5) / config.hidden_size,
+        qkv_bias=config.qkv_bias,
+        init_values=1.0 if config.use_layerscale else None,
+        no_embed_class=config.num_prefix_position_embeddings == 0 or is_dinov2_form,
+        reg_tokens=config.num_register_tokens,
+        dynamic_img_size=True,
+        weight_init="skip",
+        norm_layer=partial(LayerNorm, eps=config.layer_norm_eps),
+        act_layer=nn.SiLU if gated else nn.GELU,
+        device=torch.device("meta"),
+        **({"mlp_layer": SwiGLUPacked} if gated else {}),
+    )
+    state = {re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", name): tensor for name, tensor in state.items()}
+    if is_dinov2_form or any(".mlp.w12." in name for name in state):
+        # timm recognises DINOv2's own form by its mask token, and folds the position of CLS into the token.
+        state = checkpoint_filter_fn({**state, "mask_token": torch.zeros(1)}, network)
+    differing = sorted(network.state_dict().keys() ^ state.keys())
+    if differing:
+        raise ValueError(
+            f"timm has no network of this form, so there is nothing to compare with: {len(differing)} tensors are "
+            f"only in one of them, {', '.join(differing[:10])}."
+        )
+    network.load_state_dict(state, strict=True, assign=True)
+    return network.eval()
+
+
+def _transformers_peer(opened: CheckpointSource, plan: MappingPlan, config: SparsePathViTConfig) -> Peer:
+    """The source network in Transformers, loaded by its own rules for names of older versions."""
+    state = _state_of(opened, plan)
+    is_vit = any(".layernorm_before." in name for name in state)
+    model_class, peer_config = _transformers_form(config, is_vit)
+    arguments = {"add_pooling_layer": False} if is_vit else {}
+    if not is_vit:  # a training parameter that published files may lack
+        state["embeddings.mask_token"] = torch.zeros(1, config.hidden_size)
+    network, loading = model_class.from_pretrained(
+        None, config=peer_config, state_dict=state, output_loading_info=True, dtype=torch.float32, **arguments
+    )
+    if loading["missing_keys"] or loading["unexpected_keys"] or loading["mismatched_keys"]:
+        raise ValueError(
+            f"{model_class.__name__} does not take this checkpoint, so there is nothing to compare with: missing "
+            f"{sorted(loading['missing_keys'])}, unexpected {sorted(loading['unexpected_keys'])}, misshapen "
+            f"{sorted(map(str, loading['mismatched_keys']))}."
+        )
+    network.eval()
+    forward_arguments = {"interpolate_pos_encoding": True} if is_vit else {}
+    return lambda pixel_values: network(pixel_values, **forward_arguments).last_hidden_state
+
+
+def _transformers_form(config: SparsePathViTConfig, is_vit: bool) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
+    """The class and configuration of Transformers for a form of ours."""
+    fields = {
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "layer_norm_eps": config.layer_norm_eps,
+        "image_size": config.image_size,
+        "patch_size": config.patch_size,
+        "num_channels": config.num_channels,
+        "qkv_bias": config.qkv_bias,
+        "hidden_act": "gelu",
+    }
+    if is_vit:
+        return ViTModel, ViTConfig(intermediate_size=config.intermediate_size, **fields)
+    # Dinov2 states the MLP by a whole ratio; its SwiGLU takes two thirds of that, rounded up to a multiple of 8.
+    ratios = {
+        "gelu": {ratio * config.hidden_size: ratio for ratio in range(1, 17)},
+        "swiglu": {(int(ratio * config.hidden_size * 2 / 3) + 7) // 8 * 8: ratio for ratio in range(1, 17)},
+    }
+    ratio = ratios[config.mlp_type].get(config.intermediate_size)
+    if ratio is None:
+        raise ValueError(
+            f"Transformers' Dinov2 has no {config.mlp_type} MLP of width {config.intermediate_size} at hidden size "
+            f"{config.hidden_size}, so there is nothing to compare with."
+        )
+    fields |= {"mlp_ratio": ratio, "use_swiglu_ffn": config.mlp_type == "swiglu"}
+    if config.num_register_tokens:
+        registers = {"num_register_tokens": config.num_register_tokens}
+        return Dinov2WithRegistersModel, Dinov2WithRegistersConfig(**fields, **registers)
+    return Dinov2Model, Dinov2Config(**fields)

@@ -1,0 +1,60 @@
+# Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
+import json
+
+import pytest
+from safetensors.torch import save_file
+from source_networks import SMALL_TRANSFORMERS, randomize, timm_network, transformers_network
+
+from sparsepath_vit.conversion import convert_checkpoint
+
+
+def convert_with(config, small_file, output, **overrides):
+    (small_file.parent / "config.json").write_text(json.dumps(config))
+    return convert_checkpoint(small_file, output, **overrides).config
+
+
+def test_heads_from_timm_model_args(small_file, tmp_path):
+    config = convert_with({"architecture": "unheard_of", "model_args": {"num_heads": 6}}, small_file, tmp_path / "out")
+    assert (config.num_attention_heads, config.layer_norm_eps) == (6, 1e-6)
+
+
+def test_heads_from_timms_registry(tmp_path):
+    network = randomize(timm_network("kaiko-s16", depth=2))
+    save_file(network.state_dict(), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "vit_small_patch16_224", "model_args": {}}))
+    assert convert_checkpoint(tmp_path, tmp_path / "out").config.num_attention_heads == 6
+
+
+@pytest.mark.parametrize("architecture", [None, "no_such_model", "resnet18"])
+def test_timm_config_that_does_not_say_the_heads(small_file, tmp_path, architecture):
+    with pytest.raises(ValueError, match="head count"):
+        convert_with({"architecture": architecture}, small_file, tmp_path / "out")
+
+
+def test_transformers_config(tmp_path):
+    randomize(transformers_network("phikon", **SMALL_TRANSFORMERS, layer_norm_eps=1e-5)).save_pretrained(
+        tmp_path / "in"
+    )
+    config = convert_checkpoint(tmp_path / "in", tmp_path / "out").config
+    assert (config.num_attention_heads, config.layer_norm_eps, config.mlp_type) == (4, 1e-5, "gelu")
+
+
+@pytest.mark.parametrize(("name", "eps"), [("phikon", 1e-12), ("phikon-v2", 1e-6)])
+def test_epsilon_of_a_bare_transformers_file_is_the_published_default(tmp_path, name, eps):
+    randomize(transformers_network(name, **SMALL_TRANSFORMERS)).save_pretrained(tmp_path / "in")
+    (tmp_path / "in" / "config.json").unlink()
+    assert convert_checkpoint(tmp_path / "in", tmp_path / "out", num_attention_heads=4).config.layer_norm_eps == eps
+
+
+@pytest.mark.parametrize("activation", ["quick_gelu", "gelu_pytorch_tanh", "relu"])
+def test_other_activations_are_refused(tmp_path, activation):
+    network = transformers_network("phikon", **SMALL_TRANSFORMERS, hidden_act=activation)
+    randomize(network).save_pretrained(tmp_path / "in")
+    with pytest.raises(ValueError, match=f"activation '{activation}' is not supported in a gelu MLP"):
+        convert_checkpoint(tmp_path / "in", tmp_path / "out")
+
+
+def test_gate_with_gelu_is_refused(small_file, tmp_path):
+    """timm's GluMlp with GELU has the very shapes of SwiGLU."""
+    with pytest.raises(ValueError, match="activation 'gelu' is not supported in a swiglu MLP"):
+        convert_with({"model_args": {"num_heads": 4, "act_layer": "gelu"}}, small_file, tmp_path / "out")
