@@ -2,9 +2,11 @@
 """From pixels to tokens: patches, resampled position embeddings, CLS and register tokens, in the grid's order."""
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
+from transformers.utils.generic import maybe_autocast
 
 from .configuration_sparsepath_vit import SparsePathViTConfig
 from .token_grid import TokenGrid
@@ -57,6 +59,11 @@ class SparsePathViTPatchEmbeddings(nn.Module):
             raise ValueError(
                 f"pixel_values has shape {tuple(pixel_values.shape)}: it takes (batch, {self.num_channels}, height, "
                 "width). SparsePathViTImageProcessor converts images of any mode."
+            )
+        if not pixel_values.is_floating_point():
+            raise ValueError(
+                f"pixel_values is {pixel_values.dtype}: it takes normalised floating point numbers, not raw pixels. "
+                "SparsePathViTImageProcessor makes them."
             )
         height, width = pixel_values.shape[-2:]
         if height < self.patch_size or width < self.patch_size:
@@ -112,14 +119,16 @@ class SparsePathViTEmbeddings(nn.Module):
         self.patch_embeddings.check(pixel_values)
         batch, _, height, width = pixel_values.shape
         patch_size = self.config.patch_size
-        grid_sizes = [(height // patch_size, width // patch_size)] * batch
+        canvas = (height // patch_size, width // patch_size)
+        if patch_mask is not None and patch_mask.shape != (batch, *canvas):
+            raise ValueError(
+                f"patch_mask has shape {tuple(patch_mask.shape)}: it takes (batch, rows, columns) of the token grid, "
+                f"here {(batch, *canvas)}."
+            )
+        grid_sizes = [canvas] * batch
         if image_sizes is not None:
-            sizes = image_sizes.tolist() if isinstance(image_sizes, torch.Tensor) else image_sizes
-            if len(sizes) != batch or any(not (0 < rows <= height and 0 < cols <= width) for rows, cols in sizes):
-                raise ValueError(
-                    f"image_sizes is {sizes}: it takes one (height, width) per image, here {batch}, each within the "
-                    f"canvas of {height} x {width} px."
-                )
+            sizes = image_sizes.tolist() if isinstance(image_sizes, torch.Tensor) else list(image_sizes)
+            _check_image_sizes(sizes, batch, height, width)
             grid_sizes = [(-(-rows // patch_size), -(-columns // patch_size)) for rows, columns in sizes]
         return TokenGrid.create(
             grid_sizes,
@@ -143,7 +152,9 @@ class SparsePathViTEmbeddings(nn.Module):
         rows = pixel_values.shape[-2] // self.config.patch_size
         in_strips = rows > ROWS_PER_STRIP and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
         if in_strips and grid.batch_size == 1:
-            return self.embed_strips(pixel_values.split(ROWS_PER_STRIP * self.config.patch_size, dim=2), grid)
+            height, width = (side * self.config.patch_size for side in grid.grid_sizes[0])  # the canvas may be larger
+            strips = pixel_values[:, :, :height, :width].split(ROWS_PER_STRIP * self.config.patch_size, dim=2)
+            return self.embed_strips(strips, grid)
         patches = self.patch_embeddings(pixel_values)  # (batch, canvas rows, canvas columns, hidden_size)
         canvas_rows, canvas_columns = patches.shape[1:3]
         canvas_indices = (grid.images() * canvas_rows + grid.rows) * canvas_columns + grid.columns
@@ -155,11 +166,14 @@ class SparsePathViTEmbeddings(nn.Module):
 
         Args:
             strips: (1, channels, height, width) pixels from the top of the image down, each a whole number of patches
-                high.
+                high and as wide as the grid.
             grid: the present patch tokens of that one image.
 
         Returns:
             (1, G + N, hidden_size).
+
+        Raises:
+            ValueError: strips that do not fit the grid, or pixels the model would misread.
         """
         size = grid.grid_sizes[0]
         order = torch.argsort(grid.rows, stable=True)
@@ -169,10 +183,15 @@ class SparsePathViTEmbeddings(nn.Module):
         for strip in strips:
             self.patch_embeddings.check(strip)
             patches = self.patch_embeddings(strip)[0]  # (rows, columns, hidden_size)
+            if patches.shape[1] != size[1] or first_row + patches.shape[0] > size[0]:
+                raise ValueError(
+                    f"strips hold {patches.shape[1]} token columns and at least {first_row + patches.shape[0]} token "
+                    f"rows: the grid has {size[1]} columns and {size[0]} rows."
+                )
             bounds = torch.tensor([first_row, first_row + patches.shape[0]], device=grid.device)
             start, end = torch.searchsorted(ordered_rows, bounds).tolist()
             tokens = order[start:end]
-            patches = patches + self._position_map(size, first_row, patches.shape[0])[:, : patches.shape[1]]
+            patches = patches + self._position_map(size, first_row, patches.shape[0])
             patch_tokens[tokens] = patches[grid.rows[tokens] - first_row, grid.columns[tokens]]
             first_row += patches.shape[0]
         if first_row != size[0]:
@@ -184,21 +203,25 @@ class SparsePathViTEmbeddings(nn.Module):
         side = self.position_grid
         positions = self.position_embeddings[0, self.config.num_prefix_position_embeddings :]
         positions = positions.to(torch.promote_types(positions.dtype, torch.float32))
-        row_weights = resampling_weights(size[0], side, positions)[first_row : first_row + num_rows]
-        column_weights = resampling_weights(size[1], side, positions)
-        by_row = row_weights @ positions.view(side, -1)  # (num_rows, side * hidden_size)
-        position_map = column_weights @ by_row.view(-1, side, self.config.hidden_size)
+        with maybe_autocast(positions.device.type, enabled=False):  # autocast would resample in its lower precision
+            row_weights = resampling_weights(size[0], side, positions)[first_row : first_row + num_rows]
+            column_weights = resampling_weights(size[1], side, positions)
+            by_row = row_weights @ positions.view(side, -1)  # (num_rows, side * hidden_size)
+            position_map = column_weights @ by_row.view(-1, side, self.config.hidden_size)
         return position_map.to(self.position_embeddings.dtype)
 
     def _positions_of_batch(self, grid: TokenGrid) -> torch.Tensor:
         """Position embeddings of the present patch tokens: (T, hidden_size)."""
-        position_maps, starts, start = {}, [], 0
+        # A list, not a dict: hashing a size would make torch.compile compile anew for every size.
+        distinct_sizes: list[tuple[int, int]] = []
         for size in grid.grid_sizes:
-            if size not in position_maps:
-                position_maps[size] = (start, self._position_map(size, 0, size[0]).flatten(0, 1))
-                start += size[0] * size[1]
-            starts.append(position_maps[size][0])
-        position_table = torch.cat([position_map for _, position_map in position_maps.values()])
+            if size not in distinct_sizes:
+                distinct_sizes.append(size)
+        position_table = torch.cat([self._position_map(size, 0, size[0]).flatten(0, 1) for size in distinct_sizes])
+        first_entries = [
+            sum(rows * columns for rows, columns in distinct_sizes[:index]) for index in range(len(distinct_sizes))
+        ]
+        starts = [first_entries[distinct_sizes.index(size)] for size in grid.grid_sizes]
         images = grid.images()
         columns_of_image = torch.tensor([columns for _, columns in grid.grid_sizes], device=grid.device)
         starts_of_image = torch.tensor(starts, device=grid.device)
@@ -218,3 +241,15 @@ class SparsePathViTEmbeddings(nn.Module):
             return torch.cat([global_tokens.expand(grid.batch_size, -1, -1), patch_tokens], dim=1)
         images = patch_tokens.split(grid.counts)
         return torch.cat([tokens for image in images for tokens in (global_tokens, image)])[None]
+
+
+def _check_image_sizes(sizes: list, batch: int, height: int, width: int) -> None:
+    def fits(size: Any) -> bool:
+        is_pair = isinstance(size, Sequence) and len(size) == 2 and all(isinstance(side, int) for side in size)
+        return is_pair and 0 < size[0] <= height and 0 < size[1] <= width
+
+    if len(sizes) != batch or not all(fits(size) for size in sizes):
+        raise ValueError(
+            f"image_sizes is {sizes}: it takes one (height, width) in whole pixels per image, here {batch}, each "
+            f"within the canvas of {height} x {width} px."
+        )

@@ -8,6 +8,7 @@ the lowest score are removed once, after an early layer.
 import math
 
 import torch
+from transformers.utils.generic import maybe_autocast
 
 from .token_grid import TokenGrid
 
@@ -35,7 +36,8 @@ def prune_scores(
     Returns:
         (T,) float32, in the grid's order.
     """
-    with torch.no_grad():
+    # Autocast would compute the logits in its lower precision.
+    with torch.no_grad(), maybe_autocast(query.device.type, enabled=False):
         if grid.is_uniform:
             return _image_scores(query, key, value, grid.num_global_tokens, scale, kind).reshape(-1)
         bounds = zip(grid.image_offsets[:-1], grid.image_offsets[1:], strict=True)
