@@ -150,8 +150,9 @@ class SparsePathViTEmbeddings(nn.Module):
             (*grid.batch_shape, hidden_size).
         """
         rows = pixel_values.shape[-2] // self.config.patch_size
-        in_strips = rows > ROWS_PER_STRIP and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        if in_strips and grid.batch_size == 1:
+        # Compiling is asked first: comparing the rows would bind the graph to images of this size.
+        may_use_strips = not torch.compiler.is_compiling() and not torch.is_grad_enabled() and grid.batch_size == 1
+        if may_use_strips and rows > ROWS_PER_STRIP:
             height, width = (side * self.config.patch_size for side in grid.grid_sizes[0])  # the canvas may be larger
             strips = pixel_values[:, :, :height, :width].split(ROWS_PER_STRIP * self.config.patch_size, dim=2)
             return self.embed_strips(strips, grid)
