@@ -12,6 +12,7 @@ import PIL.Image
 import pytest
 import torch
 from PIL.PngImagePlugin import PngInfo
+
 from sparsepath_vit.image_inputs import flatten_images, load_rgb, name_of
 
 LIMIT = 2**28
@@ -66,7 +67,7 @@ class TestConversion:
             lambda rgb: torch.from_numpy(rgb).permute(2, 0, 1),
             PIL.Image.fromarray,
             lambda rgb: np.ascontiguousarray(rgb[:, ::-1])[:, ::-1],
-            lambda rgb: np.frombuffer(rgb.tobytes(), dtype=np.uint8).reshape(rgb.shape),
+            lambda rgb: np.frombuffer(rgb.transpose(2, 0, 1).tobytes(), dtype=np.uint8).reshape(3, HEIGHT, WIDTH),
         ],
         ids=["numpy HWC", "numpy CHW", "torch HWC", "torch CHW", "PIL", "negative strides", "read-only"],
     )
@@ -306,8 +307,13 @@ class TestRefused:
 
     @pytest.mark.parametrize(
         "factor, shift, message",
-        [(1, 0, "divide by 255"), (4 / 255, -2, "Normalised already"), (1 / 255**2, 0, "divided by 255 twice")],
-        ids=["0..255", "normalised", "rescaled twice"],
+        [
+            (1, 0, "divide by 255"),
+            (4 / 255, -2, "Normalised already"),
+            (1 / 255, -0.5, "Normalised already"),
+            (1 / 255**2, 0, "divided by 255 twice"),
+        ],
+        ids=["0..255", "normalised", "centred", "rescaled twice"],
     )
     def test_float_images_on_another_scale(self, rgb, factor, shift, message):
         with pytest.raises(ValueError, match=message):

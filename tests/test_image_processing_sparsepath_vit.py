@@ -12,16 +12,16 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import pytest
-import sparsepath_vit
 import torch
 from huggingface_hub.errors import StrictDataclassFieldValidationError
-from sparsepath_vit import SparsePathViTConfig
+from transformers import AutoImageProcessor, pipeline
+
+import sparsepath_vit
+from sparsepath_vit import SparsePathViTConfig, SparsePathViTForImageClassification, SparsePathViTModel
 from sparsepath_vit.image_processing_sparsepath_vit import (
     SparsePathViTImageProcessor,
     SparsePathViTImageProcessorPil,
 )
-from transformers import AutoImageProcessor, PreTrainedConfig, PreTrainedModel, pipeline
-from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 
 BACKENDS = {"torchvision": SparsePathViTImageProcessor, "pil": SparsePathViTImageProcessorPil}
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -554,45 +554,48 @@ def test_without_torchvision_the_pillow_backend_works(hub_folder):
     run_without({"sparsepath_vit", "torchvision"}, CHECK + textwrap.dedent(code), hub_folder)
 
 
-class KeywordModel(PreTrainedModel):
-    """Takes exactly what the processor makes and returns it summed over the present patches."""
+class TestWithTheModel:
+    """The processor's outputs are the model's arguments, as pipelines assume."""
 
-    config_class = PreTrainedConfig
+    config = SparsePathViTConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, num_register_tokens=2,
+        image_size=56, window_size=2, initializer_range=0.3, layerscale_value=1.0, num_labels=3,
+        problem_type="single_label_classification",
+    )  # fmt: skip
 
-    def __init__(self, config):
-        super().__init__(config)
-        self.scale = torch.nn.Parameter(torch.ones(1))
+    @torch.inference_mode()
+    def test_padding_is_not_attended(self, processor_class):
+        """An image gives the same embedding alone and padded to a larger one."""
+        torch.manual_seed(0)
+        model = SparsePathViTModel(self.config).eval()
+        images = [noise(30, 46, 0), noise(75, 33, 1), tissue(56, 56)]
+        processor = processor_class(mask_background=True)
+        together = model(**processor(images, return_tensors="pt")).pooler_output
+        for index, image in enumerate(images):
+            alone = model(**processor(image, return_tensors="pt")).pooler_output[0]
+            torch.testing.assert_close(together[index], alone, rtol=1e-4, atol=1e-4)
+        assert (together[0] - together[1]).abs().max() > 0.1
 
-    def forward(self, pixel_values, patch_mask, image_sizes):
-        assert patch_mask.dtype == torch.bool and image_sizes.dtype == torch.int64
-        patches = torch.nn.functional.avg_pool2d(pixel_values * self.scale, 14)  # (batch, 3, rows, columns)
-        pooled = (patches * patch_mask[:, None]).sum((-1, -2)) / patch_mask.sum((-1, -2))[:, None]
-        if self.config.problem_type is None:
-            return BaseModelOutputWithPooling(last_hidden_state=patches.flatten(2).mT, pooler_output=pooled)
-        return ImageClassifierOutput(logits=pooled)
-
-
-class TestPipelines:
-    def expected(self, image):
-        rows, columns = image.shape[0] // 14, image.shape[1] // 14
-        patches = normalized(image[: rows * 14, : columns * 14]).reshape(3, rows, 14, columns, 14).mean((2, 4))
-        return patches.mean((1, 2))
-
+    @torch.inference_mode()
     def test_image_feature_extraction(self, processor_class):
-        image = noise(30, 46)
-        pipe = pipeline(
-            "image-feature-extraction", model=KeywordModel(PreTrainedConfig()), image_processor=processor_class()
-        )
-        result = pipe(PIL.Image.fromarray(image), pool=True, return_tensors=True)
-        assert_same(result[0], self.expected(image))
+        torch.manual_seed(0)
+        model, processor = SparsePathViTModel(self.config).eval(), processor_class()
+        pipe = pipeline("image-feature-extraction", model=model, image_processor=processor)
+        images = [PIL.Image.fromarray(noise(30, 46, seed)) for seed in range(2)]
+        expected = model(**processor(images, return_tensors="pt")).pooler_output
+        for batch_size in (1, 2):
+            results = pipe(images, pool=True, return_tensors=True, batch_size=batch_size)
+            torch.testing.assert_close(torch.cat(results), expected, rtol=1e-4, atol=1e-4)
         with pytest.raises(ValueError, match="mpp is missing"):
-            pipe(PIL.Image.fromarray(image), image_processor_kwargs={"target_mpp": 0.5})
+            pipe(images, image_processor_kwargs={"target_mpp": 0.5})
 
+    @torch.inference_mode()
     def test_image_classification(self, processor_class):
+        torch.manual_seed(0)
+        model, processor = SparsePathViTForImageClassification(self.config).eval(), processor_class()
+        pipe = pipeline("image-classification", model=model, image_processor=processor)
         image = noise(30, 46)
-        config = PreTrainedConfig(num_labels=3, problem_type="single_label_classification")
-        pipe = pipeline("image-classification", model=KeywordModel(config), image_processor=processor_class())
-        expected = torch.softmax(self.expected(image), dim=0)
+        expected = model(**processor(image, return_tensors="pt")).logits[0].softmax(dim=0)
         for kind in (PIL.Image.fromarray(image), image, torch.from_numpy(image).permute(2, 0, 1)):
             scores = {entry["label"]: entry["score"] for entry in pipe(kind)}
             assert_same([scores[f"LABEL_{index}"] for index in range(3)], expected)

@@ -4,6 +4,7 @@
 import numpy as np
 import pytest
 import torch
+
 from sparsepath_vit.patch_presence import background_patches, covered_patches
 
 
@@ -60,6 +61,7 @@ def test_background_patches(dtype, min_fraction):
         ((240, 236, 242), True),  # glass as scanners see it
         ((235, 200, 220), False),  # pale stroma
         ((180, 180, 180), False),  # gray
+        ((212, 198, 205), False),  # grayish lilac: bright enough in its brightest channel only
         ((0, 0, 0), False),  # a scanner's missing tile is black, not glass
         ((200, 120, 180), False),
     ],
