@@ -160,7 +160,17 @@ class SparsePathViTConfig(BackboneConfigMixin, PreTrainedConfig):
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Like every config's, but overrides are checked together, and the stages follow an overridden depth."""
+        overrides = {name: kwargs.pop(name) for name in tuple(kwargs) if name in _FIELD_CHECKS}
+        depth = overrides.get("num_hidden_layers")
+        if depth is not None and max(config_dict.get("out_indices") or [0]) > depth:
+            config_dict = {**config_dict, "out_indices": None, "out_features": None}
+        return super().from_dict({**config_dict, **overrides}, **kwargs)
+
     def __post_init__(self, **kwargs: Any) -> None:
+        kwargs.pop("stage_names", None)  # stored, but it follows from the depth
         self.stage_names = ["stem"] + [f"stage{index}" for index in range(1, self.num_hidden_layers + 1)]
         self.set_output_features_output_indices(
             out_indices=kwargs.pop("out_indices", None), out_features=kwargs.pop("out_features", None)
