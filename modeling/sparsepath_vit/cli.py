@@ -105,7 +105,7 @@ def convert(
                 parity.pattern,
                 parity.peer,
                 f"{parity.max_abs_error:.1e}",
-                f"{parity.max_abs_error / parity.scale:.1e}",
+                f"{parity.relative_error:.1e}",
                 parity.note,
             )
         console.print(table)
