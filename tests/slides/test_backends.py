@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import tifffile
 from PIL import Image
+
 from sparsepath_vit.slides import SlideError
 from sparsepath_vit.slides.backends import OpenSlideBackend, PillowBackend, TifffileBackend, open_backend
 

@@ -10,6 +10,7 @@ import tifffile
 import torch
 from PIL import Image
 from slide_files import stained_image, write_pyramid
+
 from sparsepath_vit.slides import Slide, SlideError
 
 

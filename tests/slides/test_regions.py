@@ -2,6 +2,7 @@
 import numpy as np
 import pytest
 from slide_files import stained_image, write_pyramid
+
 from sparsepath_vit.slides import Slide, SlideError
 from sparsepath_vit.slides.regions import Box, SlideInput, read_inputs, tissue_regions
 from sparsepath_vit.slides.tissue import TissueMask

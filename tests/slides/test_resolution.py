@@ -1,5 +1,6 @@
 # Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
 import pytest
+
 from sparsepath_vit.slides import resolution
 
 OME = """<?xml version="1.0" encoding="UTF-8"?>

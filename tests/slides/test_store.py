@@ -10,6 +10,7 @@ import time
 import h5py
 import numpy as np
 import pytest
+
 from sparsepath_vit.slides.store import EmbeddingStore, StoreError, remove_stale_files, write_atomically
 
 SETTINGS = {"mpp": 0.5, "region_size": 1120, "model": {"hidden_size": 32}, "sizes": (1, 2)}

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from slide_files import stained_image, write_pyramid
+
 from sparsepath_vit.slides import Slide, SlideError
 from sparsepath_vit.slides.tissue import TissueMask, find_tissue
 

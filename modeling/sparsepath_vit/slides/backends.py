@@ -227,12 +227,14 @@ class TifffileBackend:
             if (level, index) in self._cache:
                 self._cache.move_to_end((level, index))
                 return self._cache[level, index]
-            chunk = self._decode(level, index)
-            self._cache[level, index] = chunk
-            self._cached_bytes += chunk.nbytes
+        chunk = self._decode(level, index)  # without the lock: threads decode side by side
+        with self._lock:
+            if (level, index) not in self._cache:
+                self._cache[level, index] = chunk
+                self._cached_bytes += chunk.nbytes
             while self._cached_bytes > self._cache_bytes and len(self._cache) > 1:
                 self._cached_bytes -= self._cache.popitem(last=False)[1].nbytes
-            return chunk
+        return chunk
 
     def _decode(self, level: int, index: int) -> np.ndarray:
         page = self._pages[level]
@@ -250,8 +252,9 @@ class TifffileBackend:
     def _decode_segment(self, page: Any, index: int) -> np.ndarray:
         offset, size = page.dataoffsets[index], page.databytecounts[index]
         try:
-            self._file.filehandle.seek(offset)
-            data = self._file.filehandle.read(size) if size else None
+            with self._lock:
+                self._file.filehandle.seek(offset)
+                data = self._file.filehandle.read(size) if size else None
             segment, _, shape = page.decode(data, index, jpegtables=page.jpegtables, jpegheader=page.jpegheader)
         except (ValueError, OSError, RuntimeError) as error:
             raise SlideError(f"tile {index} cannot be decoded: {error}") from error

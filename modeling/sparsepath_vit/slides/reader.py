@@ -103,11 +103,15 @@ class Slide:
     @property
     def name(self) -> str:
         """The file's name without its suffix (`.ome.tif` counts as one)."""
-        name = self.path.name
+        return self.name_of(self.path)
+
+    @staticmethod
+    def name_of(path: Path) -> str:
+        """The `name` of the slide at `path`, which need not exist."""
         for suffix in _COMPOUND_SUFFIXES:
-            if name.lower().endswith(suffix):
-                return name[: -len(suffix)]
-        return self.path.stem
+            if path.name.lower().endswith(suffix):
+                return path.name[: -len(suffix)]
+        return path.stem
 
     @property
     def dimensions(self) -> tuple[int, int]:

@@ -1,0 +1,171 @@
+# Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
+"""Many slides -> one HDF5 file each: resumable, sharded over processes, with every failure on record."""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object, parse_flag_from_env
+from transformers import AutoImageProcessor, AutoModel
+
+from .embedder import EmbedReport, EmbedSettings, SlideEmbedder
+from .reader import Slide
+from .regions import SlideInput, read_inputs
+from .store import EmbeddingStore
+
+if TYPE_CHECKING:
+    from ..image_processing_sparsepath_vit import SparsePathViTImageProcessor
+    from ..modeling_sparsepath_vit import SparsePathViTModel
+
+DEFAULT_MPP = 0.5
+# The processes wait for each other at the end, and one may have hours of slides more.
+_LONGEST_WAIT = timedelta(days=30)
+_FINGERPRINT_VALUES = 64
+
+
+def embed_slides(
+    paths: Sequence[str | os.PathLike[str]],
+    model_source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    settings: EmbedSettings | None = None,
+    *,
+    slide_mpp: float | None = None,
+    tissue_mask: str | os.PathLike[str] | None = None,
+    batch_size: int = 1,
+    workers: int | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+) -> EmbedReport:
+    """Embeds slides into `out`, one HDF5 file each; what is done there with the same settings is skipped.
+
+    Under `accelerate launch` the slides are shared out over the processes. A slide that fails gets a row in
+    `failures.csv` and the others go on.
+
+    Args:
+        paths: slide files, folders and CSV manifests; see `slides.regions.read_inputs`.
+        model_source: folder or Hub id of a converted checkpoint.
+        out: folder for the results; it holds those of one model and one set of settings only.
+        settings: what is taken of every slide.
+        slide_mpp: full resolution of all slides, where the files do not state it or state it wrongly.
+        tissue_mask: instead of finding the tissue: "all", a file for the one slide, or a folder with a file of each
+            slide's name.
+        batch_size: regions per forward.
+        workers: threads that read ahead; by default one per core, at most 8.
+        device: "cpu", "cuda", ...; chosen by Accelerate where None.
+        dtype: of the weights: "float32", "bfloat16", "float16"; by default bfloat16 on CUDA, else float32.
+
+    Raises:
+        StoreError: `out` holds other settings.
+        ValueError: inputs that cannot be understood.
+        OSError: no checkpoint at `model_source`, or a full disk.
+        ImportError: a library of the `slides` extra is missing.
+    """
+    settings = settings or EmbedSettings()
+    slides = _by_name(read_inputs(paths))
+    if settings.whole_slide and any(item.boxes for item in slides.values()):
+        raise ValueError("whole_slide embeds all tissue at once, but the manifest gives regions: use one of them.")
+    if tissue_mask not in (None, "all") and len(slides) > 1 and not Path(tissue_mask).is_dir():
+        raise ValueError(
+            f"tissue_mask={str(tissue_mask)!r} is one file for {len(slides)} slides: give a folder of masks."
+        )
+    state = _process_state(device)
+    chosen = torch.device(device) if device is not None and state.num_processes == 1 else state.device
+    model, processor = load_model(model_source, chosen, dtype)
+    embedder = SlideEmbedder(
+        model,
+        processor,
+        settings,
+        mpp=processor.target_mpp or DEFAULT_MPP if settings.mpp is None else settings.mpp,
+        slide_mpp=slide_mpp,
+        tissue_mask=tissue_mask,
+        batch_size=batch_size,
+        workers=workers or min(8, os.cpu_count() or 1),
+        show_progress=state.is_local_main_process,
+    )
+    with state.main_process_first():
+        store = EmbeddingStore(out, {**_model_settings(model, processor), **asdict(settings), "mpp": embedder.mpp})
+        if state.is_main_process:
+            store.forget_failures(item.path for item in slides.values())
+    with state.split_between_processes(list(slides)) as names:
+        embedder.run({name: slides[name] for name in names}, store)
+    state.wait_for_everyone()
+    return EmbedReport.of_processes(gather_object([embedder.report]))
+
+
+def _process_state(device: str | None) -> PartialState:
+    """This process among those of `accelerate launch`.
+
+    Accelerate joins processes without an accelerator only when it is told that they run on the CPU; otherwise each
+    would take itself for the only one and embed every slide.
+    """
+    on_cpu = device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    return PartialState(cpu=on_cpu, timeout=_LONGEST_WAIT)
+
+
+def load_model(
+    source: str | os.PathLike[str], device: torch.device, dtype: str | None = None
+) -> tuple["SparsePathViTModel", "SparsePathViTImageProcessor"]:
+    """The model in evaluation mode and its image processor.
+
+    Args:
+        source: folder or Hub id of a converted checkpoint.
+        device: where the weights go.
+        dtype: of the weights; by default bfloat16 on CUDA, else float32.
+    """
+    dtype = dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    model = AutoModel.from_pretrained(source, dtype=dtype)
+    processor = AutoImageProcessor.from_pretrained(source)
+    if processor.patch_size != model.config.patch_size:
+        raise ValueError(
+            f"{source}: the processor's patch_size={processor.patch_size} is not the model's "
+            f"{model.config.patch_size}: correct preprocessor_config.json."
+        )
+    return model.to(device).eval(), processor
+
+
+def _by_name(inputs: list[SlideInput]) -> dict[str, SlideInput]:
+    """Each input under the name of its result.
+
+    Raises:
+        ValueError: two would be written to the same file.
+    """
+    slides: dict[str, SlideInput] = {}
+    for item in inputs:
+        name = Slide.name_of(item.path)
+        if name in slides:
+            raise ValueError(
+                f"{slides[name].path} and {item.path} would both be written to {name}.h5: embed them into different "
+                "folders."
+            )
+        slides[name] = item
+    return slides
+
+
+def _model_settings(model: "SparsePathViTModel", processor: "SparsePathViTImageProcessor") -> dict[str, Any]:
+    """The model as far as its numbers depend on it: weights, pattern, pruning, normalisation."""
+    config = model.config
+    fields = ("window_size", "neighbor_radius", "prune_after_layer", "prune_ratio", "prune_score", "pooling")
+    normalisation = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std", "min_patch_coverage")
+    return {
+        "weights": fingerprint(model),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        **{name: getattr(config, name) for name in fields},
+        **{name: getattr(processor, name) for name in normalisation},
+    }
+
+
+def fingerprint(model: torch.nn.Module) -> str:
+    """Tells models apart by names, shapes and some values of every parameter; a full hash would read all weights."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.state_dict().items()):
+        values = parameter.flatten()
+        step = max(1, len(values) // _FINGERPRINT_VALUES)
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        digest.update(values[::step].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,330 @@
+# Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
+"""One process's share of a run: slide after slide, region after region, into the store."""
+
+import errno
+import hashlib
+import logging
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from ..analysis.measure import measured
+from .backends import SlideError
+from .forward import Embedding, Stopwatch, embed_regions, embed_slide, read_ahead
+from .reader import Slide
+from .regions import Region, SlideInput, tissue_regions
+from .store import EmbeddingStore, SlideWriter
+from .tissue import TissueMask, find_tissue
+
+if TYPE_CHECKING:
+    from ..image_processing_sparsepath_vit import SparsePathViTImageProcessor
+    from ..modeling_sparsepath_vit import SparsePathViTModel
+
+logger = logging.getLogger(__name__)
+
+MASK_SUFFIXES = (".geojson", ".json", ".png", ".tif", ".tiff", ".jpg", ".jpeg")
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+_READ_AHEAD_BYTES = 2**30
+
+
+@dataclass(frozen=True)
+class EmbedSettings:
+    """What is taken of every slide of a run.
+
+    Attributes:
+        mpp: resolution in micrometres per pixel; None for the processor's `target_mpp`, else 0.5. For a slide that
+            does not state its own resolution, a number given here is also taken as that.
+        region_size: output pixels per region side.
+        overlap: output pixels that neighbouring regions share.
+        minimum_tissue: share of tissue tokens below which a region is left out; 0 leaves out none that has any.
+        whole_slide: all tissue of a slide in one forward instead of regions.
+        dense: whether to store the features of the patch tokens too.
+    """
+
+    mpp: float | None = None
+    region_size: int = 3430
+    overlap: int = 0
+    minimum_tissue: float = 0.0
+    whole_slide: bool = False
+    dense: bool = False
+
+
+@dataclass
+class EmbedReport:
+    """What a run did, over all its processes.
+
+    Attributes:
+        done: slides embedded now.
+        skipped: slides that were done before.
+        failed: (slide, reason) of the others.
+        regions: embedded now; a whole slide is one.
+        tokens: tissue tokens embedded now.
+        seconds: wall time, the longest of the processes.
+        model_seconds: share of it in the model, pixel values included.
+        reading_seconds: share of it waiting for pixels.
+        peak_bytes: the largest of the processes, as `analysis.measure` defines it.
+    """
+
+    done: int = 0
+    skipped: int = 0
+    failed: list[tuple[str, str]] = field(default_factory=list)
+    regions: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    model_seconds: float = 0.0
+    reading_seconds: float = 0.0
+    peak_bytes: int = 0
+
+    @classmethod
+    def of_processes(cls, reports: Sequence["EmbedReport"]) -> "EmbedReport":
+        """The sum of all processes; times and memory of the largest."""
+        total = cls(failed=[failure for report in reports for failure in report.failed])
+        for name in ("done", "skipped", "regions", "tokens"):
+            setattr(total, name, sum(getattr(report, name) for report in reports))
+        for name in ("seconds", "model_seconds", "reading_seconds", "peak_bytes"):
+            setattr(total, name, max(getattr(report, name) for report in reports))
+        return total
+
+    def __str__(self) -> str:
+        seconds = max(self.seconds, 1e-9)
+        rest = 1 - (self.model_seconds + self.reading_seconds) / seconds
+        return (
+            f"{self.done} slides embedded, {self.skipped} done before, {len(self.failed)} failed; "
+            f"{self.regions} regions, {self.tokens:,} tissue tokens in {seconds:.1f} s "
+            f"({self.tokens / seconds:,.0f} tokens/s): {self.model_seconds / seconds:.0%} in the model, "
+            f"{self.reading_seconds / seconds:.0%} waiting for pixels, {rest:.0%} tissue, writing and the rest; "
+            f"peak memory {self.peak_bytes / 2**30:.2f} GiB"
+        )
+
+
+class SlideEmbedder:
+    """Everything that is the same for all slides of a process, and its report.
+
+    Args:
+        model: in evaluation mode.
+        processor: the model's image processor.
+        settings: what is taken of every slide.
+        mpp: the resolution that `settings` come to.
+        slide_mpp: full resolution of all slides, where given.
+        tissue_mask: "all", a file, or a folder with a file of each slide's name.
+        batch_size: regions per forward.
+        workers: threads that read ahead.
+        show_progress: whether to draw progress bars.
+    """
+
+    def __init__(
+        self,
+        model: "SparsePathViTModel",
+        processor: "SparsePathViTImageProcessor",
+        settings: EmbedSettings,
+        mpp: float,
+        slide_mpp: float | None,
+        tissue_mask: str | os.PathLike[str] | None,
+        batch_size: int,
+        workers: int,
+        show_progress: bool,
+    ) -> None:
+        self.model, self.processor, self.settings = model, processor, settings
+        self.mpp, self.slide_mpp, self.tissue_mask = mpp, slide_mpp, tissue_mask
+        self.batch_size, self.workers, self.show_progress = batch_size, workers, show_progress
+        self.patch_size = model.config.patch_size
+        self.report = EmbedReport()
+
+    def run(self, slides: dict[str, SlideInput], store: EmbeddingStore) -> None:
+        """Embeds the slides of this process one after the other."""
+        with measured(self.model.device) as measurement:
+            for name, item in tqdm(slides.items(), unit="slide", disable=not self.show_progress):
+                try:
+                    self._run_one(name, item, store)
+                except (ValueError, OSError, RuntimeError, MemoryError) as error:
+                    self._record_failure(item, error, store)
+        self.report.seconds, self.report.peak_bytes = measurement.seconds, measurement.peak_bytes
+
+    def _record_failure(self, item: SlideInput, error: Exception, store: EmbeddingStore) -> None:
+        if isinstance(error, OSError) and error.errno in _DISK_FULL:
+            raise OSError(
+                error.errno,
+                f"{store.folder} has no space left while {item.path} was written. Slides done so far are kept: free "
+                "some space and run the same command again",
+            ) from error
+        reason = f"{type(error).__name__}: {error}" if not isinstance(error, SlideError) else str(error)
+        if isinstance(error, torch.OutOfMemoryError | MemoryError):
+            reason += " (too little memory: see `sparsepath estimate`, or take smaller regions)"
+        logger.error("%s failed: %s", item.path, reason)
+        self.report.failed.append((str(item.path), reason))
+        store.record_failure(item.path, reason)
+
+    def _run_one(self, name: str, item: SlideInput, store: EmbeddingStore) -> None:
+        mask_file = self._mask_file(name)
+        source = _source(item, self.slide_mpp, mask_file)
+        if store.is_done(name, source):
+            self.report.skipped += 1
+            return
+        with self._open(item) as slide:
+            tissue = find_tissue(slide, mask_file)
+            with store.writer(name, source) as writer:
+                for region, embedding in self._embed(slide, tissue, item, name):
+                    _write(writer, slide, region, embedding, self.mpp, self.patch_size)
+                    self.report.regions += 1
+                    self.report.tokens += len(embedding.token_positions)
+                self._describe(writer, slide, name, item)
+        self.report.done += 1
+
+    def _open(self, item: SlideInput) -> Slide:
+        slide = Slide(item.path, mpp=item.mpp or self.slide_mpp)
+        if item.mpp is None and self.slide_mpp is None and self.settings.mpp is not None and not slide.states_mpp:
+            logger.warning(
+                "%s does not state its resolution; taken to be %g micrometres per pixel.", item.path, self.mpp
+            )
+            return Slide(item.path, mpp=self.mpp)
+        return slide
+
+    def _mask_file(self, name: str) -> str | Path | None:
+        """The tissue mask of one slide, where masks are given."""
+        if self.tissue_mask in (None, "all") or not Path(self.tissue_mask).is_dir():
+            return self.tissue_mask
+        candidates = [Path(self.tissue_mask) / f"{name}{suffix}" for suffix in MASK_SUFFIXES]
+        found = [path for path in candidates if path.exists()]
+        if not found:
+            raise SlideError(f"{self.tissue_mask} holds no tissue mask {name} with one of {', '.join(MASK_SUFFIXES)}.")
+        return found[0]
+
+    def _regions(self, slide: Slide, tissue: TissueMask, item: SlideInput) -> list[Region]:
+        settings = self.settings
+        if settings.whole_slide:
+            return [Region(0, 0, *slide.size_at(self.mpp))]
+        if item.boxes:
+            regions = [box.at(slide, self.mpp) for box in item.boxes]
+            if any(region.label is not None for region in regions):
+                regions = [replace(region, label=region.label or "") for region in regions]
+            return regions
+        return tissue_regions(
+            slide, tissue, self.patch_size, settings.region_size, self.mpp, settings.overlap, settings.minimum_tissue
+        )
+
+    def _embed(
+        self, slide: Slide, tissue: TissueMask, item: SlideInput, name: str
+    ) -> Iterator[tuple[Region, Embedding]]:
+        """Every region with its embedding, in order; pixels are read ahead by threads."""
+        dense, reading = self.settings.dense, Stopwatch()
+        regions = self._regions(slide, tissue, item)
+        start = time.perf_counter()
+        if self.settings.whole_slide:
+            embedding = embed_slide(self.model, self.processor, slide, self.mpp, tissue, dense, reading)
+            self.report.reading_seconds += reading.seconds
+            self.report.model_seconds += time.perf_counter() - start - reading.seconds
+            yield regions[0], embedding
+            return
+
+        def read(region: Region) -> tuple[Region, np.ndarray, np.ndarray]:
+            # Tissue regions end with the last token, which may reach over the slide's edge; boxes must lie inside.
+            image = slide.read_region(region.x, region.y, region.width, region.height, self.mpp, pad=not item.boxes)
+            return region, image, self._tissue_tokens(slide, tissue, region)
+
+        progress = tqdm(total=len(regions), desc=name, unit="region", leave=False, disable=not self.show_progress)
+        with progress:
+            read_regions = reading.watch(read_ahead(read, regions, self._workers_for(regions)))
+            while batch := list(islice(read_regions, self.batch_size)):
+                batch_regions, images, tokens = zip(*batch, strict=True)
+                start = time.perf_counter()
+                embeddings = embed_regions(self.model, self.processor, images, tokens, dense)
+                self.report.model_seconds += time.perf_counter() - start
+                progress.update(len(batch))
+                yield from zip(batch_regions, embeddings, strict=True)
+        self.report.reading_seconds += reading.seconds
+
+    def _tissue_tokens(self, slide: Slide, tissue: TissueMask, region: Region) -> np.ndarray:
+        """(rows, columns) bool of a region."""
+        tokens = tissue.token_grid(slide, self.patch_size, self.mpp, region.x, region.y, region.width, region.height)
+        if not tokens.any():
+            raise SlideError(
+                f"{slide.path}: no tissue was found in the region at x={region.x:g}, y={region.y:g}. Leave it out, or "
+                "pass --tissue-mask all to embed it whole."
+            )
+        return tokens
+
+    def _workers_for(self, regions: list[Region]) -> int:
+        """Threads that read ahead, fewer where the regions are so large that waiting ones would fill the memory."""
+        largest = max(region.width * region.height * 3 for region in regions)
+        return max(1, min(self.workers, _READ_AHEAD_BYTES // largest))
+
+    def _describe(self, writer: SlideWriter, slide: Slide, name: str, item: SlideInput) -> None:
+        """Attributes under the names that slide toolkits read, sizes in level-0 pixels beside those at `mpp`."""
+        scale, own_mpp = slide.scale(self.mpp)[0], slide.mpp
+        sizes = slide.size_at(self.mpp) if self.settings.whole_slide else [self.settings.region_size]
+        if item.boxes:
+            sizes = [side / scale for box in item.boxes for side in (box.width, box.height)]
+        patch_size = -(-int(max(sizes)) // self.patch_size) * self.patch_size
+        attributes = {
+            "name": name,
+            "patch_size": patch_size,
+            "patch_size_level0": round(patch_size * scale),
+            "patch_level": 0,
+            "custom_downsample": scale,
+            "overlap": self.settings.overlap,
+            "mpp": own_mpp * scale,
+            "level0_mpp": own_mpp,
+            "level0_magnification": round(10 / own_mpp),
+            "target_magnification": round(10 / (own_mpp * scale)),
+            "level0_width": slide.dimensions[0],
+            "level0_height": slide.dimensions[1],
+        }
+        writer.describe("coords", attributes)
+        writer.describe("features", {"name": name, **({"label": item.label} if item.label else {})})
+        token_attributes = {"token_size": self.patch_size, "token_size_level0": self.patch_size * scale}
+        for dataset in ("patch_coords", "token_coords"):
+            if self.settings.dense:
+                writer.describe(dataset, token_attributes)
+
+
+def _write(
+    writer: SlideWriter, slide: Slide, region: Region, embedding: Embedding, mpp: float, patch_size: int
+) -> None:
+    """Adds a region to the file; token coordinates are level-0 pixels of their top left corners, like the region's."""
+    scale = np.asarray(slide.scale(mpp))
+    corner = np.asarray([region.x, region.y])
+
+    def level0(positions: np.ndarray) -> np.ndarray:  # (tokens, 2) row, column -> x, y
+        return np.rint(corner + positions[:, ::-1] * patch_size * scale).astype(np.int64)
+
+    rows: dict[str, Any] = {
+        "features": embedding.pooled[None],
+        "coords": np.rint(corner).astype(np.int64)[None],
+        "region_sizes": np.asarray([[region.width, region.height]], dtype=np.int32),
+    }
+    if region.label is not None:
+        rows["labels"] = [region.label]
+    if embedding.patch_features is not None:
+        scores = embedding.prune_scores
+        rows |= {
+            "patch_features": embedding.patch_features,
+            "patch_positions": embedding.patch_positions,
+            "patch_coords": level0(embedding.patch_positions),
+            "patch_counts": np.asarray([len(embedding.patch_positions)], dtype=np.int64),
+            "token_coords": level0(embedding.token_positions),
+        }
+        if scores is not None:
+            rows["prune_scores"] = scores
+    writer.append(**rows)
+
+
+def _source(item: SlideInput, slide_mpp: float | None, mask_file: str | Path | None) -> dict[str, Any]:
+    """What a result depends on beside the settings: the slide file and what was said of it."""
+    digest = mask_file
+    if mask_file not in (None, "all"):
+        digest = hashlib.sha256(Path(mask_file).read_bytes()).hexdigest()
+    return {
+        "file": item.path.name,
+        "bytes": item.path.stat().st_size if item.path.exists() else 0,
+        "mpp": item.mpp or slide_mpp,
+        "boxes": [[box.x, box.y, box.width, box.height] for box in item.boxes],
+        "tissue_mask": digest,
+    }

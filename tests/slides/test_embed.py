@@ -1,0 +1,388 @@
+# Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
+import errno
+import itertools
+import json
+import multiprocessing
+import os
+import resource
+import signal
+
+import h5py
+import numpy as np
+import psutil
+import pytest
+import torch
+from accelerate import PartialState, debug_launcher
+from PIL import Image
+from slide_files import stained_image, write_pyramid
+
+from sparsepath_vit.slides import (
+    EmbedReport,
+    EmbedSettings,
+    Slide,
+    StoreError,
+    embed_regions,
+    embed_slide,
+    embed_slides,
+)
+from sparsepath_vit.slides.embed import fingerprint
+from sparsepath_vit.slides.store import EmbeddingStore, SlideWriter
+from sparsepath_vit.slides.tissue import find_tissue
+
+PATCH = 16
+REGIONS = EmbedSettings(region_size=256, dense=True)
+
+
+@pytest.fixture
+def slides(tmp_path):
+    """Three slides of different sizes; each has several regions of 256 pixels."""
+    folder = tmp_path / "slides"
+    folder.mkdir()
+    for number, (width, height) in enumerate([(640, 512), (500, 700), (768, 300)]):
+        image = stained_image(width, height, [(64, 32, width - 150, height - 100)], seed=number)
+        write_pyramid(folder / f"slide{number}.tiff", image)
+    return folder
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def run(slides, model, out, settings=REGIONS, **options):
+    return embed_slides([slides], model, out, settings, device="cpu", workers=2, **options)
+
+
+def test_regions_of_every_slide_are_stored_as_embedded(slides, model_folder, model_and_processor, tmp_path):
+    report = run(slides, model_folder, tmp_path / "out")
+    assert (report.done, report.skipped, report.failed) == (3, 0, [])
+    assert sorted(contents(tmp_path / "out")) == ["settings.json", "slide0.h5", "slide1.h5", "slide2.h5"]
+    slide = Slide(slides / "slide1.tiff")
+    tissue = find_tissue(slide)
+    with h5py.File(tmp_path / "out/slide1.h5") as file:
+        assert len(file["coords"]) == 6 and file["coords"][:].tolist()[:3] == [[0, 0], [256, 0], [0, 256]]
+        assert len(file["features"]) == 6 and file["features"].shape[1] == 32
+        first = 0
+        for index, ((x, y), (width, height)) in enumerate(zip(file["coords"], file["region_sizes"], strict=True)):
+            image = slide.read_region(x, y, width, height, 0.5, pad=True)
+            present = tissue.token_grid(slide, PATCH, 0.5, x, y, width, height)
+            (expected,) = embed_regions(*model_and_processor, [image], [present], dense=True)
+            assert np.allclose(file["features"][index], expected.pooled, atol=1e-5)
+            rows = np.s_[first : first + file["patch_counts"][index]]
+            first = rows.stop
+            assert (file["patch_positions"][rows] == expected.patch_positions).all()
+            assert (file["patch_coords"][rows] == [x, y] + expected.patch_positions[:, ::-1] * PATCH).all()
+            difference = file["patch_features"][rows] - expected.patch_features.astype(float)
+            assert np.abs(difference).max() < 2e-2
+        assert first == len(file["patch_features"]) and file["patch_features"].dtype == np.float16
+        assert len(file["token_coords"]) == len(file["prune_scores"]) > first
+
+
+def test_file_has_the_names_and_attributes_that_slide_toolkits_read(slides, model_folder, tmp_path):
+    run(slides, model_folder, tmp_path / "out", EmbedSettings(mpp=1.0, region_size=150, overlap=20))
+    with h5py.File(tmp_path / "out/slide0.h5") as file:
+        assert sorted(file) == ["coords", "features", "region_sizes"]
+        assert file["features"].dtype == np.float32 and file["coords"].dtype == np.int64
+        assert dict(file["coords"].attrs) == {
+            "name": "slide0",
+            "patch_size": 160,
+            "patch_size_level0": 320,
+            "patch_level": 0,
+            "custom_downsample": 2.0,
+            "overlap": 20,
+            "mpp": 1.0,
+            "level0_mpp": 0.5,
+            "level0_magnification": 20,
+            "target_magnification": 10,
+            "level0_width": 640,
+            "level0_height": 512,
+        }
+        settings = json.loads(file.attrs["settings"])
+        assert settings["mpp"] == 1.0 and settings["prune_ratio"] == 0.5 and settings["dtype"] == "float32"
+
+
+def test_whole_slide_is_one_row_and_all_kept_tokens(slides, model_folder, model_and_processor, tmp_path):
+    run(slides, model_folder, tmp_path / "out", EmbedSettings(whole_slide=True, dense=True))
+    expected = embed_slide(*model_and_processor, Slide(slides / "slide2.tiff"), 0.5)
+    with h5py.File(tmp_path / "out/slide2.h5") as file:
+        assert np.allclose(file["features"][:], expected.pooled[None], atol=1e-5)
+        assert file["coords"][:].tolist() == [[0, 0]] and file["region_sizes"][:].tolist() == [[768, 300]]
+        assert (file["patch_positions"][:] == expected.patch_positions).all()
+        assert (file["token_coords"][:] == expected.token_positions[:, ::-1] * PATCH).all()
+
+
+def test_batches_and_threads_do_not_change_a_number(slides, model_folder, tmp_path):
+    run(slides, model_folder, tmp_path / "one")
+    embed_slides([slides], model_folder, tmp_path / "many", REGIONS, device="cpu", workers=5, batch_size=4)
+    for name in ("slide0.h5", "slide1.h5", "slide2.h5"):
+        with h5py.File(tmp_path / "one" / name) as one, h5py.File(tmp_path / "many" / name) as many:
+            assert sorted(one) == sorted(many)
+            for dataset in one:
+                assert np.allclose(one[dataset][:].astype(float), many[dataset][:], atol=2e-2), dataset
+            assert np.allclose(one["features"][:], many["features"][:], atol=1e-5)
+
+
+def test_second_run_skips_what_is_done_and_makes_what_is_missing(slides, model_folder, tmp_path):
+    out = tmp_path / "out"
+    run(slides, model_folder, out)
+    before = contents(out)
+    times = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    report = run(slides, model_folder, out)
+    assert (report.done, report.skipped) == (0, 3)
+    assert times == {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    (out / "slide1.h5").unlink()
+    report = run(slides, model_folder, out)
+    assert (report.done, report.skipped) == (1, 2)
+    assert contents(out) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [({"region_size": 128}, "region_size"), ({"mpp": 1.0}, "mpp"), ({"whole_slide": True}, "whole_slide")],
+)
+def test_settings_are_not_mixed_in_a_folder(slides, model_folder, tmp_path, change, named):
+    run(slides, model_folder, tmp_path / "out")
+    before = contents(tmp_path / "out")
+    with pytest.raises(StoreError, match=f"{named}: .* there, .* now"):
+        run(slides, model_folder, tmp_path / "out", EmbedSettings(**{"region_size": 256, "dense": True, **change}))
+    assert contents(tmp_path / "out") == before
+
+
+def test_other_weights_are_other_settings(model_and_processor):
+    model, _ = model_and_processor
+    before = fingerprint(model)
+    with torch.no_grad():
+        model.encoder.layers[2].mlp.fc1.bias += 1e-3
+    assert fingerprint(model) != before
+
+
+def test_slide_that_fails_is_on_record_and_the_others_go_on(slides, model_folder, tmp_path):
+    (slides / "empty.svs").touch()
+    (slides / "notes.svs").write_text("only text")
+    Image.fromarray(np.full((400, 400, 3), 240, np.uint8)).save(slides / "unstated.png")
+    write_pyramid(slides / "blank.tiff", stained_image(500, 500, []))
+    whole = (slides / "slide2.tiff").read_bytes()
+    (slides / "short.tiff").write_bytes(whole[: len(whole) // 2])
+    out = tmp_path / "out"
+    report = run(slides, model_folder, out)
+    assert report.done == 3
+    reasons = {os.path.basename(slide): reason for slide, reason in report.failed}
+    for name, words in {
+        "empty.svs": "is empty",
+        "notes.svs": "cannot be read as a slide",
+        "unstated.png": "does not state its resolution",
+        "blank.tiff": "no tissue was found",
+        "short.tiff": "copy it again",
+    }.items():
+        assert words in reasons.pop(name), name
+    assert not reasons
+    lines = (out / "failures.csv").read_text().splitlines()
+    assert lines[0] == "slide,reason" and len(lines) == 6
+    before = contents(out)
+    run(slides, model_folder, out)  # tries them again, and records them once
+    assert contents(out) == before
+    write_pyramid(slides / "short.tiff", stained_image(640, 512, [(64, 96, 384, 256)]))
+    assert run(slides, model_folder, out).done == 1
+    assert "short.tiff" not in (out / "failures.csv").read_text() and (out / "short.h5").exists()
+
+
+def test_resolution_of_slides_that_state_none_can_be_passed(slides, model_folder, tmp_path, caplog):
+    image = Image.open(slides / "slide0.tiff")
+    image.save(tmp_path / "unstated.png")
+    path = tmp_path / "unstated.png"
+    assert "does not state" in embed_slides([path], model_folder, tmp_path / "a", device="cpu").failed[0][1]
+    with_mpp = embed_slides([path], model_folder, tmp_path / "b", EmbedSettings(mpp=0.5), device="cpu")
+    assert with_mpp.done == 1 and "taken to be 0.5" in caplog.text
+    finer = embed_slides([path], model_folder, tmp_path / "c", EmbedSettings(mpp=0.5), slide_mpp=0.25, device="cpu")
+    assert finer.done == 1
+    attributes = []
+    for folder in "bc":
+        with h5py.File(tmp_path / folder / "unstated.h5") as file:
+            attributes.append((file["coords"].attrs["level0_mpp"], file["coords"].attrs["custom_downsample"]))
+    assert attributes == [(0.5, 1.0), (0.25, 2.0)]
+
+
+def test_manifest_gives_regions_labels_and_resolution(slides, model_folder, model_and_processor, tmp_path):
+    manifest = slides / "list.csv"
+    manifest.write_text(
+        "slide,mpp,x,y,width,height,label\n"
+        "slide0.tiff,0.5,70,40,200,160,tumour\n"
+        "slide0.tiff,0.5,300,100,96,96,\n"
+        "slide1.tiff,,,,,,benign\n"
+        "slide2.tiff,,500,100,300,100,\n"
+    )
+    out = tmp_path / "out"
+    report = embed_slides([manifest], model_folder, out, REGIONS, device="cpu")
+    assert report.done == 2 and "is not inside" in report.failed[0][1]
+    slide = Slide(slides / "slide0.tiff")
+    with h5py.File(out / "slide0.h5") as file:
+        assert file["coords"][:].tolist() == [[70, 40], [300, 100]]
+        assert file["region_sizes"][:].tolist() == [[200, 160], [96, 96]]
+        assert file["labels"].asstr()[:].tolist() == ["tumour", ""]
+        present = np.ones((10, 13), bool)  # the last of 12.5 token columns is half inside the region, and stays
+        image = slide.read_region(70, 40, 200, 160)
+        (expected,) = embed_regions(*model_and_processor, [image], [present])
+        assert np.allclose(file["features"][0], expected.pooled, atol=1e-5)
+    with h5py.File(out / "slide1.h5") as file:
+        assert file["features"].attrs["label"] == "benign" and len(file["features"]) == 6
+    manifest.write_text("slide,mpp,x,y,width,height\nslide0.tiff,0.5,70,40,200,176\n")
+    (reason,) = [reason for _, reason in embed_slides([manifest], model_folder, out, REGIONS, device="cpu").failed]
+    assert "was made from" in reason and "remove the file first" in reason
+
+
+def test_masks_are_given_per_slide_or_all(slides, model_folder, tmp_path):
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    mask = np.zeros((512, 640), np.uint8)
+    mask[:64, :64] = 1
+    Image.fromarray(mask).save(masks / "slide0.png")
+    report = run(slides, model_folder, tmp_path / "masked", tissue_mask=masks)
+    assert report.done == 1 and report.tokens == 16
+    assert "holds no tissue mask slide1" in report.failed[0][1]
+    assert run(slides, model_folder, tmp_path / "all", tissue_mask="all").tokens > 2500
+    with pytest.raises(ValueError, match="one file for 3 slides"):
+        run(slides, model_folder, tmp_path / "one", tissue_mask=masks / "slide0.png")
+
+
+def test_slides_of_one_name_are_refused_before_anything_is_written(slides, model_folder, tmp_path):
+    write_pyramid(slides / "slide0.svs", stained_image(100, 100, []))
+    with pytest.raises(ValueError, match=r"slide0\.svs and .*slide0\.tiff would both be written to slide0\.h5"):
+        run(slides, model_folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_whole_slide_with_regions_is_a_contradiction(slides, model_folder, tmp_path):
+    (slides / "list.csv").write_text("slide,x,y,width,height\nslide0.tiff,0,0,64,64\n")
+    with pytest.raises(ValueError, match="use one of them"):
+        embed_slides([slides / "list.csv"], model_folder, tmp_path / "out", EmbedSettings(whole_slide=True))
+
+
+def test_full_disk_ends_the_run_and_keeps_what_is_done(slides, model_folder, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    run(slides, model_folder, out)
+    complete = contents(out)
+    for name in ("slide1.h5", "slide2.h5"):
+        (out / name).unlink()
+    monkeypatch.setattr("sparsepath_vit.slides.embedder._DISK_FULL", (errno.EFBIG,))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"has no space left while .*slide1.tiff was written"):
+            run(slides, model_folder, out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert sorted(contents(out)) == ["settings.json", "slide0.h5"]
+    assert run(slides, model_folder, out).done == 2
+    assert contents(out) == complete
+
+
+def embed_until_killed(slides, model, out, steps):
+    """Embeds, and kills itself before one of its steps on the disk; 0 steps: never."""
+    torch.set_num_threads(1)  # the threads of the parent do not exist in a forked process
+    counter = itertools.count(1)
+
+    def stepping(function):
+        def step(*arguments, **options):
+            if next(counter) == steps:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*arguments, **options)
+
+        return step
+
+    for owner, name in ((SlideWriter, "append"), (EmbeddingStore, "record_failure"), (os, "fsync"), (os, "replace")):
+        setattr(owner, name, stepping(getattr(owner, name)))
+    run(slides, model, out)
+
+
+def test_killed_again_and_again_a_run_ends_as_if_it_had_not_been(slides, model_folder, tmp_path):
+    (slides / "broken.svs").write_text("no slide")
+    context = multiprocessing.get_context("fork")
+
+    def exit_code(out, steps):
+        process = context.Process(target=embed_until_killed, args=(slides, model_folder, out, steps), daemon=True)
+        process.start()
+        process.join()
+        return process.exitcode
+
+    assert exit_code(tmp_path / "whole", 0) == 0
+    # In the settings, before the failure's row, amid regions, before the sync and the renaming of each slide, ...
+    for steps in (1, 3, 6, 8, 9, 13, 9, 10, 9, 1):
+        assert exit_code(tmp_path / "killed", steps) == -signal.SIGKILL
+    assert {"slide0.h5", "slide1.h5"} < set(contents(tmp_path / "killed"))
+    assert exit_code(tmp_path / "killed", 0) == 0
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
+def embed_with_others(slides, model, out):
+    torch.set_num_threads(1)
+    PartialState._reset_state()
+    report = embed_slides([slides], model, out, REGIONS, workers=1)
+    assert PartialState().num_processes == 2
+    assert report.done == 3 and len(report.failed) == 1
+
+
+def test_processes_share_the_slides_out(slides, model_folder, tmp_path):
+    (slides / "broken.svs").write_text("no slide")
+    debug_launcher(embed_with_others, (slides, model_folder, tmp_path / "out"), num_processes=2)
+    assert sorted(contents(tmp_path / "out")) == [
+        "failures.csv",
+        "settings.json",
+        "slide0.h5",
+        "slide1.h5",
+        "slide2.h5",
+    ]
+
+
+def test_memory_stays_flat_over_many_regions(model_folder, tmp_path):
+    side = 1600
+    write_pyramid(
+        tmp_path / "large.tiff", stained_image(side, side, [(0, 0, side, side)]), factors=(), compression=None
+    )
+    process, resident = psutil.Process(), []
+    settings = EmbedSettings(region_size=128, dense=True)
+    original = embed_regions
+
+    def watched(*arguments):
+        resident.append(process.memory_info().rss)
+        return original(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sparsepath_vit.slides.embedder.embed_regions", watched)
+        report = embed_slides(
+            [tmp_path / "large.tiff"], model_folder, tmp_path / "out", settings, device="cpu", workers=2
+        )
+    assert report.regions == len(resident) == 169
+    assert max(resident[50:]) < 1.05 * resident[50]
+
+
+def test_report_adds_up_processes_and_prints_the_split():
+    parts = [
+        EmbedReport(done=2, regions=10, tokens=1000, seconds=10, model_seconds=8, reading_seconds=1, peak_bytes=2**30),
+        EmbedReport(done=1, skipped=4, failed=[("a.svs", "empty")], seconds=4, model_seconds=2, peak_bytes=2**31),
+    ]
+    total = EmbedReport.of_processes(parts)
+    assert (total.done, total.skipped, total.seconds, total.failed) == (3, 4, 10, [("a.svs", "empty")])
+    text = str(total)
+    assert "3 slides embedded, 4 done before, 1 failed" in text and "100 tokens/s" in text
+    assert "80% in the model, 10% waiting for pixels, 10% tissue" in text and "2.00 GiB" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "mpp", "tokens"),
+    [
+        ("slides/CMU-1-Small-Region.svs", None, (9000, 13000)),
+        ("slides/CMU-1_panda_layout.tiff", None, (9000, 13000)),
+        ("slides/TCGA-CR-7395-TS1_x0-2047.svs", 0.5, (14000, 19000)),
+        ("slides/OS-1-detail.ome.tif", None, (900, 1100)),
+    ],
+)
+def test_real_slides_embed(shared_slide, model_folder, tmp_path, name, mpp, tokens):
+    path = shared_slide(name)
+    settings = EmbedSettings(mpp=mpp, region_size=2000)
+    report = embed_slides([path], model_folder, tmp_path / "out", settings, device="cpu", workers=2)
+    assert report.done == 1 and tokens[0] < report.tokens < tokens[1]
+
+
+def test_real_slide_without_mpp_fails_by_name(shared_slide, model_folder, tmp_path):
+    path = shared_slide("slides/TCGA-CR-7395-TS1_x0-2047.svs")
+    ((_, reason),) = embed_slides([path], model_folder, tmp_path / "out", device="cpu").failed
+    assert "does not state its resolution" in reason and "--mpp" in reason
