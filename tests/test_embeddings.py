@@ -3,6 +3,7 @@
 
 import pytest
 import torch
+from plain_vit import cubic_weights
 from small_models import large_weights_, random_mask, random_pixels, small_config
 from timm.layers import resample_abs_pos_embed
 
@@ -73,7 +74,19 @@ def test_resampling_weights_are_those_of_interpolate():
     signals = torch.randn(16, 3, dtype=torch.float64)
     for size in (1, 5, 16, 17, 100):
         expected = torch.nn.functional.interpolate(signals[None, None], size=(size, 3), mode="bicubic", antialias=True)
-        assert_close(resampling_weights(size, 16, signals) @ signals, expected[0, 0], 1e-12)
+        weights = resampling_weights(size, 16, signals)
+        assert_close(weights @ signals, expected[0, 0], 1e-12)
+        assert_close(weights, cubic_weights(size, 16), 1e-12)
+
+
+@torch.no_grad()
+def test_a_single_column_is_resampled_like_a_single_row():
+    """torch mixes up the values of a map that becomes one column wide (and timm with it)."""
+    embeddings = small_embeddings()
+    column = embeddings._position_map((5, 1), 0, 5)
+    grid = embeddings.position_embeddings.data.view(6, 6, -1)
+    embeddings.position_embeddings.copy_(grid.transpose(0, 1).flatten(0, 1))
+    assert_close(column[:, 0], embeddings._position_map((1, 5), 0, 1)[0].double())
 
 
 @torch.no_grad()
