@@ -144,5 +144,18 @@ def models() -> None:
     console.print(table)
 
 
+@app.command(epilog="Example:  `sparsepath doctor`")
+def doctor() -> None:
+    """Say what works on this machine, which attention backend runs and why, and how to mend what is missing."""
+    from .doctor import examine
+
+    table = Table("", "what", "found", "remedy")
+    for finding in examine():
+        table.add_row(
+            "[green]ok[/]" if finding.is_well else "[red]![/]", finding.subject, finding.state, finding.remedy
+        )
+    console.print(table)
+
+
 if __name__ == "__main__":
     main()
