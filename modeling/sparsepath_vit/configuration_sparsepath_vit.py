@@ -106,6 +106,9 @@ class SparsePathViTConfig(BackboneConfigMixin, PreTrainedConfig):
         num_channels (`int`): image channels.
         num_prefix_position_embeddings (`int`): how many global tokens carry a position embedding: 0 (patches only),
             1 (CLS) or 1 + R (CLS and registers).
+        position_antialias (`bool`): whether position embeddings are resampled bicubically with antialiasing, as in timm
+            and Dinov2WithRegisters, or without, as in Transformers' ViT and Dinov2. Makes a difference on grids other
+            than the stored one.
         pooling (`str`): `"cls"`, or `"cls_mean"` for CLS concatenated with the mean of the kept patch tokens.
         window_size (`int` or `None`): tokens per block side; `None` is dense attention.
         neighbor_radius (`int`): a token sees blocks up to this many block rows and columns away.
@@ -145,6 +148,7 @@ class SparsePathViTConfig(BackboneConfigMixin, PreTrainedConfig):
     image_size: int = 224
     num_channels: int = 3
     num_prefix_position_embeddings: int = 0
+    position_antialias: bool = True
     pooling: str = "cls"
     window_size: int | None = 8
     neighbor_radius: int = 1
