@@ -143,7 +143,7 @@ def test_tokens_of_another_slide_are_refused(embedded, tmp_path):
 
 def test_what_is_missing_is_named_with_the_way_to_get_it(embedded, model_folder, tmp_path):
     embed_slides([embedded[0]], model_folder, tmp_path / "out", device="cpu")
-    with pytest.raises(SlideError, match="embed --dense` again"):
+    with pytest.raises(SlideError, match="again with --dense"):
         read_token_values(tmp_path / "out/slide.h5")
     with pytest.raises(SlideError, match="value='attention' is unknown"):
         read_token_values(embedded[1], "attention")

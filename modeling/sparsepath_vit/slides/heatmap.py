@@ -100,7 +100,10 @@ def _values(stored: Any, value: str, tissue: np.ndarray, kept: np.ndarray) -> tu
         raise SlideError(
             f"value={value!r} is unknown: prune_scores, kept, norm, or a .npy file of one number per token."
         )
-    values = np.load(value, allow_pickle=False)
+    try:
+        values = np.load(value, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise SlideError(f"{value} cannot be read as a .npy file: {error}.") from error
     for corners in (kept, tissue):
         if values.shape == (len(corners),):
             return corners, values
