@@ -6,6 +6,7 @@ import torch
 from plain_vit import cubic_weights
 from small_models import large_weights_, random_mask, random_pixels, small_config
 from timm.layers import resample_abs_pos_embed
+from torch.nn.functional import interpolate
 
 from sparsepath_vit import embeddings as embeddings_module
 from sparsepath_vit.embeddings import SparsePathViTEmbeddings, resampling_weights
@@ -70,13 +71,25 @@ def test_positions_are_resampled_as_timm_does(rows, columns):
         assert torch.equal(position_map.flatten(0, 1), embeddings.position_embeddings[0])
 
 
-def test_resampling_weights_are_those_of_interpolate():
+@pytest.mark.parametrize("antialias", [True, False])
+def test_resampling_weights_are_those_of_interpolate(antialias):
     signals = torch.randn(16, 3, dtype=torch.float64)
     for size in (1, 5, 16, 17, 100):
-        expected = torch.nn.functional.interpolate(signals[None, None], size=(size, 3), mode="bicubic", antialias=True)
-        weights = resampling_weights(size, 16, signals)
+        expected = interpolate(signals[None, None], size=(size, 3), mode="bicubic", antialias=antialias)
+        weights = resampling_weights(size, 16, signals, antialias)
         assert_close(weights @ signals, expected[0, 0], 1e-12)
-        assert_close(weights, cubic_weights(size, 16), 1e-12)
+        if antialias:
+            assert_close(weights, cubic_weights(size, 16), 1e-12)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows, columns", [(6, 6), (1, 9), (13, 2), (11, 17), (3, 4)])
+def test_positions_without_antialiasing_are_those_of_interpolate(rows, columns):
+    """As Transformers' ViT and Dinov2 do, which resample both directions at once."""
+    embeddings = small_embeddings(position_antialias=False)
+    image = embeddings.position_embeddings.double().view(1, 6, 6, -1).permute(0, 3, 1, 2)
+    expected = interpolate(image, size=(rows, columns), mode="bicubic", align_corners=False)
+    assert_close(embeddings._position_map((rows, columns), 0, rows), expected[0].permute(1, 2, 0))
 
 
 @torch.no_grad()

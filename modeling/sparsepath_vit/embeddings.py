@@ -16,10 +16,17 @@ from .token_grid import TokenGrid
 ROWS_PER_STRIP = 32
 
 
-def resampling_weights(new_size: int, old_size: int, like: torch.Tensor) -> torch.Tensor:
-    """One axis of bicubic, antialiased resampling as a matrix.
+def resampling_weights(new_size: int, old_size: int, like: torch.Tensor, antialias: bool = True) -> torch.Tensor:
+    """One axis of bicubic resampling as a matrix.
 
     Resampling is separable and linear, so the library's own kernel applied to the identity gives its weights.
+
+    Args:
+        new_size: samples wanted along the axis.
+        old_size: samples there are.
+        like: a tensor of the dtype and on the device wanted.
+        antialias: as for `torch.nn.functional.interpolate`; it matters when enlarging too, as torch then takes another
+            cubic kernel (a = -0.5 with antialiasing, -0.75 without).
 
     Returns:
         (new_size, old_size), of the dtype and on the device of `like`.
@@ -29,7 +36,7 @@ def resampling_weights(new_size: int, old_size: int, like: torch.Tensor) -> torc
         return identity
     # One channel: torch resamples an (old, old, 1) image of `old` channels in the wrong memory order.
     resampled = nn.functional.interpolate(
-        identity[None, None], size=(new_size, old_size), mode="bicubic", antialias=True
+        identity[None, None], size=(new_size, old_size), mode="bicubic", antialias=antialias
     )
     return resampled[0, 0]
 
@@ -200,13 +207,13 @@ class SparsePathViTEmbeddings(nn.Module):
         return self.dropout(self._with_global_tokens(patch_tokens, grid))
 
     def _position_map(self, size: tuple[int, int], first_row: int, num_rows: int) -> torch.Tensor:
-        """Position embeddings of some rows of a grid, resampled as timm does: (num_rows, columns, hidden_size)."""
-        side = self.position_grid
+        """Position embeddings of some rows of a grid, resampled bicubically: (num_rows, columns, hidden_size)."""
+        side, antialias = self.position_grid, self.config.position_antialias
         positions = self.position_embeddings[0, self.config.num_prefix_position_embeddings :]
         positions = positions.to(torch.promote_types(positions.dtype, torch.float32))
         with maybe_autocast(positions.device.type, enabled=False):  # autocast would resample in its lower precision
-            row_weights = resampling_weights(size[0], side, positions)[first_row : first_row + num_rows]
-            column_weights = resampling_weights(size[1], side, positions)
+            row_weights = resampling_weights(size[0], side, positions, antialias)[first_row : first_row + num_rows]
+            column_weights = resampling_weights(size[1], side, positions, antialias)
             by_row = row_weights @ positions.view(side, -1)  # (num_rows, side * hidden_size)
             position_map = column_weights @ by_row.view(-1, side, self.config.hidden_size)
         return position_map.to(self.position_embeddings.dtype)
