@@ -18,7 +18,7 @@ demo: $(INSTALLED)  ## one real region, dense, sparse and pruned: table, feature
 	$(BIN)/sparsepath demo
 
 test: $(INSTALLED)  ## the whole test suite; no network, no GPU
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check $(SOURCES)
