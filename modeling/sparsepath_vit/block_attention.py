@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 from .block_attention_cpu import tiled_block_attention, tiled_block_attention_backward
 from .block_attention_reference import naive_block_attention
-from .block_attention_tiles import AttentionTiles, attention_tile_size, attention_tiles
+from .block_attention_tiles import AttentionTiles, attention_tile_size, attention_tiles, check_states
 from .token_grid import TokenGrid
 
 try:
@@ -134,13 +134,10 @@ def block_attention(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit each other, the grid or the backend.
     """
-    _check_states(query, key, value, grid)
+    scale = check_states(query, key, value, grid, scale)
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout={dropout!r} is not possible: it must lie in [0, 1).")
     batch, heads, tokens, head_dim = query.shape
-    scale = head_dim**-0.5 if scale is None else scale
-    if not scale > 0.0:
-        raise ValueError(f"scale={scale!r} is not possible: it must be positive.")
     backend = _backend_for(query, dropout)
     # (batch, heads, tokens, head_dim) -> (batch * tokens, heads, head_dim): a view of a fused projection
     packed = [states.transpose(1, 2).reshape(-1, heads, head_dim) for states in (query, key, value)]
@@ -167,33 +164,6 @@ def _backend_for(query: torch.Tensor, dropout: float) -> str:
         elif _chosen_backend == "auto":
             logger.info_once("block_sparse: no CUDA, using tiles of SDPA calls.")
     return "cpu" if backend == "triton" else backend
-
-
-def _check_states(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, grid: TokenGrid) -> None:
-    if query.ndim != 4:
-        raise ValueError(f"query has shape {tuple(query.shape)}: it takes (batch, heads, tokens, head_dim).")
-    for name, states in (("key", key), ("value", value)):
-        if states.shape != query.shape:
-            raise ValueError(f"{name} has shape {tuple(states.shape)}: it takes the query's, {tuple(query.shape)}.")
-        if states.dtype != query.dtype:
-            raise ValueError(f"{name} is {states.dtype}: it takes the query's dtype, {query.dtype}.")
-        if states.device != query.device:
-            raise ValueError(f"{name} is on {states.device}: it takes the query's device, {query.device}.")
-    for name, states in (("query", query), ("key", key), ("value", value)):
-        if states.stride(-1) != 1:
-            raise ValueError(
-                f"{name} has strides {states.stride()}: its last dimension, head_dim, must be contiguous (stride 1). "
-                "Call .contiguous() on it."
-            )
-    if not query.is_floating_point():
-        raise ValueError(f"query is {query.dtype}: it takes a floating point dtype.")
-    if grid.device != query.device:
-        raise ValueError(f"grid is on {grid.device}: it takes the query's device, {query.device}.")
-    if (query.shape[0], query.shape[2]) != grid.batch_shape:
-        raise ValueError(
-            f"grid describes (batch, tokens) = {grid.batch_shape}, but query has shape {tuple(query.shape)}, that is "
-            f"{(query.shape[0], query.shape[2])}: pass the grid these tokens were made with."
-        )
 
 
 _GRID_TENSORS = ("rows", "columns", "blocks", "block_offsets", "entry_shifts")
