@@ -2,13 +2,14 @@
 # Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
 """Benchmarks: ours against timm and Transformers dense, in one run on one machine.
 
-`model` times whole forward passes. Every model is checked before it is timed, the runs take turns so that a drifting
-machine drifts for all, and each row of the CSV carries commit, versions and machine.
+`model` times whole forward passes, `attention` the attention alone. Everything is checked before it is timed, models
+take turns so that a drifting machine drifts for all, and each row of the CSV carries commit, versions and machine.
 
 Examples:
     python scripts/benchmark.py model
     python scripts/benchmark.py model --architecture uni2-h --sizes 1400 --repeats 1 --peers timm,sparse,pruned
     python scripts/benchmark.py model --architecture uni2-h --sizes 3430 --repeats 1 --peers pruned
+    python scripts/benchmark.py attention --tokens 2500,10000 --windows 8,64
 """
 
 import argparse
@@ -24,13 +25,14 @@ from pathlib import Path
 import psutil
 import torch
 from safetensors.torch import save_file
-from sparsepath_vit.conversion.peers import timm_network, transformers_form
 from tqdm import tqdm
 
 from sparsepath_vit import SparsePathViTConfig, SparsePathViTModel
+from sparsepath_vit.analysis.benchmark_attention import CONTENDERS, AttentionCase, time_case
 from sparsepath_vit.analysis.cost import forward_flops, mean_keys_per_query, token_grid_of_size
 from sparsepath_vit.analysis.measure import describe_run, measured
 from sparsepath_vit.conversion import architecture, convert_checkpoint
+from sparsepath_vit.conversion.peers import timm_network, transformers_form
 
 logger = logging.getLogger("benchmark")
 
@@ -65,11 +67,59 @@ def main() -> None:
     model.add_argument("--repeats", type=int, default=5, help="timed runs of each model; the median counts")
     model.add_argument("--threads", type=int, default=None, help="CPU threads; torch's choice by default")
     model.add_argument("--output", type=Path, default=Path("model_card/results/benchmark_model.csv"))
+    model.set_defaults(run=benchmark_models)
+    attention = commands.add_parser("attention", help="attention alone", formatter_class=parser.formatter_class)
+    attention.add_argument("--tokens", default="2500,10000,60025", help="patch tokens of a square grid")
+    attention.add_argument("--windows", default="8,16,64", help="tokens per block side")
+    attention.add_argument("--kept", default="1.0,0.4", help="shares of tokens kept; below 1 at random")
+    attention.add_argument("--contenders", default="block_sparse,sdpa_dense", help=f"of {', '.join(CONTENDERS)}")
+    attention.add_argument("--heads", type=int, default=24)
+    attention.add_argument("--head-dim", type=int, default=64)
+    attention.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"])
+    attention.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    attention.add_argument("--backward", action="store_true", help="time forward and backward together, too")
+    attention.add_argument("--repeats", type=int, default=5)
+    attention.add_argument("--threads", type=int, default=None, help="CPU threads; torch's choice by default")
+    attention.add_argument("--output", type=Path, default=Path("model_card/results/benchmark_attention.csv"))
+    attention.set_defaults(run=benchmark_attention)
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    benchmark_models(arguments)
+    arguments.run(arguments)
+
+
+def benchmark_attention(arguments: argparse.Namespace) -> None:
+    """Checks, times and records the chosen attentions on each problem."""
+    names = arguments.contenders.split(",")
+    unknown = set(names) - set(CONTENDERS)
+    if unknown:
+        raise SystemExit(f"--contenders {', '.join(sorted(unknown))} unknown: choose from {', '.join(CONTENDERS)}.")
+    for tokens in map(int, arguments.tokens.split(",")):
+        for window_size in map(int, arguments.windows.split(",")):
+            for kept_share in map(float, arguments.kept.split(",")):
+                case = AttentionCase(
+                    tokens=tokens,
+                    window_size=window_size,
+                    kept_share=kept_share,
+                    heads=arguments.heads,
+                    head_dim=arguments.head_dim,
+                    dtype=getattr(torch, arguments.dtype),
+                    device=arguments.device,
+                )
+                rows = time_case(case, names, arguments.repeats, arguments.backward)
+                for row in rows:
+                    logger.info(
+                        "%9d tokens  w = %3d  %3.0f%% kept  %-14s %-16s %10.2f ms  %8.4f TFLOP/s",
+                        row["tokens"],
+                        window_size,
+                        100 * kept_share,
+                        row["attention"],
+                        row["direction"],
+                        1000 * row["seconds_median"],
+                        row["useful_tflop_per_second"],
+                    )
+                append_rows(arguments.output, rows)
 
 
 def benchmark_models(arguments: argparse.Namespace) -> None:
@@ -186,7 +236,8 @@ def check_against_timm(ours: SparsePathViTModel, network: torch.nn.Module, dense
     pixel_values = torch.randn(1, 3, CHECKED_SIZE, CHECKED_SIZE, generator=torch.Generator().manual_seed(1)).to(dtype)
     with torch.inference_mode():
         expected = network.forward_features(pixel_values).float()
-        for window_size in (dense.window_size, ours.config.window_size):
+        half_the_grid = -(-CHECKED_SIZE // dense.patch_size // 2)  # 2 x 2 blocks are one neighbourhood: sparse is dense
+        for window_size in (None, half_the_grid):
             ours.config.window_size = window_size
             difference = (ours(pixel_values).last_hidden_state.float() - expected).abs().max() / expected.abs().max()
             logger.info("check against timm, window_size=%s: relative difference %.1e", window_size, difference)

@@ -5,6 +5,8 @@ import pytest
 import torch
 from run_script import load_script
 
+from sparsepath_vit.analysis import benchmark_attention
+
 benchmark = load_script("benchmark")
 MODEL = ("model", "--architecture", "vit-tiny-14-reg4", "--repeats", "1", "--dtype", "float32", "--device", "cpu")
 
@@ -46,3 +48,23 @@ def test_a_model_that_computes_something_else_is_not_timed():
 def test_unknown_models_are_named(run_script):
     with pytest.raises(SystemExit, match="natten unknown: choose from timm"):
         run_script(benchmark, *MODEL, "--peers", "natten")
+
+
+def test_attentions_are_checked_timed_and_recorded(tmp_path, run_script):
+    output = tmp_path / "attention.csv"
+    arguments = ["attention", "--tokens", "400", "--windows", "4", "--heads", "2", "--head-dim", "16", "--repeats", "2"]
+    arguments += ["--dtype", "float32", "--device", "cpu", "--backward", "--output", str(output)]
+    run_script(benchmark, *arguments, "--contenders", "block_sparse,sdpa_dense,reference")
+    with output.open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2 * 3 * 2  # kept shares, contenders, directions
+    assert {row["tokens"] for row in rows} == {"409", "169"}
+    assert all(float(row["difference_to_float64"]) < 2e-5 for row in rows)
+
+
+def test_an_attention_over_another_pattern_is_not_timed():
+    case = benchmark.AttentionCase(400, 4, 1.0, 2, 16, torch.float32, "cpu")
+    grid = case.grid()
+    dense = torch.nn.functional.scaled_dot_product_attention
+    with pytest.raises(ValueError, match=r"block_sparse differs from float64 attention.*not timed"):
+        benchmark_attention.check(dense, "block_sparse", case, grid)
