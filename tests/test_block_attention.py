@@ -248,6 +248,23 @@ class TestDropout:
         (grad_value,) = torch.autograd.grad((output * weights).sum(), states[2:], retain_graph=True)
         torch.testing.assert_close((grad_value * states[2]).sum(), (output * weights).sum(), rtol=1e-10, atol=0)
 
+    @pytest.mark.parametrize("backend", BACKENDS)
+    @pytest.mark.parametrize("dropout", [0.0, 0.3])
+    def test_autocast_does_not_round_what_is_kept_in_float32(self, dropout, backend):
+        """Regression: with dropout, and in the backward, probabilities were computed in bfloat16."""
+        set_block_attention_backend(backend)
+        grid, results = RAGGED.grid(), []
+        states = [state.float() for state in self.states(grid)]
+        for enabled in (False, True):
+            states = [state.detach().requires_grad_() for state in states]
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+                output = self.attend(states, grid, dropout, 5)
+            # torch's own formulas, which the reference is made of, follow the autocast of the backward.
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled and backend != "reference"):
+                results.append([output, *torch.autograd.grad(output.square().sum(), states)])
+        for expected, actual in zip(*results, strict=True):
+            assert torch.equal(actual, expected)
+
     def test_gradients_are_finite_differences(self):
         grid = TokenGrid.create([(7, 5)], num_global_tokens=2, window_size=2)
         states = [state.requires_grad_() for state in self.states(grid)]

@@ -3,13 +3,15 @@
 
 A tile is a run of consecutive blocks of one block row. Its keys are the global tokens and, for each of the 2r+1 block
 rows around it, one contiguous run of packed tokens: no padding, no gather, no dense mask, however ragged the blocks
-are. It uses torch operations only, so it also serves as the correct path on devices without a kernel.
+are. It uses torch operations only, so it also serves as the correct path on devices without a kernel. It computes in
+the dtype of its arguments, probabilities in at least float32: autocast has no say in it.
 """
 
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+from transformers.utils.generic import maybe_autocast
 
 from .token_grid import TokenGrid
 
@@ -139,15 +141,16 @@ def tiled_block_attention(
         (M, heads, head_dim).
     """
     output = query.new_empty(query.shape)
-    for tile in query_tiles(grid):
-        queries = slice(*tile.queries)
-        tile_key, tile_value = _take(key, tile.keys), _take(value, tile.keys)
-        if dropout == 0.0:
-            output[queries] = _attend(query[queries], tile_key, tile_value, tile, scale)
-            continue
-        probabilities = _probabilities(query[queries], tile_key, tile, scale)
-        probabilities *= _dropout_factors(probabilities, dropout, generator)
-        output[queries] = (probabilities @ tile_value.transpose(0, 1).to(probabilities.dtype)).transpose(0, 1)
+    with maybe_autocast(query.device.type, enabled=False):
+        for tile in query_tiles(grid):
+            queries = slice(*tile.queries)
+            tile_key, tile_value = _take(key, tile.keys), _take(value, tile.keys)
+            if dropout == 0.0:
+                output[queries] = _attend(query[queries], tile_key, tile_value, tile, scale)
+                continue
+            probabilities = _probabilities(query[queries], tile_key, tile, scale)
+            probabilities *= _dropout_factors(probabilities, dropout, generator)
+            output[queries] = (probabilities @ tile_value.transpose(0, 1).to(probabilities.dtype)).transpose(0, 1)
     return output
 
 
@@ -172,20 +175,21 @@ def tiled_block_attention_backward(
     grad_query = query.new_empty(query.shape)
     grad_key = torch.zeros(key.shape, dtype=dtype, device=key.device)
     grad_value = torch.zeros(value.shape, dtype=dtype, device=value.device)
-    for tile in query_tiles(grid):
-        queries = slice(*tile.queries)
-        tile_key, tile_value = _take(key, tile.keys), _take(value, tile.keys)
-        probabilities = _probabilities(query[queries], tile_key, tile, scale)  # (heads, queries, keys)
-        factors = _dropout_factors(probabilities, dropout, generator) if dropout > 0.0 else 1.0
-        tile_grad = grad_output[queries].transpose(0, 1).to(dtype)  # (heads, queries, head_dim)
-        tile_grad_value = (probabilities * factors).transpose(1, 2) @ tile_grad
-        grad_probabilities = tile_grad @ tile_value.permute(1, 2, 0).to(dtype) * factors
-        delta = (probabilities * grad_probabilities).sum(dim=-1, keepdim=True)
-        grad_logits = probabilities * (grad_probabilities - delta) * scale
-        grad_query[queries] = (grad_logits @ tile_key.transpose(0, 1).to(dtype)).transpose(0, 1).to(query.dtype)
-        tile_grad_key = grad_logits.transpose(1, 2) @ query[queries].transpose(0, 1).to(dtype)
-        _add_runs(grad_key, tile_grad_key, tile.keys)
-        _add_runs(grad_value, tile_grad_value, tile.keys)
+    with maybe_autocast(query.device.type, enabled=False):
+        for tile in query_tiles(grid):
+            queries = slice(*tile.queries)
+            tile_key, tile_value = _take(key, tile.keys), _take(value, tile.keys)
+            probabilities = _probabilities(query[queries], tile_key, tile, scale)  # (heads, queries, keys)
+            factors = _dropout_factors(probabilities, dropout, generator) if dropout > 0.0 else 1.0
+            tile_grad = grad_output[queries].transpose(0, 1).to(dtype)  # (heads, queries, head_dim)
+            tile_grad_value = (probabilities * factors).transpose(1, 2) @ tile_grad
+            grad_probabilities = tile_grad @ tile_value.permute(1, 2, 0).to(dtype) * factors
+            delta = (probabilities * grad_probabilities).sum(dim=-1, keepdim=True)
+            grad_logits = probabilities * (grad_probabilities - delta) * scale
+            grad_query[queries] = (grad_logits @ tile_key.transpose(0, 1).to(dtype)).transpose(0, 1).to(query.dtype)
+            tile_grad_key = grad_logits.transpose(1, 2) @ query[queries].transpose(0, 1).to(dtype)
+            _add_runs(grad_key, tile_grad_key, tile.keys)
+            _add_runs(grad_value, tile_grad_value, tile.keys)
     return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype)
 
 

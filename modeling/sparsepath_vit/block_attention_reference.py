@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers.utils import logging
+from transformers.utils.generic import maybe_autocast
 
 from .token_grid import TokenGrid
 
@@ -73,11 +74,13 @@ def naive_block_attention(
     """
     shape = (*grid.batch_shape, *query.shape[1:])  # (batch, tokens, heads, head_dim)
     query, key, value = (states.reshape(shape).transpose(1, 2) for states in (query, key, value))
-    logits = query @ key.transpose(-1, -2) * scale  # (batch, heads, query, key)
-    logits = logits.masked_fill(~attention_pattern(grid)[:, None], -torch.inf)
-    probabilities = torch.softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
-    probabilities = nn.functional.dropout(probabilities.to(value.dtype), dropout)
-    return (probabilities @ value).transpose(1, 2).reshape(-1, *shape[2:])
+    with maybe_autocast(query.device.type, enabled=False):
+        logits = query @ key.transpose(-1, -2) * scale  # (batch, heads, query, key)
+        logits = logits.masked_fill(~attention_pattern(grid)[:, None], -torch.inf)
+        probabilities = torch.softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+        probabilities = nn.functional.dropout(probabilities.to(value.dtype), dropout)
+        attended = probabilities @ value
+    return attended.transpose(1, 2).reshape(-1, *shape[2:])
 
 
 def eager_attention_forward(

@@ -220,6 +220,9 @@ class SparsePathViTEmbeddings(nn.Module):
 
     def _positions_of_batch(self, grid: TokenGrid) -> torch.Tensor:
         """Position embeddings of the present patch tokens: (T, hidden_size)."""
+        size = grid.grid_sizes[0]
+        if all(other == size for other in grid.grid_sizes):
+            return self._position_map(size, 0, size[0])[grid.rows, grid.columns]
         # A list, not a dict: hashing a size would make torch.compile compile anew for every size.
         distinct_sizes: list[tuple[int, int]] = []
         for size in grid.grid_sizes:
