@@ -263,7 +263,7 @@ def record(peers: list[Peer], size: int, arguments: argparse.Namespace) -> None:
                 "prune_ratio": peer.config.prune_ratio,
                 "tokens": grid.num_tokens,
                 "keys_per_query": round(mean_keys_per_query(grid), 1),
-                "tflop": round(forward_flops(peer.config, grid) / 1e12, 4),
+                "tflop": float(f"{forward_flops(peer.config, grid) / 1e12:.6g}"),
                 "seconds_median": round(median, 4),
                 "seconds_lower_quartile": round(quartiles[0], 4),
                 "seconds_upper_quartile": round(quartiles[2], 4),
