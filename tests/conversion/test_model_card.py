@@ -42,10 +42,13 @@ def test_card_describes_the_model(tmp_path):
     assert "| training resolution | 0.25, 0.5, 1.0, 2.0 micrometres per pixel |" in card.text
     assert "| layers, width, heads | 32, 1280, 16 |" in card.text
     assert "| attention | blocks of 8 x 8 patch tokens, neighbour radius 1 |" in card.text
+    assert "| position embeddings at other sizes | bicubic, with antialiasing |" in card.text
     assert "| pruning | 60% of the patch tokens after layer 4 |" in card.text
     assert "outputs.pooler_output  # (1, 2560)" in card.text
     assert "- `head.bias`: a head" in card.text
-    assert "| attention | dense |" in card_of("virchow2", tmp_path, window_size=None).text
+    other = card_of("virchow2", tmp_path, window_size=None, position_antialias=False)
+    assert "| attention | dense |" in other.text
+    assert "bicubic, without antialiasing |" in other.text
 
 
 def test_card_leaves_no_placeholder(tmp_path):

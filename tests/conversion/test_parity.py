@@ -48,15 +48,20 @@ def write_source(name, folder):
     return network
 
 
-def convert_small(name, folder):
+def convert_small(name, folder, **overrides):
     table = architecture(name).config
     fields = {key: table[key] for key in ("layer_norm_eps", "pooling")}
-    convert_checkpoint(folder, folder / "converted", num_attention_heads=4, **fields)
+    convert_checkpoint(folder, folder / "converted", num_attention_heads=4, **fields, **overrides)
     return SparsePathViTModel.from_pretrained(folder / "converted").eval()
 
 
 def relative_error(found, wanted):
     return ((found - wanted).abs().max() / wanted.square().mean().sqrt()).item()
+
+
+def some_sizes(patch):
+    """224 px, larger, and not square, in whole patches."""
+    return [(224, 224), (448, 448), (196 // patch * patch, 350 // patch * patch)]
 
 
 def random_image(height, width):
@@ -67,23 +72,27 @@ def random_image(height, width):
 @torch.inference_mode()
 def test_dense_mode_equals_timm_at_any_size(name, tmp_path):
     network = write_source(name, tmp_path)
-    model = convert_small(name, tmp_path)
-    patch = model.config.patch_size
+    # timm antialiases also GPFM's position embeddings, its authors' code does not.
+    model = convert_small(name, tmp_path, **({"position_antialias": True} if name == "gpfm" else {}))
     model.config.window_size = None
-    sizes = [(224, 224), (448, 448), (196 // patch * patch, 350 // patch * patch)]
-    for height, width in sizes:
+    for height, width in some_sizes(model.config.patch_size):
         image = random_image(height, width)
         assert relative_error(model(image).last_hidden_state, network(image)) <= TOLERANCE
 
 
 @pytest.mark.parametrize("name", sorted(TRANSFORMERS_MODELS.keys() - SAME_FORM))
 @torch.inference_mode()
-def test_dense_mode_equals_transformers_at_the_native_size(name, tmp_path):
+def test_dense_mode_equals_transformers_at_any_size(name, tmp_path):
+    """Regression: position embeddings were antialiased, which Transformers' ViT and Dinov2 do not do."""
     network = write_source(name, tmp_path)
     model = convert_small(name, tmp_path)
     model.config.window_size = None
-    image = random_image(model.config.image_size, model.config.image_size)
-    assert relative_error(model(image).last_hidden_state, network(image).last_hidden_state) <= TOLERANCE
+    arguments = {"interpolate_pos_encoding": True} if name == "phikon" else {}
+    native = model.config.image_size
+    for height, width in dict.fromkeys([(native, native), *some_sizes(model.config.patch_size)]):
+        image = random_image(height, width)
+        wanted = network(image, **arguments).last_hidden_state
+        assert relative_error(model(image).last_hidden_state, wanted) <= TOLERANCE
 
 
 @pytest.mark.parametrize("name", ["uni2-h", "virchow2", "uni", "hibou-b"])

@@ -2,10 +2,14 @@
 import json
 
 import pytest
+import torch
 from safetensors.torch import save_file
-from source_networks import SMALL_TRANSFORMERS, randomize, timm_network, transformers_network
+from source_networks import SMALL_TIMM, SMALL_TRANSFORMERS, dinov2_state, randomize, timm_network, transformers_network
 
-from sparsepath_vit.conversion import convert_checkpoint
+from sparsepath_vit import SparsePathViTConfig
+from sparsepath_vit.conversion import architecture, convert_checkpoint
+from sparsepath_vit.conversion.mapping import plan_mapping
+from sparsepath_vit.conversion.source_config import resamples_with_antialias
 
 
 def convert_with(config, small_file, output, **overrides):
@@ -58,3 +62,36 @@ def test_gate_with_gelu_is_refused(small_file, tmp_path):
     """timm's GluMlp with GELU has the very shapes of SwiGLU."""
     with pytest.raises(ValueError, match="activation 'gelu' is not supported in a swiglu MLP"):
         convert_with({"model_args": {"num_heads": 4, "act_layer": "gelu"}}, small_file, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("name", "antialias"),
+    [("phikon", False), ("phikon-v2", False), ("midnight-12k", False), ("hibou-b", True)],
+)
+def test_transformers_antialiases_only_with_registers(tmp_path, name, antialias):
+    randomize(transformers_network(name, **SMALL_TRANSFORMERS)).save_pretrained(tmp_path / "in")
+    assert convert_checkpoint(tmp_path / "in", tmp_path / "out").config.position_antialias is antialias
+
+
+@pytest.mark.parametrize(("name", "antialias"), [("gpfm", False), ("openmidnight", True)])
+def test_dinov2_antialiases_only_with_registers(tmp_path, name, antialias):
+    torch.save(dinov2_state(timm_network(name, **SMALL_TIMM)), tmp_path / "teacher.pth")
+    config = convert_checkpoint(tmp_path / "teacher.pth", tmp_path / "out", num_attention_heads=4).config
+    assert config.position_antialias is antialias
+
+
+@pytest.mark.parametrize("name", ["uni", "uni2-h"])
+def test_timm_antialiases(tmp_path, name):
+    save_file(timm_network(name, **SMALL_TIMM).state_dict(), tmp_path / "model.safetensors")
+    assert convert_checkpoint(tmp_path, tmp_path / "out", num_attention_heads=4).config.position_antialias
+
+
+def test_antialiasing_can_be_overridden(small_file, tmp_path):
+    report = convert_checkpoint(small_file, tmp_path / "out", num_attention_heads=4, position_antialias=False)
+    assert SparsePathViTConfig.from_pretrained(report.output_dir).position_antialias is False
+
+
+def test_a_known_model_decides_where_the_mask_token_was_dropped():
+    plan = plan_mapping({"patch_embed.proj.weight": (1,), "cls_token": (1,)})
+    assert resamples_with_antialias(plan, architecture("uni")) and resamples_with_antialias(plan, None)
+    assert not resamples_with_antialias(plan, architecture("gpfm"))

@@ -22,7 +22,7 @@ from .architectures import Architecture
 from .architectures import architecture as find_architecture
 from .mapping import MappingPlan, check_parameters, infer_structure, plan_mapping
 from .model_card import write_model_card
-from .source_config import read_source_config, read_source_normalisation
+from .source_config import read_source_config, read_source_normalisation, resamples_with_antialias
 from .sources import CheckpointSource, open_source
 
 logger = logging.get_logger(__name__)
@@ -82,9 +82,11 @@ def convert_checkpoint(
 
     The weights are renamed (and query, key and value stacked where they come apart), never changed. Shapes are read
     from the tensors; the head count and what else they do not say comes from `config_overrides`, the table of known
-    models, or the source's `config.json`, in this order. Every tensor is used exactly once and every parameter set
-    exactly once. The output holds config.json, model.safetensors, preprocessor_config.json, README.md (a model card
-    with source and licence) and the model's source files for `trust_remote_code=True`. It appears whole or not at all.
+    models, or the source's `config.json`, in this order. `position_antialias` is what the source's own code does at
+    other image sizes (see `resamples_with_antialias`), so that the model computes the same at every size. Every tensor
+    is used exactly once and every parameter set exactly once. The output holds config.json, model.safetensors,
+    preprocessor_config.json, README.md (a model card with source and licence) and the model's source files for
+    `trust_remote_code=True`. It appears whole or not at all.
 
     Args:
         source: a `.safetensors`, `.bin`, `.pth` or `.pt` file, a folder with one (sharded safetensors included), a
@@ -169,7 +171,8 @@ def build_config(
     _refuse_contradictions(structure, overrides, "the argument says", "Leave it out.")
     known_fields = {} if known is None else {k: v for k, v in known.config.items() if k not in structure}
     source_fields = {} if known is not None else read_source_config(opened, plan, structure)
-    values = {**structure, **source_fields, **known_fields, **overrides}
+    resampling = {"position_antialias": resamples_with_antialias(plan, known)}
+    values = {**structure, **resampling, **source_fields, **known_fields, **overrides}
     if "num_attention_heads" not in values:
         raise ValueError(
             f"The head count of {opened.label} is not known: tensors do not say it. Pass architecture=... (`sparsepath "

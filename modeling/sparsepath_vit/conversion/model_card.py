@@ -53,6 +53,7 @@ outputs.pooler_output  # (1, {pooled_size})
 | layers, width, heads | {config.num_hidden_layers}, {config.hidden_size}, {config.num_attention_heads} |
 | MLP | {config.mlp_type}, {config.intermediate_size} wide |
 | patch size, stored position grid | {config.patch_size} px, {grid} x {grid} |
+| position embeddings at other sizes | bicubic, {antialiasing} antialiasing |
 | global tokens | CLS and {config.num_register_tokens} registers |
 | pooling | {config.pooling} |
 | attention | {attention} |
@@ -97,6 +98,7 @@ def write_model_card(
         config=config,
         pooled_size=config.pooled_size,
         grid=config.image_size // config.patch_size,
+        antialiasing="with" if config.position_antialias else "without",
         attention=_attention(config),
         pruning=_pruning(config),
         mean=", ".join(map(str, processor.image_mean)),

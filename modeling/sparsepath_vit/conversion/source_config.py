@@ -1,10 +1,11 @@
 # Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
-"""What the config.json beside an unknown model's weights says that its tensors do not."""
+"""What a source says of itself that its tensors' shapes do not: by its config.json, and by its naming."""
 
 from typing import Any
 
 import torch
 
+from .architectures import Architecture
 from .mapping import MappingPlan
 from .sources import CheckpointSource
 
@@ -87,3 +88,25 @@ def read_source_normalisation(opened: CheckpointSource) -> Normalisation:
     mean = opened.preprocessor.get("image_mean") or timm_fields.get("mean")
     std = opened.preprocessor.get("image_std") or timm_fields.get("std")
     return (None if mean is None else tuple(mean), None if std is None else tuple(std))
+
+
+def resamples_with_antialias(plan: MappingPlan, known: Architecture | None) -> bool:
+    """Whether the source's own code resamples position embeddings with antialiasing; all of them do so bicubically.
+
+    timm does. Transformers' ViT and Dinov2 do not, its Dinov2WithRegisters does. DINOv2's own code does for its models
+    with registers and not for those without; the latter it resamples by a scale factor that is 0.1 patch too large,
+    which is not imitated.
+
+    Args:
+        plan: the mapping of the checkpoint.
+        known: the known model, if it is one. Otherwise DINOv2's own files are told from timm's by their mask token.
+
+    Returns:
+        `bool`: for `SparsePathViTConfig.position_antialias`.
+    """
+    has_registers = "embeddings.register_tokens" in plan.sources
+    if plan.style == "timm":
+        has_mask_token = any(name.endswith("mask_token") for name in plan.ignored)
+        is_dinov2 = has_mask_token if known is None else known.source_style == "dinov2"
+        return has_registers or not is_dinov2
+    return has_registers

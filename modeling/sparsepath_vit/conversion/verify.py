@@ -4,32 +4,20 @@
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
 from tqdm import tqdm
-from transformers import (
-    Dinov2Config,
-    Dinov2Model,
-    Dinov2WithRegistersConfig,
-    Dinov2WithRegistersModel,
-    PreTrainedConfig,
-    PreTrainedModel,
-    ViTConfig,
-    ViTModel,
-)
 
 from ..configuration_sparsepath_vit import SparsePathViTConfig
 from ..modeling_sparsepath_vit import SparsePathViTModel
 from .architectures import architecture as find_architecture
 from .mapping import MappingPlan, plan_mapping
+from .peers import has_dinov2_positions, timm_network, transformers_form
 from .sources import CheckpointSource, open_source
 
 # Grids of patch tokens that are compared besides the native one: at patch 14 these are 224, 448 and 196 x 350 px.
 DEFAULT_GRIDS = ((16, 16), (32, 32), (14, 25))
-RESAMPLING_NOTE = "position embeddings resampled differently (here as in timm, not as in Transformers)"
 
 Peer = Callable[[torch.Tensor], torch.Tensor]
 
@@ -77,9 +65,10 @@ def verify_conversion(
     """Compares a converted model with its source on random images, in float32 on the CPU.
 
     Dense attention (`window_size=None`) and no pruning at every size; where the blocks' neighbourhoods cover a size's
-    whole grid also the attention pattern that was converted, which then must give the same numbers. Transformers
-    sources agree at their native size; elsewhere Transformers resamples position embeddings differently, and the
-    difference that is reported says how much that matters.
+    whole grid also the attention pattern that was converted, which then must give the same numbers. Where
+    the peer resamples position embeddings otherwise than `position_antialias` says (timm always antialiases, DINOv2's
+    own code without registers does not), results at other sizes than the native one carry a note, and the difference
+    says how much that matters.
 
     Args:
         source: what was converted, as for `convert_checkpoint`.
@@ -104,6 +93,7 @@ def verify_conversion(
     _check_sizes(sizes, config.patch_size)
     peer = _timm_peer(opened, plan, config) if plan.style == "timm" else _transformers_peer(opened, plan, config)
     peer_name = "timm" if plan.style == "timm" else "transformers"
+    note = _resampling_note(plan, config)
 
     results = []
     generator = torch.Generator().manual_seed(0)
@@ -117,7 +107,7 @@ def verify_conversion(
         for window in windows:
             config.window_size = window
             found = model(pixel_values).last_hidden_state
-            native = (height, width) == (config.image_size, config.image_size)
+            is_native = (height, width) == (config.image_size, config.image_size)
             results.append(
                 Parity(
                     height=height,
@@ -126,7 +116,7 @@ def verify_conversion(
                     pattern="dense" if window is None else f"w = {window}",
                     max_abs_error=(found - wanted).abs().max().item(),
                     scale=wanted.square().mean().sqrt().item(),
-                    note="" if native or plan.style == "timm" else RESAMPLING_NOTE,
+                    note="" if is_native else note,
                 )
             )
     config.window_size, config.prune_ratio = window_size, prune_ratio
@@ -151,6 +141,16 @@ def _covers(height: int, width: int, window_size: int, config: SparsePathViTConf
     return -(-side // window_size) <= config.neighbor_radius + 1
 
 
+def _resampling_note(plan: MappingPlan, config: SparsePathViTConfig) -> str:
+    """What to say of sizes at which the peer has other position embeddings; empty where it has the same."""
+    # timm always antialiases; in Transformers Dinov2WithRegisters does, ViT and Dinov2 do not.
+    peer_antialiases = plan.style == "timm" or config.num_register_tokens > 0
+    if config.position_antialias == peer_antialiases:
+        return ""
+    ours, theirs = ("with", "without") if config.position_antialias else ("without", "with")
+    return f"position embeddings are resampled {ours} antialiasing here, {theirs} in the peer"
+
+
 def _state_of(opened: CheckpointSource, plan: MappingPlan) -> dict[str, torch.Tensor]:
     """The source's own tensors under their own names, without prefix and ignored ones, in float32."""
     used = [name for names in plan.sources.values() for name in names]
@@ -159,39 +159,12 @@ def _state_of(opened: CheckpointSource, plan: MappingPlan) -> dict[str, torch.Te
 
 def _timm_peer(opened: CheckpointSource, plan: MappingPlan, config: SparsePathViTConfig) -> Peer:
     """The source network in timm, loaded strictly by timm's own rules."""
-    try:
-        from timm.layers import LayerNorm, SwiGLUPacked
-        from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
-    except ImportError as error:
-        raise ImportError("Verifying a timm or DINOv2 checkpoint needs timm: pip install timm.") from error
+    network = timm_network(config)
     state = _state_of(opened, plan)
-    is_dinov2_form = config.num_register_tokens > 0 and config.num_prefix_position_embeddings == 1
-    gated = config.mlp_type == "swiglu"
-    # timm takes the width of the MLP as a ratio that it truncates; half a row keeps rounding from losing one.
-    rows = config.intermediate_size * (2 if gated else 1)
-    network = VisionTransformer(
-        img_size=config.image_size,
-        patch_size=config.patch_size,
-        in_chans=config.num_channels,
-        num_classes=0,
-        global_pool="",
-        embed_dim=config.hidden_size,
-        depth=config.num_hidden_layers,
-        num_heads=config.num_attention_heads,
-        mlp_ratio=(rows + 0.5) / config.hidden_size,
-        qkv_bias=config.qkv_bias,
-        init_values=1.0 if config.use_layerscale else None,
-        no_embed_class=config.num_prefix_position_embeddings == 0 or is_dinov2_form,
-        reg_tokens=config.num_register_tokens,
-        dynamic_img_size=True,
-        weight_init="skip",
-        norm_layer=partial(LayerNorm, eps=config.layer_norm_eps),
-        act_layer=nn.SiLU if gated else nn.GELU,
-        device=torch.device("meta"),
-        **({"mlp_layer": SwiGLUPacked} if gated else {}),
-    )
     state = {re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", name): tensor for name, tensor in state.items()}
-    if is_dinov2_form or any(".mlp.w12." in name for name in state):
+    if has_dinov2_positions(config) or any(".mlp.w12." in name for name in state):
+        from timm.models.vision_transformer import checkpoint_filter_fn
+
         # timm recognises DINOv2's own form by its mask token, and folds the position of CLS into the token.
         state = checkpoint_filter_fn({**state, "mask_token": torch.zeros(1)}, network)
     differing = sorted(network.state_dict().keys() ^ state.keys())
@@ -201,14 +174,14 @@ def _timm_peer(opened: CheckpointSource, plan: MappingPlan, config: SparsePathVi
             f"only in one of them, {', '.join(differing[:10])}."
         )
     network.load_state_dict(state, strict=True, assign=True)
-    return network.eval()
+    return network
 
 
 def _transformers_peer(opened: CheckpointSource, plan: MappingPlan, config: SparsePathViTConfig) -> Peer:
     """The source network in Transformers, loaded by its own rules for names of older versions."""
     state = _state_of(opened, plan)
     is_vit = any(".layernorm_before." in name for name in state)
-    model_class, peer_config = _transformers_form(config, is_vit)
+    model_class, peer_config = transformers_form(config, is_vit)
     arguments = {"add_pooling_layer": False} if is_vit else {}
     if not is_vit:  # a training parameter that published files may lack
         state["embeddings.mask_token"] = torch.zeros(1, config.hidden_size)
@@ -224,36 +197,3 @@ def _transformers_peer(opened: CheckpointSource, plan: MappingPlan, config: Spar
     network.eval()
     forward_arguments = {"interpolate_pos_encoding": True} if is_vit else {}
     return lambda pixel_values: network(pixel_values, **forward_arguments).last_hidden_state
-
-
-def _transformers_form(config: SparsePathViTConfig, is_vit: bool) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
-    """The class and configuration of Transformers for a form of ours."""
-    fields = {
-        "hidden_size": config.hidden_size,
-        "num_hidden_layers": config.num_hidden_layers,
-        "num_attention_heads": config.num_attention_heads,
-        "layer_norm_eps": config.layer_norm_eps,
-        "image_size": config.image_size,
-        "patch_size": config.patch_size,
-        "num_channels": config.num_channels,
-        "qkv_bias": config.qkv_bias,
-        "hidden_act": "gelu",
-    }
-    if is_vit:
-        return ViTModel, ViTConfig(intermediate_size=config.intermediate_size, **fields)
-    # Dinov2 states the MLP by a whole ratio; its SwiGLU takes two thirds of that, rounded up to a multiple of 8.
-    ratios = {
-        "gelu": {ratio * config.hidden_size: ratio for ratio in range(1, 17)},
-        "swiglu": {(int(ratio * config.hidden_size * 2 / 3) + 7) // 8 * 8: ratio for ratio in range(1, 17)},
-    }
-    ratio = ratios[config.mlp_type].get(config.intermediate_size)
-    if ratio is None:
-        raise ValueError(
-            f"Transformers' Dinov2 has no {config.mlp_type} MLP of width {config.intermediate_size} at hidden size "
-            f"{config.hidden_size}, so there is nothing to compare with."
-        )
-    fields |= {"mlp_ratio": ratio, "use_swiglu_ffn": config.mlp_type == "swiglu"}
-    if config.num_register_tokens:
-        registers = {"num_register_tokens": config.num_register_tokens}
-        return Dinov2WithRegistersModel, Dinov2WithRegistersConfig(**fields, **registers)
-    return Dinov2Model, Dinov2Config(**fields)
