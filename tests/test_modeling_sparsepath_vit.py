@@ -1,6 +1,8 @@
 # Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
 """The models against a network written out from the definition, and what they promise about their outputs."""
 
+import weakref
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -301,6 +303,15 @@ class TestBoundedMemory:
         at_once = model(pixels)
         assert torch.equal(in_strips.patch_positions, at_once.patch_positions)
         assert_close(in_strips.last_hidden_state, at_once.last_hidden_state, 1e-5)
+
+    @torch.no_grad()
+    def test_removed_tokens_leave_memory(self):
+        """Regression: the tokens before pruning were kept until the end, beside those that were left."""
+        layers, alive = (model := small_model(SparsePathViTModel, prune_ratio=0.5)).encoder.layers, []
+        layers[1].register_forward_hook(lambda module, arguments, outputs: alive.append(weakref.ref(outputs[0])))
+        layers[3].register_forward_pre_hook(lambda module, arguments: alive.append(alive[0]() is not None))
+        model(random_pixels(1, 6, 6))
+        assert alive[1:] == [False]
 
 
 class TestWarnings:

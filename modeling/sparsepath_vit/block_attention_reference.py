@@ -6,8 +6,6 @@ the number of tokens. The dense implementations of Transformers ("eager", "sdpa"
 pattern as a mask.
 """
 
-import os
-
 import torch
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
@@ -178,6 +176,7 @@ def available_memory(device: torch.device) -> int | None:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):
+        with open("/proc/meminfo") as lines:  # counts the page cache, which sysconf's free pages do not
+            return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
         return None

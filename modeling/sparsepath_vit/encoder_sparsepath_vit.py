@@ -152,17 +152,18 @@ class EncoderOutput(NamedTuple):
     """What the encoder saw, in the grid's order.
 
     Attributes:
-        states: tokens and their grid before the first layer and after each layer; only the last unless all were asked
-            for. After the pruning layer the tokens are those before pruning.
+        states: tokens and their grid before the first layer and after each layer; empty unless asked for. After the
+            pruning layer the tokens are those before pruning.
         last: tokens and grid after the last layer and pruning.
-        before_pruning: tokens and grid that were pruned, or `None`.
+        scored_grid: the grid before pruning, or `None`. Its tokens are not kept: at 60,000 tokens they would be a
+            sizeable part of the peak memory.
         prune_scores: (T,) scores of the tokens before pruning, or `None`.
         attentions: probabilities of each layer and their grid.
     """
 
     states: list[tuple[torch.Tensor, TokenGrid]]
     last: tuple[torch.Tensor, TokenGrid]
-    before_pruning: tuple[torch.Tensor, TokenGrid] | None
+    scored_grid: TokenGrid | None
     prune_scores: torch.Tensor | None
     attentions: list[tuple[torch.Tensor, TokenGrid]]
 
@@ -182,8 +183,8 @@ class SparsePathViTEncoder(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, grid: TokenGrid, output_hidden_states: bool, output_attentions: bool
     ) -> EncoderOutput:
-        states, attentions = [(hidden_states, grid)], []
-        before_pruning, scores = None, None
+        states, attentions = [(hidden_states, grid)] if output_hidden_states else [], []
+        scored_grid, scores = None, None
         mask = self._attention_mask(grid, hidden_states.dtype)
         for number, layer in enumerate(self.layers, start=1):
             prunes_here = self.config.prunes and number == self.config.prune_after_layer
@@ -194,13 +195,13 @@ class SparsePathViTEncoder(nn.Module):
                 states.append((hidden_states, grid))
             grid = grid.to(hidden_states.device)  # the layers may lie on several devices
             if prunes_here:
-                before_pruning, scores = (hidden_states, grid), layer_scores
+                scored_grid, scores = grid, layer_scores
                 kept, counts = kept_tokens(scores, grid, self.config.prune_ratio)
                 kept_grid = grid.select(kept, counts)
                 hidden_states = select_tokens(hidden_states, grid, kept, kept_grid)
                 grid = kept_grid
                 mask = self._attention_mask(grid, hidden_states.dtype)
-        return EncoderOutput(states, (hidden_states, grid), before_pruning, scores, attentions)
+        return EncoderOutput(states, (hidden_states, grid), scored_grid, scores, attentions)
 
     def _attention_mask(self, grid: TokenGrid, dtype: torch.dtype) -> Any:
         implementation = self.config._attn_implementation

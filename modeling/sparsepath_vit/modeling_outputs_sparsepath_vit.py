@@ -97,11 +97,12 @@ def public_outputs(encoded: EncoderOutput) -> dict[str, Any]:
     positions = torch.stack([grid.rows, grid.columns], dim=-1)[grid.raster_order()].split(grid.counts)
     scores = None
     if encoded.prune_scores is not None:
-        scored_grid = encoded.before_pruning[1]
         scores = encoded.prune_scores.new_zeros(grid.batch_size * rows * columns)
-        scores = scores.index_put((scored_grid.canvas_indices(),), encoded.prune_scores).view(grid.batch_size, -1)
+        scores = scores.index_put((encoded.scored_grid.canvas_indices(),), encoded.prune_scores).view(
+            grid.batch_size, -1
+        )
     hidden_states, attentions = None, None
-    if len(encoded.states) > 1:
+    if encoded.states:
         hidden_states = tuple(states_grid.to_raster(tokens) for tokens, states_grid in encoded.states)
     if encoded.attentions:
         attentions = tuple(_attentions_in_raster(*weights_and_grid) for weights_and_grid in encoded.attentions)

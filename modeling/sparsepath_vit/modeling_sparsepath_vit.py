@@ -269,8 +269,8 @@ class SparsePathViTBackbone(BackboneMixin, SparsePathViTPreTrainedModel):
             return scatter_to_map(self.norm(tokens) if self.config.apply_layernorm else tokens, grid, base)
 
         base: torch.Tensor | float = 0.0
-        if encoded.before_pruning is not None and stage > self.config.prune_after_layer:
-            base = to_map(*encoded.before_pruning, base)
+        if self.config.prunes and stage > self.config.prune_after_layer:
+            base = to_map(*encoded.states[self.config.prune_after_layer], base)
         return to_map(*encoded.states[stage], base)
 
 
