@@ -13,6 +13,7 @@ Examples:
 """
 
 import argparse
+import copy
 import csv
 import dataclasses
 import logging
@@ -169,7 +170,8 @@ def build_peers(arguments: argparse.Namespace, names: list[str], dtype: torch.dt
         check_against_timm(ours, network, dense_config)
         network = network.to(arguments.device)
     else:
-        network, ours = None, random_weights(SparsePathViTModel, config, dtype)
+        # The runs change the model's config; the peers' own must stay what they say.
+        network, ours = None, random_weights(SparsePathViTModel, copy.deepcopy(config), dtype)
     ours = ours.to(arguments.device)
 
     def run_ours(variant: SparsePathViTConfig) -> Callable[[torch.Tensor], torch.Tensor]:

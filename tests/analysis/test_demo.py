@@ -38,12 +38,14 @@ def test_the_demo_compares_sparse_and_pruned_with_dense(tmp_path, checkpoint, re
 
 
 def test_a_dense_run_that_would_take_too_long_is_predicted_not_run(tmp_path, checkpoint, region, monkeypatch):
-    monkeypatch.setattr(demo, "_probe_dense_attention", lambda model, tokens: 5.0 * 16)
-    report = demo.run_demo(tmp_path / "out", image_file=region, model_source=str(checkpoint), size=80, device="cpu")
+    monkeypatch.setattr(demo, "_probe_dense_attention", lambda model, tokens: 16 * demo.CROP_SECONDS)
+    report = demo.run_demo(
+        tmp_path / "out", image_file=region, model_source=str(checkpoint), size=80, device="cpu", dense_budget=1.0
+    )
     skipped, *_, pruned_crop = report.rows
     assert skipped.variant == "dense"
     assert not skipped.was_run
-    assert skipped.seconds > 80
+    assert skipped.seconds > 16 * demo.CROP_SECONDS
     assert len(report.rows) == 6
     assert pruned_crop.size == (40, 40) or pruned_crop.size == (36, 36)  # a sixteenth of the time: half the side
     assert pruned_crop.cosine is not None

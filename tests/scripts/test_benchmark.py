@@ -68,3 +68,11 @@ def test_an_attention_over_another_pattern_is_not_timed():
     dense = torch.nn.functional.scaled_dot_product_attention
     with pytest.raises(ValueError, match=r"block_sparse differs from float64 attention.*not timed"):
         benchmark_attention.check(dense, "block_sparse", case, grid)
+
+
+def test_without_timm_each_row_still_says_what_was_run(tmp_path, run_script):
+    """Regression: the model's config was that of the sparse row, which took over the pruned run's ratio."""
+    output = tmp_path / "results.csv"
+    run_script(benchmark, *MODEL, "--sizes", "56", "--peers", "sparse,pruned", "--output", str(output))
+    with output.open() as file:
+        assert [row["prune_ratio"] for row in csv.DictReader(file)] == ["0.0", "0.6"]

@@ -26,7 +26,7 @@ logger = logging.get_logger(__name__)
 DEFAULT_ARCHITECTURE = "vit-tiny-14-reg4"
 RECOMMENDED_PRUNE_RATIO = 0.6
 PROBED_QUERIES = 256
-CROP_SECONDS = 5.0
+CROP_SECONDS = 2.5
 
 
 @dataclasses.dataclass(frozen=True)
