@@ -1,9 +1,14 @@
 # Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
 import logging
+import os
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+# Without a GPU the Triton kernels run interpreted. Triton asks for this once, when it is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # The same examples in every run: a failure in CI is a failure on every machine.
 settings.register_profile(

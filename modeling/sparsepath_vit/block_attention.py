@@ -95,6 +95,7 @@ def describe_block_attention_backend(device: torch.device | str) -> str:
     return f"{backend} ({names[backend]}): {missing or 'the kernel runs here'}"
 
 
+@torch.compiler.assume_constant_result
 def _missing_for_kernel(device: torch.device) -> str | None:
     """What keeps the Triton kernel from running on a device; `None` where it runs."""
     if not _HAS_TRITON:
@@ -104,7 +105,12 @@ def _missing_for_kernel(device: torch.device) -> str | None:
     if device.type != "cuda":
         reason = f"the tensors are on {device.type}" if torch.cuda.is_available() else "there is no CUDA device"
         return f"the kernel needs CUDA, and {reason}"
-    return "the kernel was written for NVIDIA GPUs, and this is a ROCm build of torch" if torch.version.hip else None
+    if torch.version.hip:
+        return "the kernel was written for NVIDIA GPUs, and this is a ROCm build of torch"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return f"the kernel needs compute capability 8.0, and {device} has {capability[0]}.{capability[1]}"
+    return None
 
 
 def block_attention(

@@ -1,5 +1,5 @@
 # Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
-# ruff: noqa: ANN001, ANN201, ANN202 (Triton infers the types of what a kernel takes and returns)
+# ruff: noqa: ANN001, ANN201, ANN202, RUF005 (Triton infers types, and compiles no unpacking)
 """The Triton kernels of block-local attention, forward and backward; `block_attention_triton.py` launches them.
 
 A program takes at most BLOCK_M patch tokens of one tile of `AttentionTiles` and streams the keys through an online
@@ -61,8 +61,8 @@ def _load_runs(tile_ptr, NUM_RUNS: tl.constexpr):
     ends = ()
     shifts = (tl.load(run_ptr + 1),)
     for run in tl.static_range(1, NUM_RUNS):
-        ends = (*ends, tl.load(run_ptr + 2 * run - 2))
-        shifts = (*shifts, tl.load(run_ptr + 2 * run + 1) - tl.load(run_ptr + 2 * run - 1))
+        ends = ends + (tl.load(run_ptr + 2 * run - 2),)
+        shifts = shifts + (tl.load(run_ptr + 2 * run + 1) - tl.load(run_ptr + 2 * run - 1),)
     return (ends, shifts), tl.load(run_ptr + 2 * NUM_RUNS - 2)
 
 
