@@ -24,7 +24,7 @@ settings.load_profile("repeatable")
 
 @pytest.fixture(autouse=True)
 def same_start():
-    torch.set_num_threads(2)
+    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
     torch.manual_seed(0)
 
 

@@ -1,13 +1,7 @@
 # Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
 import pytest
-import torch
 from safetensors.torch import save_file
 from source_networks import SMALL_TIMM, randomize, timm_network
-
-
-@pytest.fixture(autouse=True)
-def two_threads():
-    torch.set_num_threads(2)
 
 
 @pytest.fixture(scope="session")
