@@ -6,6 +6,7 @@ Everything else (coordinates, resampling, padding) is `Slide`'s.
 """
 
 import math
+import struct
 import threading
 from collections import OrderedDict
 from pathlib import Path
@@ -22,6 +23,7 @@ _PLAIN_IMAGES = (b"\x89PNG", b"\xff\xd8\xff", b"BM", b"RIFF")
 _TIFF = (b"II*\x00", b"MM\x00*", b"II+\x00", b"MM\x00+")
 DAMAGED = "If it is a slide, it is damaged or truncated: copy it again and compare its size with the original."
 _PLAIN_MODES = ("1", "L", "LA", "P", "RGB", "RGBA")
+_DAMAGED_IMAGE = (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError)  # what Pillow raises
 
 
 class SlideError(ValueError):
@@ -156,7 +158,7 @@ class TifffileBackend:
             self._pages = [level.keyframe for level in series.levels]
             self._check_colours(series)
             self._check_complete()
-        except (ValueError, OSError, IndexError, KeyError, TypeError) as error:  # what a damaged header raises there
+        except (ValueError, OSError, LookupError, TypeError, struct.error, tifffile.OmeXmlError) as error:
             if hasattr(self, "_file"):
                 self._file.close()
             raise SlideError(str(error) or repr(error)) from error
@@ -256,7 +258,7 @@ class TifffileBackend:
                 self._file.filehandle.seek(offset)
                 data = self._file.filehandle.read(size) if size else None
             segment, _, shape = page.decode(data, index, jpegtables=page.jpegtables, jpegheader=page.jpegheader)
-        except (ValueError, OSError, RuntimeError) as error:
+        except (ValueError, OSError, RuntimeError, struct.error) as error:
             raise SlideError(f"tile {index} cannot be decoded: {error}") from error
         # A tile that was never written has no bytes: the scanner found nothing there. (depth 1, height, width, samples)
         return np.full(shape[1:], 255, dtype=np.uint8) if segment is None else segment[0]
@@ -281,7 +283,7 @@ class PillowBackend:
                 turned = image.getexif().get(0x0112, 1) >= 5  # EXIF orientations 5..8 swap the axes
                 self.level_dimensions = (image.size[::-1] if turned else image.size,)
                 dpi = image.info.get("dpi") or (None, None)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except _DAMAGED_IMAGE as error:
             raise SlideError(_without_path(error)) from error
         self.stated_mpp = resolution.from_resolution_tags(float(dpi[0] or 0), float(dpi[1] or 0), "inch")
         self._pixels: np.ndarray | None = None
@@ -298,7 +300,7 @@ class PillowBackend:
         try:
             with Image.open(self._path) as image:
                 return _on_white(ImageOps.exif_transpose(image))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except _DAMAGED_IMAGE as error:
             raise SlideError(_without_path(error)) from error
 
     def close(self) -> None:

@@ -14,7 +14,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object, parse_flag_from_env
 from transformers import AutoImageProcessor, AutoModel
 
-from .embedder import EmbedReport, EmbedSettings, SlideEmbedder
+from .embedder import DEFAULT_MPP, EmbedReport, EmbedSettings, SlideEmbedder, default_workers
 from .reader import Slide
 from .regions import SlideInput, read_inputs
 from .store import EmbeddingStore
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from ..image_processing_sparsepath_vit import SparsePathViTImageProcessor
     from ..modeling_sparsepath_vit import SparsePathViTModel
 
-DEFAULT_MPP = 0.5
 # The processes wait for each other at the end, and one may have hours of slides more.
 _LONGEST_WAIT = timedelta(days=30)
 _FINGERPRINT_VALUES = 64
@@ -85,7 +84,7 @@ def embed_slides(
         slide_mpp=slide_mpp,
         tissue_mask=tissue_mask,
         batch_size=batch_size,
-        workers=workers or min(8, os.cpu_count() or 1),
+        workers=workers or default_workers(),
         show_progress=state.is_local_main_process,
     )
     with state.main_process_first():

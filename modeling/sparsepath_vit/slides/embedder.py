@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+DEFAULT_MPP = 0.5
 MASK_SUFFIXES = (".geojson", ".json", ".png", ".tif", ".tiff", ".jpg", ".jpeg")
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _READ_AHEAD_BYTES = 2**30
@@ -168,7 +169,7 @@ class SlideEmbedder:
         if store.is_done(name, source):
             self.report.skipped += 1
             return
-        with self._open(item) as slide:
+        with open_slide(item.path, item.mpp or self.slide_mpp, self.settings.mpp) as slide:
             tissue = find_tissue(slide, mask_file)
             with store.writer(name, source) as writer:
                 for region, embedding in self._embed(slide, tissue, item, name):
@@ -177,15 +178,6 @@ class SlideEmbedder:
                     self.report.tokens += len(embedding.token_positions)
                 self._describe(writer, slide, name, item)
         self.report.done += 1
-
-    def _open(self, item: SlideInput) -> Slide:
-        slide = Slide(item.path, mpp=item.mpp or self.slide_mpp)
-        if item.mpp is None and self.slide_mpp is None and self.settings.mpp is not None and not slide.states_mpp:
-            logger.warning(
-                "%s does not state its resolution; taken to be %g micrometres per pixel.", item.path, self.mpp
-            )
-            return Slide(item.path, mpp=self.mpp)
-        return slide
 
     def _mask_file(self, name: str) -> str | Path | None:
         """The tissue mask of one slide, where masks are given."""
@@ -283,6 +275,20 @@ class SlideEmbedder:
         for dataset in ("patch_coords", "token_coords"):
             if self.settings.dense:
                 writer.describe(dataset, token_attributes)
+
+
+def open_slide(path: Path, slide_mpp: float | None, mpp: float | None) -> Slide:
+    """Opens a slide; where neither it nor `slide_mpp` gives its resolution, an explicit target `mpp` does."""
+    slide = Slide(path, mpp=slide_mpp)
+    if slide_mpp is None and mpp is not None and not slide.states_mpp:
+        logger.warning("%s does not state its resolution; taken to be %g micrometres per pixel.", path, mpp)
+        return Slide(path, mpp=mpp)
+    return slide
+
+
+def default_workers() -> int:
+    """Threads that read ahead: one per core, at most 8."""
+    return min(8, os.cpu_count() or 1)
 
 
 def _write(

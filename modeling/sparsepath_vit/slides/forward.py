@@ -200,6 +200,11 @@ def forward_strips(
     )
 
 
+def strip_rows(columns: int, patch_size: int) -> int:
+    """Token rows per strip of a slide that is `columns` tokens wide."""
+    return max(1, min(_STRIP_ROWS, _STRIP_PIXELS // (columns * patch_size * patch_size)))
+
+
 def slide_strips(slide: Slide, present: np.ndarray, patch_size: int, mpp: float | None) -> Iterator[np.ndarray]:
     """The pixels of a slide in strips from the top down, white where no token is present.
 
@@ -213,7 +218,7 @@ def slide_strips(slide: Slide, present: np.ndarray, patch_size: int, mpp: float 
         (token rows * patch_size, columns * patch_size, 3) uint8; the next strip is read meanwhile.
     """
     rows, columns = present.shape
-    rows_per_strip = max(1, min(_STRIP_ROWS, _STRIP_PIXELS // (columns * patch_size * patch_size)))
+    rows_per_strip = strip_rows(columns, patch_size)
     scale_x, scale_y = slide.scale(mpp)
 
     def read(first: int) -> np.ndarray:
