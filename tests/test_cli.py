@@ -3,6 +3,7 @@ import sys
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import save_file
 from small_models import small_model
 from typer.testing import CliRunner
@@ -13,13 +14,14 @@ from sparsepath_vit.conversion import known_architectures
 runner = CliRunner()
 
 
-def test_every_known_model_is_listed():
-    result = runner.invoke(cli.app, ["models"], env={"COLUMNS": "250"})
+def test_every_known_model_is_listed(monkeypatch):
+    monkeypatch.setattr(cli, "console", Console(width=250))  # names are not to be broken over lines
+    result = runner.invoke(cli.app, ["models"])
     assert result.exit_code == 0
     assert all(known.name in result.output for known in known_architectures())
 
 
-@pytest.mark.parametrize("command", ["demo", "convert", "models"])
+@pytest.mark.parametrize("command", ["demo", "convert", "models", "doctor", "embed", "heatmap", "estimate"])
 def test_help_has_examples(command):
     result = runner.invoke(cli.app, [command, "--help"], env={"COLUMNS": "200"})
     assert result.exit_code == 0
@@ -34,11 +36,12 @@ def timm_checkpoint(folder):
     return folder / "model.safetensors"
 
 
-def test_convert_sets_fields_and_prints_the_parity(tmp_path):
+def test_convert_sets_fields_and_prints_the_parity(tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "console", Console(width=200))
     out = tmp_path / "out"
     arguments = ["convert", str(timm_checkpoint(tmp_path)), str(out), "--set", "num_attention_heads=2"]
     arguments += ["--set", "prune_ratio=0.6", "--set", "prune_after_layer=2", "--verify"]
-    result = runner.invoke(cli.app, arguments, env={"COLUMNS": "200"})
+    result = runner.invoke(cli.app, arguments)
     assert result.exit_code == 0, result.output
     assert "56 x 56" in result.output
     model = SparsePathViTModel.from_pretrained(out)

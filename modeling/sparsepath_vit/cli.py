@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from .slides.commands import register as register_slide_commands
 from .version import __version__
 
 app = typer.Typer(
@@ -156,6 +157,8 @@ def doctor() -> None:
         )
     console.print(table)
 
+
+register_slide_commands(app, console)
 
 if __name__ == "__main__":
     main()

@@ -65,7 +65,7 @@ def test_peak_memory_is_predicted_within_20_percent(tmp_path, whole_slide):
         hidden_size=512, num_hidden_layers=3, num_attention_heads=8, intermediate_size=64, window_size=8,
         patch_size=16, image_size=224, num_register_tokens=2,
     )  # fmt: skip
-    side = 1536
+    side = 1280
     path = write_pyramid(
         tmp_path / "large.tiff", stained_image(side, side, [(0, 0, side, side)]), factors=(), compression=None
     )
@@ -77,10 +77,10 @@ def test_peak_memory_is_predicted_within_20_percent(tmp_path, whole_slide):
     release_unused(torch.device("cpu"))
     held = psutil.Process().memory_info().rss
     report = embed_slides([path], tmp_path / "model", tmp_path / "out", settings, device="cpu", workers=1)
-    assert report.tokens == predicted.tokens == 96 * 96
+    assert report.tokens == predicted.tokens == 80 * 80
     assert predicted.peak_bytes == pytest.approx(report.peak_bytes, rel=0.2)
     needed = report.peak_bytes - held
-    assert needed > 1e8 and predicted.peak_bytes - held == pytest.approx(needed, rel=0.5)
+    assert needed > 7e7 and predicted.peak_bytes - held == pytest.approx(needed, rel=0.5)
 
 
 def test_defaults_are_those_of_embed_and_one_subject_is_asked_for(small_slide):

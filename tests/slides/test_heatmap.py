@@ -42,6 +42,19 @@ def test_scores_and_kept_tokens_lie_on_the_tissue(embedded):
     assert 0.5 <= np.nanmean(kept) < 0.75 and set(np.unique(kept[~np.isnan(kept)])) == {0, 1}
 
 
+def test_scores_of_regions_of_all_sizes_compare(embedded):
+    """Attention sums to one in every region, so that a small region's tokens would all look important."""
+    tokens = read_token_values(embedded[1])
+    with h5py.File(embedded[1]) as file:
+        counts, scores = file["token_counts"][:], file["prune_scores"][:]
+    assert len(set(counts.tolist())) > 1 and counts.sum() == len(tokens.values)
+    first = 0
+    for count in counts:
+        region = np.s_[first : first + count]
+        assert np.allclose(tokens.values[region], scores[region] * count)
+        first += count
+
+
 def test_norm_is_that_of_the_stored_features(embedded):
     tokens = read_token_values(embedded[1], "norm")
     with h5py.File(embedded[1]) as file:

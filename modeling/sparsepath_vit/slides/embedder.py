@@ -316,6 +316,7 @@ def _write(
             "patch_coords": level0(embedding.patch_positions),
             "patch_counts": np.asarray([len(embedding.patch_positions)], dtype=np.int64),
             "token_coords": level0(embedding.token_positions),
+            "token_counts": np.asarray([len(embedding.token_positions)], dtype=np.int64),
         }
         if scores is not None:
             rows["prune_scores"] = scores

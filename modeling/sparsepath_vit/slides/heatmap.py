@@ -60,7 +60,7 @@ def read_token_values(file: str | os.PathLike[str], value: str = "prune_scores")
 
     Args:
         file: the HDF5 file.
-        value: "prune_scores"; "kept" (1 for kept, 0 for removed tokens); "norm" of the kept tokens' features; or a
+        value: "prune_scores", relative to equal scores of all tokens of the region; "kept" (1 for kept, 0 for removed tokens); "norm" of the kept tokens' features; or a
             .npy file with one number per kept token (in the order of `patch_features`) or per tissue token
             (`token_coords`).
 
@@ -95,7 +95,9 @@ def _values(stored: Any, value: str, tissue: np.ndarray, kept: np.ndarray) -> tu
     if value == "prune_scores":
         if "prune_scores" not in stored:
             raise SlideError("there are no prune scores in the file: the model does not prune (prune_ratio=0).")
-        return tissue, stored["prune_scores"][:]
+        # The scores of a region's tokens share one sum: times their number, regions of all sizes compare.
+        counts = stored["token_counts"][:]
+        return tissue, stored["prune_scores"][:] * np.repeat(counts, counts)
     if not value.endswith(".npy"):
         raise SlideError(
             f"value={value!r} is unknown: prune_scores, kept, norm, or a .npy file of one number per token."
