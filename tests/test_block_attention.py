@@ -5,6 +5,7 @@ The definition is DESIGN's, followed word for word by a loop over queries, keys 
 """
 
 import math
+from unittest import mock
 
 import psutil
 import pytest
@@ -17,7 +18,7 @@ from torch import nn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from sparsepath_vit import TokenGrid, block_attention, set_block_attention_backend
+from sparsepath_vit import TokenGrid, block_attention, block_attention_cpu, set_block_attention_backend
 from sparsepath_vit import block_attention_reference as reference
 from sparsepath_vit.block_attention import block_sparse_attention_forward
 from sparsepath_vit.block_attention_reference import attention_pattern, dense_attention_mask, eager_attention_forward
@@ -88,15 +89,17 @@ FIXED = {"ragged": RAGGED, "uniform": UNIFORM}
 
 
 @settings(max_examples=40)
-@given(batches(), st.integers(0, 99), st.sampled_from([0.2, 0.5, 1.0]))
-def test_cpu_tiles_and_reference_follow_the_definition(batch, seed, scale):
+@given(batches(), st.integers(0, 99), st.sampled_from([0.2, 0.5, 1.0]), st.sampled_from([1, 8, 32]))
+def test_cpu_tiles_and_reference_follow_the_definition(batch, seed, scale, queries_per_tile):
+    """With few queries per tile most tiles are one block, whose keys need no mask; with many they join blocks."""
     states = random_states(batch, seed)
     expected = attention_by_definition(*states, batch, scale)
     assert_close(masked_attention(*states, batch, scale), expected)
     grid = batch.grid()
     for backend in BACKENDS:
         set_block_attention_backend(backend)
-        output = block_attention(*(in_grid_order(state, batch, grid) for state in states), grid, scale=scale)
+        with mock.patch.object(block_attention_cpu, "MIN_QUERIES_PER_TILE", queries_per_tile):
+            output = block_attention(*(in_grid_order(state, batch, grid) for state in states), grid, scale=scale)
         assert_close(in_raster_order(output, batch, grid), expected)
 
 

@@ -69,7 +69,7 @@ _SHAPES = {
     "forward": (LaunchShape(64, 64, 4, 3), LaunchShape(64, 64, 4, 2)),
     "forward_large_tile": (LaunchShape(128, 64, 8, 3), LaunchShape(128, 64, 8, 2)),
     "backward_query": (LaunchShape(64, 64, 4, 2), LaunchShape(64, 32, 4, 3)),
-    "backward_key_value": (LaunchShape(64, 32, 4, 3), LaunchShape(64, 32, 4, 2)),
+    "backward_key_value": (LaunchShape(64, 32, 4, 3), LaunchShape(64, 32, 8, 2)),
 }
 # Warp group matrix products read both operands from shared memory; elsewhere a long head_dim needs smaller tiles.
 _SHAPE_WITHOUT_WARP_GROUPS = LaunchShape(32, 32, 4, 2)

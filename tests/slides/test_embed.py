@@ -256,6 +256,13 @@ def test_whole_slide_with_regions_is_a_contradiction(slides, model_folder, tmp_p
         embed_slides([slides / "list.csv"], model_folder, tmp_path / "out", EmbedSettings(whole_slide=True))
 
 
+@pytest.mark.parametrize("options", [{"settings": EmbedSettings(mpp=0)}, {"slide_mpp": 20}])
+def test_impossible_resolution_is_refused_before_anything_is_read(slides, model_folder, tmp_path, options):
+    with pytest.raises(ValueError, match="micrometres per pixel"):
+        run(slides, model_folder, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
 def test_full_disk_ends_the_run_and_keeps_what_is_done(slides, model_folder, tmp_path, monkeypatch):
     out = tmp_path / "out"
     run(slides, model_folder, out)

@@ -17,6 +17,7 @@ from transformers import AutoImageProcessor, AutoModel
 from .embedder import DEFAULT_MPP, EmbedReport, EmbedSettings, SlideEmbedder, default_workers
 from .reader import Slide
 from .regions import SlideInput, read_inputs
+from .resolution import is_credible
 from .store import EmbeddingStore
 
 if TYPE_CHECKING:
@@ -67,6 +68,9 @@ def embed_slides(
     """
     settings = settings or EmbedSettings()
     slides = _by_name(read_inputs(paths))
+    for name, given in (("mpp", settings.mpp), ("slide_mpp", slide_mpp)):
+        if given is not None and not is_credible(given):
+            raise ValueError(f"{name}={given} is not a resolution in micrometres per pixel (0.25 at 40x, 0.5 at 20x).")
     if settings.whole_slide and any(item.boxes for item in slides.values()):
         raise ValueError("whole_slide embeds all tissue at once, but the manifest gives regions: use one of them.")
     if tissue_mask not in (None, "all") and len(slides) > 1 and not Path(tissue_mask).is_dir():

@@ -60,9 +60,9 @@ def read_token_values(file: str | os.PathLike[str], value: str = "prune_scores")
 
     Args:
         file: the HDF5 file.
-        value: "prune_scores", relative to equal scores of all tokens of the region; "kept" (1 for kept, 0 for removed tokens); "norm" of the kept tokens' features; or a
-            .npy file with one number per kept token (in the order of `patch_features`) or per tissue token
-            (`token_coords`).
+        value: "prune_scores", relative to equal scores of all tokens of a region; "kept" (1 for kept, 0 for removed
+            tokens); "norm" of the kept tokens' features; or a .npy file with one number per kept token (in the order
+            of `patch_features`) or per tissue token (`token_coords`).
 
     Raises:
         SlideError: the file holds no tokens, or not these numbers; the message says how to get them.
