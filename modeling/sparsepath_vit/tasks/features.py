@@ -178,9 +178,7 @@ def _mean_of_tiles(
     return np.concatenate(features).mean(axis=0, keepdims=True)
 
 
-def model_key(
-    model: "SparsePathViTModel", processor: "SparsePathViTImageProcessor", settings: FeatureSettings
-) -> str:
+def model_key(model: "SparsePathViTModel", processor: "SparsePathViTImageProcessor", settings: FeatureSettings) -> str:
     """Hash of all weights, the configuration, the preprocessing and the settings that change the numbers."""
     digest = hashlib.sha256()
     for name, parameter in sorted(model.state_dict().items()):

@@ -142,7 +142,7 @@ def probe_features(dataset: RoiDataset, features: np.ndarray, settings: ProbeSet
     items, labels, predictions, slides = [], [], [], []
     for partition in partitions:
         head, l2 = _fit_partition(dataset, features, partition, settings)
-        part = _items(dataset, features, partition.evaluation)
+        part = pool_items(dataset, features, partition.evaluation)
         items += part.ids
         slides += part.slide_ids
         labels.append(part.labels)
@@ -151,7 +151,7 @@ def probe_features(dataset: RoiDataset, features: np.ndarray, settings: ProbeSet
     metrics = evaluate_predictions(
         labels, predictions, dataset.label_names, slides, settings.bootstrap_samples, settings.seed
     )
-    num_train = len(_items(dataset, features, partitions[-1].train).ids)
+    num_train = len(pool_items(dataset, features, partitions[-1].train).ids)
     if len(partitions) > 1:
         metrics["num_folds"] = len(partitions)
         everything = Partition(np.arange(len(dataset)), np.array([], np.int64), np.array([], np.int64))
@@ -161,8 +161,15 @@ def probe_features(dataset: RoiDataset, features: np.ndarray, settings: ProbeSet
 
 
 @dataclass(frozen=True)
-class _Items:
-    """What is classified: ROIs, or slides whose ROI features were averaged."""
+class Items:
+    """What is classified: ROIs, or slides.
+
+    Attributes:
+        ids: of the ROIs or slides.
+        slide_ids: the slide of each.
+        features: (items, values).
+        labels: (items,) int64.
+    """
 
     ids: list[str]
     slide_ids: list[str]
@@ -170,16 +177,23 @@ class _Items:
     labels: np.ndarray
 
 
-def _items(dataset: RoiDataset, features: np.ndarray, indices: np.ndarray) -> _Items:
+def pool_items(dataset: RoiDataset, features: np.ndarray, indices: np.ndarray) -> Items:
+    """ROIs as they are, or the means over the ROIs of each slide where labels belong to slides.
+
+    Args:
+        dataset: the ROIs.
+        features: (rois, values) of all of them: pooled features, or logits.
+        indices: which of them to take.
+    """
     rois = [dataset.rois[index] for index in indices]
     slide_ids, labels = [roi.slide_id for roi in rois], np.array([roi.label for roi in rois], dtype=np.int64)
     if not dataset.slide_level:
-        return _Items([roi.roi_id for roi in rois], slide_ids, features[indices], labels)
+        return Items([roi.roi_id for roi in rois], slide_ids, features[indices], labels)
     names, first, slide_of = np.unique(slide_ids, return_index=True, return_inverse=True)
     sums = np.zeros((len(names), features.shape[1]))
     np.add.at(sums, slide_of, features[indices])
     means = sums / np.bincount(slide_of, minlength=len(names))[:, None]
-    return _Items(names.tolist(), names.tolist(), means, labels[first])
+    return Items(names.tolist(), names.tolist(), means, labels[first])
 
 
 def _fit_partition(
@@ -187,8 +201,8 @@ def _fit_partition(
 ) -> tuple[LinearHead, float]:
     """The head of one partition and the penalty it was fitted with."""
     num_labels = len(dataset.label_names)
-    train = _items(dataset, features, partition.train)
-    validation = _items(dataset, features, partition.validation)
+    train = pool_items(dataset, features, partition.train)
+    validation = pool_items(dataset, features, partition.validation)
     if settings.l2 is not None or not validation.ids:
         l2 = 1.0 if settings.l2 is None else settings.l2
         return fit_head(train.features, train.labels, num_labels, settings, l2), l2

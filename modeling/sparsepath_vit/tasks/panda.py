@@ -1,8 +1,8 @@
 # Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
 """PANDA (prostate biopsies, Bulten et al. 2022) as Kaggle ships it: the folder, its known faults, and label rules.
 
-The folder holds `train.csv`, `train_images/ID.tiff` and `train_label_masks/ID_mask.tiff`. Nothing of it is trusted: what
-cannot be used becomes a `Problem` that names it.
+The folder holds `train.csv`, `train_images/ID.tiff` and `train_label_masks/ID_mask.tiff`. Nothing of it is trusted:
+what cannot be used becomes a `Problem` that names it.
 """
 
 import csv
@@ -130,8 +130,8 @@ def read_panda_folder(
     found = sum(row["image_id"] in images for row in rows)
     if found < NUM_SLIDES and not allow_subset:
         raise ValueError(
-            f"expected {NUM_SLIDES:,} slides, found {found:,} in {folder} (of {len(rows):,} rows of train.csv): complete "
-            "the download, or pass --allow_subset to work with what is there."
+            f"expected {NUM_SLIDES:,} slides, found {found:,} in {folder} (of {len(rows):,} rows of train.csv): "
+            "complete the download, or pass --allow_subset to work with what is there."
         )
     slides: dict[str, PandaSlide] = {}
     problems: list[Problem] = []

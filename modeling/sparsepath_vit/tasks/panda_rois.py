@@ -63,7 +63,11 @@ class PandaSettings:
                 f"roi_size={self.roi_size}, mpp={self.mpp}, max_rois_per_slide={self.max_rois_per_slide} are not "
                 "possible: all are positive, roi_size in pixels, mpp in micrometres per pixel."
             )
-        if len(self.split_shares) != len(SPLITS) or min(self.split_shares) < 0 or abs(sum(self.split_shares) - 1) > 1e-6:
+        if (
+            len(self.split_shares) != len(SPLITS)
+            or min(self.split_shares) < 0
+            or abs(sum(self.split_shares) - 1) > 1e-6
+        ):
             raise ValueError(f"split_shares={self.split_shares}: three shares for {', '.join(SPLITS)} that sum to 1.")
 
 
@@ -119,8 +123,10 @@ def prepare_panda(
         outcomes += result.outcomes
     if not rois:
         _record_problems(output_dir, problems)
-        raise ValueError(f"{panda_dir}: no ROI of {settings.roi_size} px at {settings.mpp} mpp could be taken from "
-                         f"{len(used)} slides: {count_problems(problems) or dict(outcomes)}.")
+        raise ValueError(
+            f"{panda_dir}: no ROI of {settings.roi_size} px at {settings.mpp} mpp could be taken from "
+            f"{len(used)} slides: {count_problems(problems) or dict(outcomes)}."
+        )
     dataset = RoiDataset(tuple(rois), task.label_names, task.name, Path(panda_dir), task.slide_level)
     problems += dataset.empty_classes()
     save_roi_dataset(dataset, output_dir, store_images)
@@ -135,9 +141,7 @@ def prepare_panda(
     return summary
 
 
-def split_slides(
-    slides: Sequence[PandaSlide], shares: tuple[float, float, float], seed: int
-) -> dict[str, str]:
+def split_slides(slides: Sequence[PandaSlide], shares: tuple[float, float, float], seed: int) -> dict[str, str]:
     """The split of every slide, stratified by provider and ISUP grade.
 
     Each stratum is dealt out in random order, each slide to the split that is furthest behind its share in the stratum,
@@ -267,7 +271,9 @@ def _take(
             f"has {slide.dimensions[0]} x {slide.dimensions[1]}",
         )
     generator = np.random.default_rng([settings.seed, int(hashlib.sha256(name.encode()).hexdigest()[:8], 16)])
-    spare = [limit - count * pixels for limit, count, pixels in zip(slide.dimensions, (columns, rows), side, strict=True)]
+    spare = [
+        limit - count * pixels for limit, count, pixels in zip(slide.dimensions, (columns, rows), side, strict=True)
+    ]
     left, top = (int(generator.integers(int(max(0.0, pixels)) + 1)) for pixels in spare)
     size = settings.roi_size
     has_tissue = tissue.token_grid(
@@ -349,9 +355,7 @@ def _summary(
         "slides_of_the_task": num_used,
         "slides_with_rois": len(set(dataset.slide_ids)),
         "rois": len(dataset),
-        "rois_by_split": {
-            split: {name: counts[split, name] for name in dataset.label_names} for split in SPLITS
-        },
+        "rois_by_split": {split: {name: counts[split, name] for name in dataset.label_names} for split in SPLITS},
         "places": dict(sorted(outcomes.items())),
         "problems": count_problems(problems),
     }

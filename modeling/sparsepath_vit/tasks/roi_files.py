@@ -121,7 +121,9 @@ def _split_rows(dataset: RoiDataset, indices: Sequence[int], image_folder: Path 
     features = {field.name: number.get(field.type, datasets.Value("float64")) for field in fields(Roi)}
     features["label"] = datasets.ClassLabel(names=list(dataset.label_names))
     del features["split"]
-    rows = [{name: value for name, value in asdict(dataset.rois[index]).items() if name != "split"} for index in indices]
+    rows = [
+        {name: value for name, value in asdict(dataset.rois[index]).items() if name != "split"} for index in indices
+    ]
     if image_folder is not None:
         features["image"] = datasets.Image()
         for index, row in zip(tqdm(indices, desc="images", unit="ROI"), rows, strict=True):
