@@ -157,6 +157,7 @@ IMPOSSIBLE = [
     ("chunk_size_feed_forward", -1, "chunk_size_feed_forward=-1.*0 runs"),
     ("mlp_type", "relu", "mlp_type='relu' is unknown: choose one of 'gelu', 'swiglu'"),
     ("pooling", "mean", "pooling='mean' is unknown: choose one of 'cls', 'cls_mean'"),
+    ("unprune", "gather", "unprune='gather' is unknown: use 'scatter', or None"),
     ("prune_score", "norm", "prune_score='norm' is unknown: choose one of 'attention', 'cls_attention'"),
     ("hidden_dropout", 1.0, "hidden_dropout=1.0 is not possible"),
     ("attention_dropout", -0.1, "attention_dropout=-0.1 is not possible"),

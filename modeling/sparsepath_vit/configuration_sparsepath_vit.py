@@ -11,6 +11,7 @@ from transformers.configuration_utils import PreTrainedConfig
 MLP_TYPES = ("gelu", "swiglu")
 POOLINGS = ("cls", "cls_mean")
 PRUNE_SCORES = ("attention", "cls_attention", "attention_value")
+UNPRUNE_METHODS = ("scatter",)
 
 # Remote code needs every Auto class spelled out: saving one class would record only that class.
 AUTO_MAP = {
@@ -40,6 +41,11 @@ def _one_of(choices: tuple[str, ...]) -> Callable[[str, Any], None]:
 def _probability(name: str, value: Any) -> None:
     if not 0 <= value < 1:
         raise ValueError(f"{name}={value!r} is not possible: it must lie in [0, 1).")
+
+
+def _check_unprune(name: str, value: Any) -> None:
+    if value is not None and value not in UNPRUNE_METHODS:
+        raise ValueError(f"{name}={value!r} is unknown: use 'scatter', or None (the default) to leave tokens removed.")
 
 
 def _check_window_size(name: str, value: Any) -> None:
@@ -74,6 +80,7 @@ _FIELD_CHECKS: dict[str, Callable[[str, Any], None]] = {
     "mlp_type": _one_of(MLP_TYPES),
     "pooling": _one_of(POOLINGS),
     "prune_score": _one_of(PRUNE_SCORES),
+    "unprune": _check_unprune,
     "window_size": _check_window_size,
     "prune_ratio": _check_prune_ratio,
     "hidden_dropout": _probability,
@@ -117,6 +124,11 @@ class SparsePathViTConfig(BackboneConfigMixin, PreTrainedConfig):
             classification, 0.0 (the default) removes none.
         prune_score (`str`): `"attention"` (mean over global queries and heads), `"cls_attention"` (CLS query only) or
             `"attention_value"` (probability times the norm of the value).
+        unprune (`str` or `None`): `"scatter"` brings removed patch tokens back at the end, with the features they were
+            removed with, so that `last_hidden_state` holds all patches; `None` (the default) leaves them out. Caution:
+            the removed tokens are those of layer `prune_after_layer`, the others of the last layer, and a dense head
+            sees the seam between them. It lets pruned models make dense outputs; it does not make them as good as
+            with pruning off. Pooled features do not change.
         hidden_dropout, attention_dropout, drop_path_rate (`float`): regularisation in training.
         initializer_range (`float`): standard deviation of the weight initialisation.
         chunk_size_feed_forward (`int`): tokens per MLP chunk at inference; 0 runs all at once. Bounds the peak memory
@@ -155,6 +167,7 @@ class SparsePathViTConfig(BackboneConfigMixin, PreTrainedConfig):
     prune_after_layer: int = 4
     prune_ratio: float | int = 0.0
     prune_score: str = "attention"
+    unprune: str | None = None
     hidden_dropout: float | int = 0.0
     attention_dropout: float | int = 0.0
     drop_path_rate: float | int = 0.0
@@ -175,7 +188,7 @@ class SparsePathViTConfig(BackboneConfigMixin, PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         kwargs.pop("stage_names", None)  # stored, but it follows from the depth
-        self.stage_names = ["stem"] + [f"stage{index}" for index in range(1, self.num_hidden_layers + 1)]
+        self.stage_names = self._make_stage_names()
         self.set_output_features_output_indices(
             out_indices=kwargs.pop("out_indices", None), out_features=kwargs.pop("out_features", None)
         )
@@ -195,6 +208,10 @@ class SparsePathViTConfig(BackboneConfigMixin, PreTrainedConfig):
             except ValueError:
                 super().__setattr__(name, previous)
                 raise
+
+    def _make_stage_names(self) -> list[str]:
+        """What `out_features` chooses from: here the embeddings and each layer."""
+        return ["stem"] + [f"stage{index}" for index in range(1, self.num_hidden_layers + 1)]
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values, as they are written to config.json."""

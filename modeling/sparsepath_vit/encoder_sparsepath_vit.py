@@ -15,6 +15,9 @@ from .configuration_sparsepath_vit import SparsePathViTConfig
 from .token_grid import TokenGrid
 from .token_pruning import kept_tokens, prune_scores, select_tokens
 
+# Called with the number of layers run so far, from 0, and the tokens; returns them, changed or not.
+AfterLayer = Callable[[int, torch.Tensor, TokenGrid], tuple[torch.Tensor, TokenGrid]]
+
 
 class SparsePathViTLayerScale(nn.Module):
     """A learned factor per channel on a residual branch."""
@@ -158,6 +161,7 @@ class EncoderOutput(NamedTuple):
         scored_grid: the grid before pruning, or `None`. Its tokens are not kept: at 60,000 tokens they would be a
             sizeable part of the peak memory.
         prune_scores: (T,) scores of the tokens before pruning, or `None`.
+        before_pruning: tokens and grid before pruning and what was kept of them, where `config.unprune` asks for them.
         attentions: probabilities of each layer and their grid.
     """
 
@@ -165,6 +169,7 @@ class EncoderOutput(NamedTuple):
     last: tuple[torch.Tensor, TokenGrid]
     scored_grid: TokenGrid | None
     prune_scores: torch.Tensor | None
+    before_pruning: tuple[torch.Tensor, TokenGrid, torch.Tensor] | None
     attentions: list[tuple[torch.Tensor, TokenGrid]]
 
 
@@ -181,27 +186,52 @@ class SparsePathViTEncoder(nn.Module):
         self.gradient_checkpointing = False
 
     def forward(
-        self, hidden_states: torch.Tensor, grid: TokenGrid, output_hidden_states: bool, output_attentions: bool
+        self,
+        hidden_states: torch.Tensor,
+        grid: TokenGrid,
+        output_hidden_states: bool,
+        output_attentions: bool,
+        after_layer: AfterLayer | None = None,
+        may_prune: bool = True,
     ) -> EncoderOutput:
+        """Runs all layers.
+
+        Args:
+            hidden_states: (*grid.batch_shape, hidden_size).
+            grid: where the tokens are.
+            output_hidden_states: whether to keep the tokens after each layer.
+            output_attentions: whether to keep the attention probabilities.
+            after_layer: reads or changes the tokens before the first layer and after each, before any pruning there;
+                it may also bring global tokens in.
+            may_prune: `False` keeps all tokens, whatever the config says.
+        """
+        if after_layer is not None:
+            hidden_states, grid = after_layer(0, hidden_states, grid)
         states, attentions = [(hidden_states, grid)] if output_hidden_states else [], []
-        scored_grid, scores = None, None
+        scored_grid, scores, before_pruning = None, None, None
         mask = self._attention_mask(grid, hidden_states.dtype)
         for number, layer in enumerate(self.layers, start=1):
-            prunes_here = self.config.prunes and number == self.config.prune_after_layer
+            prunes_here = may_prune and self.config.prunes and number == self.config.prune_after_layer
             hidden_states, weights, layer_scores = layer(hidden_states, grid, mask, prunes_here)
             if output_attentions:
                 attentions.append((weights, grid))
             if output_hidden_states:
                 states.append((hidden_states, grid))
             grid = grid.to(hidden_states.device)  # the layers may lie on several devices
+            grid_before = grid
+            if after_layer is not None:
+                hidden_states, grid = after_layer(number, hidden_states, grid)
             if prunes_here:
                 scored_grid, scores = grid, layer_scores
                 kept, counts = kept_tokens(scores, grid, self.config.prune_ratio)
+                if self.config.unprune is not None:
+                    before_pruning = (hidden_states, grid, kept)
                 kept_grid = grid.select(kept, counts)
                 hidden_states = select_tokens(hidden_states, grid, kept, kept_grid)
                 grid = kept_grid
+            if grid is not grid_before:
                 mask = self._attention_mask(grid, hidden_states.dtype)
-        return EncoderOutput(states, (hidden_states, grid), scored_grid, scores, attentions)
+        return EncoderOutput(states, (hidden_states, grid), scored_grid, scores, before_pruning, attentions)
 
     def _attention_mask(self, grid: TokenGrid, dtype: torch.dtype) -> Any:
         implementation = self.config._attn_implementation

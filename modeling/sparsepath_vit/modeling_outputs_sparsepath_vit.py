@@ -20,10 +20,11 @@ class SparsePathViTModelOutput(ModelOutput):
     in `patch_positions`.
 
     Attributes:
-        last_hidden_state: (batch, G + K, hidden_size) after the final norm.
+        last_hidden_state: (batch, G + K, hidden_size) after the final norm; with `config.unprune` (batch, G + N, ...).
         pooler_output: (batch, hidden_size) of the CLS token, or (batch, 2 * hidden_size) of the CLS token and the mean
             of the kept patch tokens.
-        patch_positions: (batch, K, 2) int64, (row, column) of each kept patch token in the token grid.
+        patch_positions: (batch, K, 2) int64, (row, column) in the token grid of each patch token of
+            `last_hidden_state`: the kept ones, or with `config.unprune` all that were present.
         grid_sizes: (batch, 2) int64, (rows, columns) of each image's token grid.
         prune_scores: (batch, rows * columns) float32 on the grid all images fit in, 0 where no token was present;
             `None` without pruning.
@@ -93,6 +94,8 @@ class SparsePathViTImageClassifierOutput(ModelOutput):
 def public_outputs(encoded: EncoderOutput) -> dict[str, Any]:
     """What the models return beside their features, in raster order."""
     _, grid = encoded.last
+    if encoded.before_pruning is not None:
+        grid = encoded.before_pruning[1]
     rows, columns = grid.canvas_size
     positions = torch.stack([grid.rows, grid.columns], dim=-1)[grid.raster_order()].split(grid.counts)
     scores = None

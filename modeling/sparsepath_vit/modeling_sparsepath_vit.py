@@ -15,14 +15,14 @@ from transformers.utils.generic import can_return_tuple
 from .block_attention import ATTENTION_NAME
 from .configuration_sparsepath_vit import SparsePathViTConfig, failure_signatures
 from .embeddings import SparsePathViTEmbeddings
-from .encoder_sparsepath_vit import EncoderOutput, SparsePathViTEncoder, SparsePathViTLayerScale
+from .encoder_sparsepath_vit import AfterLayer, EncoderOutput, SparsePathViTEncoder, SparsePathViTLayerScale
 from .modeling_outputs_sparsepath_vit import (
     SparsePathViTImageClassifierOutput,
     SparsePathViTModelOutput,
     public_outputs,
 )
 from .token_grid import TokenGrid
-from .token_pruning import scatter_to_map
+from .token_pruning import restore_tokens, scatter_to_map
 
 logger = logging.get_logger(__name__)
 
@@ -69,6 +69,8 @@ class SparsePathViTPreTrainedModel(PreTrainedModel):
         image_sizes: torch.Tensor | list[tuple[int, int]] | None,
         output_hidden_states: bool,
         output_attentions: bool,
+        after_layer: AfterLayer | None = None,
+        may_prune: bool = True,
     ) -> EncoderOutput:
         """Runs embeddings and encoder, which every model of this family has as `embeddings` and `encoder`."""
         if not torch.compiler.is_compiling():
@@ -81,7 +83,7 @@ class SparsePathViTPreTrainedModel(PreTrainedModel):
             )
         grid = self.embeddings.token_grid(pixel_values, patch_mask, image_sizes)
         hidden_states = self.embeddings(pixel_values, grid)
-        return self.encoder(hidden_states, grid, output_hidden_states, output_attentions)
+        return self.encoder(hidden_states, grid, output_hidden_states, output_attentions, after_layer, may_prune)
 
     def _output_switches(self, output_hidden_states: bool | None, output_attentions: bool | None) -> tuple[bool, bool]:
         """The caller's choice, or the config's."""
@@ -138,9 +140,14 @@ class SparsePathViTModel(SparsePathViTPreTrainedModel):
         )
         hidden_states, grid = encoded.last
         last_hidden_state = grid.to_raster(self.norm(hidden_states))
+        pooler_output = self._pool(last_hidden_state, grid)
+        if encoded.before_pruning is not None:
+            all_tokens, all_grid, kept = encoded.before_pruning
+            restored = restore_tokens(hidden_states, all_tokens, all_grid, kept)
+            last_hidden_state = all_grid.to_raster(self.norm(restored))
         return SparsePathViTModelOutput(
             last_hidden_state=last_hidden_state,
-            pooler_output=self._pool(last_hidden_state, grid),
+            pooler_output=pooler_output,
             **public_outputs(encoded),
         )
 

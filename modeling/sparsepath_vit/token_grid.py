@@ -127,6 +127,16 @@ class TokenGrid:
             block_offsets=_block_offsets(blocks, self.entry_shifts),
         )
 
+    def with_global_tokens(self, num_global_tokens: int) -> "TokenGrid":
+        """The same patch tokens behind another number of global tokens, for tokens that join or leave them."""
+        entry_shifts = self.entry_shifts // self.num_global_tokens * num_global_tokens
+        return dataclasses.replace(
+            self,
+            num_global_tokens=num_global_tokens,
+            block_offsets=self.block_offsets - self.entry_shifts + entry_shifts,
+            entry_shifts=entry_shifts,
+        )
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "TokenGrid":
         """The same grid on another device; the name and arguments let Accelerate move it with the tokens."""
         if torch.device(device) == self.device:

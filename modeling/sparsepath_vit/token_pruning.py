@@ -108,9 +108,35 @@ def select_tokens(tokens: torch.Tensor, grid: TokenGrid, kept: torch.Tensor, kep
     Returns:
         (*kept_grid.batch_shape, features).
     """
-    # Packed order is ascending within and across images, so sorting puts each image's global tokens first again.
-    indices = torch.cat([grid.global_indices(), grid.patch_indices()[kept]]).sort().values
+    indices = _packed_indices(grid, kept)
     return tokens.reshape(grid.num_tokens, -1)[indices].view(*kept_grid.batch_shape, -1)
+
+
+def restore_tokens(tokens: torch.Tensor, all_tokens: torch.Tensor, grid: TokenGrid, kept: torch.Tensor) -> torch.Tensor:
+    """Puts the kept tokens back among the removed ones, which have the features they were removed with.
+
+    The inverse of `select_tokens`. The result mixes depths: the kept tokens went through all layers, the removed ones
+    only through those before the pruning.
+
+    Args:
+        tokens: the global tokens and the kept patch tokens, (*kept grid.batch_shape, features).
+        all_tokens: the tokens before pruning, (*grid.batch_shape, features).
+        grid: where the tokens before pruning are.
+        kept: what `kept_tokens` returned.
+
+    Returns:
+        (*grid.batch_shape, features).
+    """
+    features = tokens.shape[-1]
+    packed = all_tokens.reshape(grid.num_tokens, features)
+    restored = packed.index_copy(0, _packed_indices(grid, kept), tokens.reshape(-1, features))
+    return restored.view(*grid.batch_shape, features)
+
+
+def _packed_indices(grid: TokenGrid, kept: torch.Tensor) -> torch.Tensor:
+    """Where the global tokens and the kept patch tokens lie among the packed tokens, ascending."""
+    # Packed order is ascending within and across images, so sorting puts each image's global tokens first again.
+    return torch.cat([grid.global_indices(), grid.patch_indices()[kept]]).sort().values
 
 
 def scatter_to_map(tokens: torch.Tensor, grid: TokenGrid, base: torch.Tensor | float = 0.0) -> torch.Tensor:
