@@ -146,6 +146,7 @@ def parse(argv: list[str]) -> tuple[DataArguments, ModelArguments, TrainingArgum
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     defaults = {"remove_unused_columns": False, "report_to": "none", "label_names": ["labels"], "seed": 0}
+    defaults["use_cpu"] = not torch.accelerator.is_available()  # else bf16 on a CPU is refused
     if argv and argv[0].endswith((".yaml", ".yml")):
         defaults |= _read_recipe(Path(argv[0]), parser)
         argv = argv[1:]
@@ -251,8 +252,6 @@ def run_finetuning(
     processor = AutoImageProcessor.from_pretrained(arguments.model_name_or_path)
     if arguments.lora_rank:
         model = with_lora(model, arguments.lora_rank, arguments.lora_alpha, arguments.lora_dropout)
-    if training.gradient_checkpointing and training.gradient_checkpointing_kwargs is None:
-        training.gradient_checkpointing_kwargs = {"use_reentrant": False}  # adapters get no gradient otherwise
     partition = dataset.partitions(data.eval_split)[0]
     if dataset.folds:
         logger.info("fine-tuning evaluates the first of %d folds; the linear probe all", len(dataset.folds))
@@ -314,8 +313,8 @@ def write_results(
         logger.info("wrote %s", path)
     for name in METRICS:
         value, low, high = (metrics.get(f"eval_{name}{ending}") for ending in ("", "_low", "_high"))
-        if value is not None and low is not None:
-            logger.info("%-18s %.3f (95 %% interval %.3f to %.3f)", name, value, low, high)
+        interval = "no interval" if low is None else f"95 % interval {low:.3f} to {high:.3f}"
+        logger.info("%-18s %s (%s)", name, "undefined" if value is None else f"{value:.3f}", interval)
     if "note" in results:
         logger.info(results["note"])
 

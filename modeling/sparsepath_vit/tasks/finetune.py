@@ -145,4 +145,6 @@ def with_lora(
         target_modules=_LORA_TARGETS,
         modules_to_save=["classifier"],
     )
+    # Reentrant checkpointing of frozen layers gives adapters a gradient only where their inputs ask for one.
+    model.enable_input_require_grads()
     return get_peft_model(model, config)

@@ -124,7 +124,8 @@ def evaluate_predictions(
 
     Returns:
         For each of `METRICS` the value, and `NAME_mean`, `NAME_low` and `NAME_high` (95 %) of the bootstrap;
-        `confusion_matrix` (rows are labels), `label_names`, `num_items` and `num_groups`. Undefined numbers are None.
+        `confusion_matrix` (rows are labels), `label_names`, `num_items` and `num_groups`. Undefined numbers are
+        None; of a single group there is no interval.
 
     Raises:
         ValueError: no items, or labels and predictions that do not fit each other or `label_names`.
@@ -137,7 +138,7 @@ def evaluate_predictions(
     num_groups, num_labels = group_of.max() + 1, len(label_names)
     confusion = confusion_matrix(labels, predictions, num_labels)
     results = dict(zip(METRICS, metrics_of_confusion(confusion), strict=True))
-    if samples:
+    if samples and num_groups > 1:
         per_group = np.zeros((num_groups, num_labels, num_labels), dtype=np.int64)
         np.add.at(per_group, (group_of, labels, predictions), 1)
         interval = bootstrap_interval(
