@@ -144,8 +144,8 @@ def prepare_panda(
 def split_slides(slides: Sequence[PandaSlide], shares: tuple[float, float, float], seed: int) -> dict[str, str]:
     """The split of every slide, stratified by provider and ISUP grade.
 
-    Each stratum is dealt out in random order, each slide to the split that is furthest behind its share in the stratum,
-    of equals to the one that is furthest behind in all: so small strata do not all end in the same split.
+    Each stratum gives every split its share, rounded down; the few slides left over go, at most one to a
+    split, where most are missing in all. So small strata do not all end in the same split.
 
     Args:
         slides: all usable slides, whatever the task: the splits of all tasks are the same.
@@ -160,16 +160,16 @@ def split_slides(slides: Sequence[PandaSlide], shares: tuple[float, float, float
     for slide in sorted(slides, key=lambda slide: slide.image_id):
         strata[slide.provider, slide.isup_grade].append(slide.image_id)
     split_of: dict[str, str] = {}
-    wanted, overall = np.array(shares), np.zeros(len(SPLITS))
+    wanted, dealt = np.array(shares), np.zeros(len(SPLITS))
     for stratum in sorted(strata):
-        counts = np.zeros(len(SPLITS))
-        for image_id in generator.permutation(strata[stratum]):
-            behind = wanted * (counts.sum() + 1) - counts
-            behind_overall = wanted * (overall.sum() + 1) - overall
-            split = max(range(len(SPLITS)), key=lambda index: (round(behind[index], 9), behind_overall[index]))
-            counts[split] += 1
-            overall[split] += 1
-            split_of[str(image_id)] = SPLITS[split]
+        size = len(strata[stratum])
+        counts = np.floor(wanted * size + 1e-9).astype(int)
+        target = wanted * (dealt.sum() + size)
+        most_missing = np.argsort(dealt + counts - target, kind="stable")
+        counts[most_missing[: size - counts.sum()]] += 1
+        dealt += counts
+        splits = np.repeat(SPLITS, counts).tolist()
+        split_of |= dict(zip(generator.permutation(strata[stratum]).tolist(), splits, strict=True))
     return split_of
 
 
