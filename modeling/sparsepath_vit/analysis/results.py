@@ -1,0 +1,70 @@
+# Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
+"""Result tables as CSV, also such that grow row by row: a stopped run goes on where it was."""
+
+import csv
+import io
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..slides.store import write_atomically
+
+
+class ResultsTable:
+    """Rows with key columns and value columns; the file is replaced as a whole with each row.
+
+    Args:
+        path: the CSV; its folder is made if missing, rows that are there are read.
+        keys: columns that say what was measured; no two rows share them.
+        values: the columns that follow.
+
+    Raises:
+        ValueError: the file holds other columns.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], keys: Sequence[str], values: Sequence[str]) -> None:
+        self.path, self.keys = Path(path), tuple(keys)
+        self.columns = (*keys, *values)
+        self.rows: list[dict[str, str]] = []
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.exists():
+            with self.path.open(newline="", encoding="utf-8") as file:
+                reader = csv.DictReader(file)
+                self.rows = list(reader)
+                if tuple(reader.fieldnames or ()) != self.columns:
+                    raise ValueError(
+                        f"{self.path} has the columns {reader.fieldnames}, not {list(self.columns)}: it was written by "
+                        "another version or for something else. Move it away, or choose another folder."
+                    )
+
+    def has(self, key: Mapping[str, Any]) -> bool:
+        """Whether the row with these values of the key columns is there."""
+        wanted = [_cell(key[name]) for name in self.keys]
+        return any([row[name] for name in self.keys] == wanted for row in self.rows)
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Appends a row and writes the file; columns that are not given stay empty."""
+        self.rows.append({name: _cell(row.get(name)) for name in self.columns})
+        write_table(self.path, self.rows)
+
+
+def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Writes a CSV file in one go.
+
+    Args:
+        path: the file.
+        rows: at least one; all have the columns of the first.
+    """
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({name: _cell(value) for name, value in row.items()} for row in rows)
+    write_atomically(path, text.getvalue())
+
+
+def _cell(value: Any) -> str:
+    """A value as it stands in the file; numbers with six digits, nothing for None."""
+    if value is None:
+        return ""
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
