@@ -131,6 +131,7 @@ def compute_features(
     return np.concatenate(features)
 
 
+@torch.no_grad()
 def pooled(
     model: "SparsePathViTModel",
     processor: "SparsePathViTImageProcessor",
