@@ -177,8 +177,8 @@ def _read_recipe(path: Path, parser: HfArgumentParser) -> dict[str, Any]:
     return recipe
 
 
-def load_data(data: DataArguments, seed: int) -> RoiDataset:
-    """The labelled ROIs; what is wrong with them is said."""
+def load_data(data: DataArguments, seed: int) -> tuple[RoiDataset, dict[str, int]]:
+    """The labelled ROIs, and how many problems of each kind they have; each is said."""
     if data.image_folder is not None:
         dataset, problems = read_image_folder(data.image_folder, data.folds, data.group_pattern, seed)
     else:
@@ -186,9 +186,7 @@ def load_data(data: DataArguments, seed: int) -> RoiDataset:
         problems = dataset.empty_classes()
     for problem in problems:
         logger.warning("%s: %s: %s", problem.kind, problem.item, problem.reason)
-    if problems:
-        logger.warning("problems: %s", ", ".join(f"{n} {kind}" for kind, n in count_problems(problems).items()))
-    return dataset.with_shuffled_labels(seed) if data.shuffle_labels else dataset
+    return (dataset.with_shuffled_labels(seed) if data.shuffle_labels else dataset), count_problems(problems)
 
 
 @dataclasses.dataclass
@@ -291,19 +289,11 @@ def save(outcome: Outcome, dataset: RoiDataset) -> None:
     trainer.save_model()
 
 
-def write_results(
-    metrics: dict[str, Any],
-    dataset: RoiDataset,
-    data: DataArguments,
-    arguments: ModelArguments,
-    training: TrainingArguments,
-) -> None:
+def write_results(results: dict[str, Any], training: TrainingArguments) -> None:
     """Writes all_results.json and says the numbers."""
-    split = f"{len(dataset.folds)} folds" if dataset.folds else data.eval_split
-    results = {**metrics, "task": dataset.task, "mode": arguments.mode, "split": split, "seed": training.seed}
-    if metrics["eval_num_groups"] < _SMOKE_TEST_GROUPS:
+    if results["eval_num_groups"] < _SMOKE_TEST_GROUPS:
         results["note"] = (
-            f"smoke test: {metrics['eval_num_groups']} independent images show that the steps work, not how good the "
+            f"smoke test: {results['eval_num_groups']} independent images show that the steps work, not how good the "
             "model is"
         )
     if training.should_save:
@@ -312,9 +302,11 @@ def write_results(
         write_atomically(path, json.dumps(results, indent=2) + "\n")
         logger.info("wrote %s", path)
     for name in METRICS:
-        value, low, high = (metrics.get(f"eval_{name}{ending}") for ending in ("", "_low", "_high"))
+        value, low, high = (results.get(f"eval_{name}{ending}") for ending in ("", "_low", "_high"))
         interval = "no interval" if low is None else f"95 % interval {low:.3f} to {high:.3f}"
         logger.info("%-18s %s (%s)", name, "undefined" if value is None else f"{value:.3f}", interval)
+    for kind, count in results["problems"].items():
+        logger.info("%d problems: %s", count, kind)
     if "note" in results:
         logger.info(results["note"])
 
@@ -324,10 +316,14 @@ def main() -> None:
     try:
         data, arguments, training = parse(sys.argv[1:])
         set_seed(training.seed)
-        dataset = load_data(data, training.seed)
+        dataset, problems = load_data(data, training.seed)
         run = run_linear_probe if arguments.mode == "linear_probe" else run_finetuning
         outcome = run(dataset, data, arguments, training)
-        write_results(outcome.metrics, dataset, data, arguments, training)
+        described = {"task": dataset.task, "mode": arguments.mode, "seed": training.seed, "problems": problems}
+        described["split"] = f"{len(dataset.folds)} folds" if dataset.folds else data.eval_split
+        if dataset.folds and arguments.mode == "finetune":
+            described["split"] = f"first of {described['split']}"
+        write_results(outcome.metrics | described, training)
         save(outcome, dataset)
     except (ValueError, OSError, ImportError) as error:
         raise SystemExit(f"error: {error}") from error
