@@ -1,9 +1,21 @@
 # Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
 """Pathology foundation models on large regions: block-local attention and token pruning for Transformers."""
 
-from transformers import AutoBackbone, AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
+from transformers import (
+    AutoBackbone,
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForUniversalSegmentation,
+)
 
+from .adapter_sparsepath_vit import SparsePathViTAdapterBackbone
 from .block_attention import block_attention, set_block_attention_backend
+from .configuration_segmentation_sparsepath_vit import (
+    SparsePathViTAdapterConfig,
+    SparsePathViTUniversalSegmentationConfig,
+)
 from .configuration_sparsepath_vit import SparsePathViTConfig
 from .image_processing_sparsepath_vit import SparsePathViTImageProcessor, SparsePathViTImageProcessorPil
 from .modeling_sparsepath_vit import (
@@ -12,6 +24,8 @@ from .modeling_sparsepath_vit import (
     SparsePathViTModel,
     SparsePathViTPreTrainedModel,
 )
+from .segmentation_postprocessing import post_process_semantic_segmentation, semantic_probabilities
+from .segmentation_sparsepath_vit import SparsePathViTForUniversalSegmentation
 from .token_grid import TokenGrid
 from .version import __version__
 
@@ -19,6 +33,12 @@ AutoConfig.register("sparsepath_vit", SparsePathViTConfig, exist_ok=True)
 AutoModel.register(SparsePathViTConfig, SparsePathViTModel, exist_ok=True)
 AutoModelForImageClassification.register(SparsePathViTConfig, SparsePathViTForImageClassification, exist_ok=True)
 AutoBackbone.register(SparsePathViTConfig, SparsePathViTBackbone, exist_ok=True)
+AutoConfig.register("sparsepath_vit_adapter", SparsePathViTAdapterConfig, exist_ok=True)
+AutoBackbone.register(SparsePathViTAdapterConfig, SparsePathViTAdapterBackbone, exist_ok=True)
+AutoConfig.register("sparsepath_vit_segmentation", SparsePathViTUniversalSegmentationConfig, exist_ok=True)
+AutoModelForUniversalSegmentation.register(
+    SparsePathViTUniversalSegmentationConfig, SparsePathViTForUniversalSegmentation, exist_ok=True
+)
 AutoImageProcessor.register(
     SparsePathViTConfig,
     image_processor_classes={"torchvision": SparsePathViTImageProcessor, "pil": SparsePathViTImageProcessorPil},
@@ -26,15 +46,21 @@ AutoImageProcessor.register(
 )
 
 __all__ = [
+    "SparsePathViTAdapterBackbone",
+    "SparsePathViTAdapterConfig",
     "SparsePathViTBackbone",
     "SparsePathViTConfig",
     "SparsePathViTForImageClassification",
+    "SparsePathViTForUniversalSegmentation",
     "SparsePathViTImageProcessor",
     "SparsePathViTImageProcessorPil",
     "SparsePathViTModel",
     "SparsePathViTPreTrainedModel",
+    "SparsePathViTUniversalSegmentationConfig",
     "TokenGrid",
     "__version__",
     "block_attention",
+    "post_process_semantic_segmentation",
+    "semantic_probabilities",
     "set_block_attention_backend",
 ]

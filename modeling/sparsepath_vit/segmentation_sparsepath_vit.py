@@ -19,18 +19,12 @@ from transformers.utils import is_scipy_available
 from transformers.utils.generic import can_return_tuple
 
 from .adapter_sparsepath_vit import SparsePathViTAdapterBackbone, check_group_norm, reset_like_torch
-from .configuration_segmentation_sparsepath_vit import (
-    SparsePathViTAdapterConfig,
-    SparsePathViTUniversalSegmentationConfig,
-)
+from .configuration_segmentation_sparsepath_vit import SparsePathViTUniversalSegmentationConfig
 from .configuration_sparsepath_vit import SparsePathViTConfig
 from .mask2former_parts import lighten_mask2former
 from .modeling_sparsepath_vit import SparsePathViTModel
 from .query_segmentation_sparsepath_vit import SparsePathViTQuerySegmenter
 from .segmentation_labels import check_labels, ignore_unannotated
-
-# Mask2Former makes its backbone from the configuration through AutoBackbone.
-AutoBackbone.register(SparsePathViTAdapterConfig, SparsePathViTAdapterBackbone, exist_ok=True)
 
 
 class SparsePathViTForUniversalSegmentation(Mask2FormerPreTrainedModel):
@@ -56,6 +50,9 @@ class SparsePathViTForUniversalSegmentation(Mask2FormerPreTrainedModel):
             raise ImportError("The segmentation loss matches masks with scipy: pip install scipy.")
         super().__init__(config)
         if config.head == "mask2former":
+            # Mask2Former makes its backbone through AutoBackbone. The configuration of remote code may be of another
+            # class of the same name than the one imported here, so it is registered when it is seen.
+            AutoBackbone.register(type(config.backbone_config), SparsePathViTAdapterBackbone, exist_ok=True)
             self.model = Mask2FormerModel(config)
             lighten_mask2former(self.model, config)
             query_dim = config.hidden_dim
