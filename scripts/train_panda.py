@@ -305,8 +305,8 @@ def write_results(results: dict[str, Any], training: TrainingArguments) -> None:
         value, low, high = (results.get(f"eval_{name}{ending}") for ending in ("", "_low", "_high"))
         interval = "no interval" if low is None else f"95 % interval {low:.3f} to {high:.3f}"
         logger.info("%-18s %s (%s)", name, "undefined" if value is None else f"{value:.3f}", interval)
-    for kind, count in results["problems"].items():
-        logger.info("%d problems: %s", count, kind)
+    if results["problems"]:
+        logger.info("problems: %s", ", ".join(f"{count} {kind}" for kind, count in results["problems"].items()))
     if "note" in results:
         logger.info(results["note"])
 
@@ -315,6 +315,8 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         data, arguments, training = parse(sys.argv[1:])
+        if training.process_index:
+            logging.getLogger().setLevel(logging.ERROR)  # the first process says it for all
         set_seed(training.seed)
         dataset, problems = load_data(data, training.seed)
         run = run_linear_probe if arguments.mode == "linear_probe" else run_finetuning

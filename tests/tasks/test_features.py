@@ -1,5 +1,6 @@
 # Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -128,3 +129,25 @@ def test_an_roi_that_cannot_be_read_is_named(dataset, model, processor, tmp_path
     (dataset.root / dataset.rois[5].file).write_bytes(b"\x89PNG broken")
     with pytest.raises(ValueError, match=dataset.rois[5].file):
         embed_rois(dataset, model, processor, FeatureSettings(), tmp_path)
+
+
+def test_two_processes_share_the_work(dataset, model, processor, tmp_path, monkeypatch, forwards):
+    """One after the other here: when the first collects, the second has not added its half yet."""
+    load = features.FeatureCache.load
+
+    def run(process):
+        state = SimpleNamespace(
+            process_index=process, num_processes=2, is_main_process=True, is_local_main_process=True
+        )
+        state.wait_for_everyone = lambda: None
+        looks = iter([lambda cache: {}, load])  # both look before either adds
+        monkeypatch.setattr(features, "PartialState", lambda: state)
+        monkeypatch.setattr(features.FeatureCache, "load", lambda cache: next(looks)(cache))
+        return embed_rois(dataset, model, processor, FeatureSettings(), tmp_path)
+
+    with pytest.raises(KeyError):
+        run(0)
+    assert sum(forwards) == 8
+    found = run(1)
+    assert sum(forwards) == 16
+    assert np.allclose(found, compute_features(dataset, range(16), model, processor, FeatureSettings()), atol=1e-6)

@@ -78,7 +78,9 @@ class TestFolder:
         slides, problems = read_panda_folder(folder, allow_subset=True)
         assert not slides[0].grade_is_consistent
         assert problems[0].kind == "grade_mismatch"
-        assert "Gleason 4+3 is grade 3 (a known wrong row" in problems[0].reason
+        assert (
+            "Gleason 4+3 is grade 3, not isup_grade=2; task isup leaves it out (a known wrong row" in problems[0].reason
+        )
 
     def test_what_is_no_panda_folder_is_refused(self, tmp_path, panda):
         with pytest.raises(ValueError, match=r"holds no train\.csv: --panda_dir is the folder as Kaggle ships it"):

@@ -90,6 +90,7 @@ def embed_rois(
     keys = [dataset.content_key(index) for index in range(len(dataset))]
     missing = list({key: index for index, key in enumerate(keys) if key not in known}.values())
     state = PartialState()
+    state.wait_for_everyone()  # who computes what follows from what is missing: nobody may add before all have looked
     if state.is_main_process:
         logger.info("features: %d of %d ROIs from the cache %s", len(keys) - len(missing), len(keys), cache.folder)
     mine = missing[state.process_index :: state.num_processes]
@@ -212,6 +213,8 @@ class FeatureCache:
             try:
                 with safe_open(path, framework="numpy") as shard:
                     vectors |= dict(zip(json.loads(shard.metadata()[_KEYS]), shard.get_tensor("features"), strict=True))
+            except FileNotFoundError:
+                continue  # another process found it damaged first
             except (SafetensorError, KeyError, ValueError) as error:
                 logger.warning("%s is damaged (%s); it is removed and its features are computed again.", path, error)
                 path.unlink(missing_ok=True)

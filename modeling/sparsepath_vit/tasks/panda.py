@@ -194,7 +194,8 @@ def _usable_slide(
     isup_grade = int(row["isup_grade"])
     is_consistent = GLEASON_TO_ISUP[gleason] == isup_grade
     if not is_consistent:
-        reason = f"{place}: isup_grade={isup_grade}, but Gleason {gleason} is grade {GLEASON_TO_ISUP[gleason]}"
+        expected = GLEASON_TO_ISUP[gleason]
+        reason = f"{place}: Gleason {gleason} is grade {expected}, not isup_grade={isup_grade}; task isup leaves it out"
         problems.append(Problem("grade_mismatch", image_id, with_known_fault(image_id, reason)))
     mask = folder / "train_label_masks" / f"{image_id}_mask.tiff"
     return PandaSlide(image_id, provider, isup_grade, is_consistent, slide, mask if mask.is_file() else None)

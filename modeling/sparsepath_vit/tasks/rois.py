@@ -208,7 +208,10 @@ class RoiDataset:
         """
         roi = self.rois[index]
         if self.images is not None:
-            content = hashlib.sha256(np.asarray(self.images[index]["image"]).tobytes()).hexdigest()
+            encoded = self.images.with_format("arrow")[index]["image"][0][
+                "bytes"
+            ].as_py()  # not decoded only to be hashed
+            content = hashlib.sha256(encoded).hexdigest()
         else:
             path = self.root / roi.file
             status = os.stat(path)
