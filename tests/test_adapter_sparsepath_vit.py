@@ -223,6 +223,14 @@ class TestBatches:
             torch.testing.assert_close(one[0], other[1], rtol=1e-4, atol=1e-4)
 
     @torch.no_grad()
+    def test_absent_patches_hold_nothing_to_read(self):
+        backbone, mask = adapter_backbone(), random_mask(2, 16, 16, 0.7)
+        values = []
+        backbone.extractors[3].attention.register_forward_pre_hook(lambda _, arguments: values.append(arguments[2]))
+        backbone(pixels(2, 64, 64), patch_mask=mask)
+        assert torch.equal(values[0].abs().amax(dim=2) > 0, mask.flatten(1))
+
+    @torch.no_grad()
     def test_images_of_different_sizes_in_one_batch(self):
         backbone = adapter_backbone()
         maps = backbone(pixels(2, 40, 48), image_sizes=[(40, 48), (21, 30)]).feature_maps

@@ -32,6 +32,7 @@ from sparsepath_vit import (
 )
 from sparsepath_vit.mask2former_parts import LastMaskPredictor
 from sparsepath_vit.remote_code import export_remote_code
+from sparsepath_vit.segmentation_labels import ignore_unannotated
 
 HEADS = ("mask2former", "queries")
 
@@ -116,9 +117,10 @@ class TestAgainstTheStockHead:
 
     def test_evaluation_keeps_only_the_last_mask_map(self, models, monkeypatch):
         """The stock head keeps those of all decoder layers, at 1792 px 80 MB each."""
-        made, masks = [], LastMaskPredictor.masks
+        made, alive, masks = [], [], LastMaskPredictor.masks
 
         def watched(self, *arguments):
+            alive.append(sum(reference() is not None for reference in made))
             made.append(weakref.ref(result := masks(self, *arguments)))
             return result
 
@@ -126,7 +128,7 @@ class TestAgainstTheStockHead:
         model = copy.deepcopy(models["mask2former"])
         with torch.no_grad():
             outputs = model(random_images(1, 64, 64))
-        assert len(made) == 4
+        assert alive == [0, 0, 0, 0]
         assert [reference() is not None for reference in made] == [False, False, False, True]
         assert made[-1]() is outputs.masks_queries_logits
 
@@ -252,6 +254,16 @@ class TestTraining:
         torch.manual_seed(0)
         assert model(**first_only, annotated_classes=annotated[:1]).loss.item() == pytest.approx(high)
         assert losses[3] > losses[1] + 1
+
+    def test_no_object_learns_nothing_where_classes_were_left_out(self):
+        """It would learn that there is nothing on the tissue of the classes nobody looked for."""
+        logits = torch.randn(2, 5, 4, requires_grad=True)
+        annotated = torch.tensor([[True, False, True], [True, True, True]])
+        left = ignore_unannotated(logits, annotated)
+        assert torch.equal(left[1], logits[1]) and torch.equal(left[0, :, [0, 2, 3]], logits[0, :, [0, 2, 3]])
+        (gradient,) = torch.autograd.grad(left.log_softmax(dim=-1)[..., 0].sum(), logits)
+        has_gradient = gradient.abs().amax(dim=1) > 0
+        assert has_gradient.tolist() == [[True, False, True, False], [True, True, True, True]]
 
     def test_pruning_is_refused(self):
         for head in HEADS:

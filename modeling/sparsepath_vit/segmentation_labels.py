@@ -57,8 +57,6 @@ def check_labels(
 def ignore_unannotated(class_logits: torch.Tensor, annotated_classes: torch.Tensor) -> torch.Tensor:
     """Takes classes that were not annotated out of the softmax: they get no gradient, and are no negatives.
 
-    Where any class is left out "no object" gets no gradient either; the annotated classes learn their distance to it.
-
     Nor does "no object" get one from an image that is annotated in part. All classes share its logit: were it raised
     where an image shows none of its own class, the classes nobody looked for there would become less probable. What
     the loss sees is the difference to "no object", so that the annotated classes learn as much without it.
@@ -75,14 +73,8 @@ def ignore_unannotated(class_logits: torch.Tensor, annotated_classes: torch.Tens
         raise ValueError(
             f"annotated_classes has shape {tuple(annotated_classes.shape)}: it takes (batch, num_labels), {expected}."
         )
-    is_annotated = annotated_classes.bool().to(class_logits.device)
+    is_annotated = annotated_classes.bool().to(class_logits.device)[:, None]  # (batch, 1, num_labels)
+    labels = class_logits[..., :-1].masked_fill(~is_annotated, torch.finfo(class_logits.dtype).min)
     no_object = class_logits[..., -1:]
-    no_object = torch.where(is_annotated.all(dim=1)[:, None, None], no_object, no_object.detach())
-    class_logits = torch.cat([class_logits[..., :-1], no_object], dim=-1)
-    annotated = annotated_classes.bool().to(class_logits.device)[:, None]  # (batch, 1, num_labels)
-    lowest = torch.finfo(class_logits.dtype).min
-    labels = class_logits[..., :-1].masked_fill(~annotated, lowest)
-    no_object = class_logits[..., -1:]
-    # In such images "no object" would learn that there is nothing where the classes left out may well be.
-    is_partial = ~annotated.all(dim=-1, keepdim=True)
-    return torch.cat([labels, torch.where(is_partial, no_object.detach(), no_object)], dim=-1)
+    no_object = torch.where(is_annotated.all(dim=-1, keepdim=True), no_object, no_object.detach())
+    return torch.cat([labels, no_object], dim=-1)
