@@ -116,7 +116,7 @@ def test_predictions_are_compared_and_the_model_is_left_as_it_was(inputs):
 
 
 def test_dense_is_refused_where_it_does_not_fit_and_the_size_named_does_fit(model, monkeypatch):
-    monkeypatch.setattr(fidelity, "available_memory", lambda device: 2**30)
+    monkeypatch.setattr(fidelity, "free_bytes", lambda device: 2**30)
     model.set_attn_implementation("eager")
     try:
         with pytest.raises(DenseDoesNotFit, match=r"largest square that fits is (\d+) x") as refusal:

@@ -9,16 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..block_attention_reference import available_memory
 from ..configuration_sparsepath_vit import SparsePathViTConfig
 from ..modeling_sparsepath_vit import SparsePathViTForImageClassification, SparsePathViTModel
 from ..token_grid import TokenGrid
+from .memory import forward_bytes, free_bytes
 from .variants import configured
 
 _LOGIT_BYTES = 128 * 2**20  # of the attention probabilities that exist at once while their mass is summed
-# Tensors of (tokens, hidden_size) at the peak of a layer: residual stream, norm, fused qkv, its three parts laid out
-# anew, attended tokens, projection, and the outputs in raster order.
-_TOKEN_TENSORS = 14
 
 
 class DenseDoesNotFit(ValueError):
@@ -268,15 +265,10 @@ def dense_bytes(config: SparsePathViTConfig, size: tuple[int, int], dtype: torch
         dtype: of the weights.
         num_variants: whose outputs are kept.
     """
-    tokens = math.prod(-(-side // config.patch_size) for side in size) + config.num_global_tokens
-    pixels = 2 * 4 * config.num_channels * math.prod(size)  # the image, and its patches
-    states = tokens * config.hidden_size * dtype.itemsize * (_TOKEN_TENSORS + num_variants)
-    float_states = 2 * tokens * config.hidden_size * 4  # queries and keys of the attention mass
-    wide = (config.chunk_size_feed_forward or tokens) * config.intermediate_size * dtype.itemsize * 3
-    materialised = 0
-    if config._attn_implementation == "eager":
-        materialised = tokens**2 * (config.num_attention_heads * (dtype.itemsize + 4) + 4)
-    return pixels + states + float_states + wide + materialised + 3 * _LOGIT_BYTES
+    tokens = math.prod(math.ceil(side / config.patch_size) for side in size)
+    # Queries and keys in float32 for the attention mass, and the outputs of the variants.
+    beside = tokens * config.hidden_size * (2 * 4 + num_variants * dtype.itemsize) + 3 * _LOGIT_BYTES
+    return forward_bytes(config, size, dtype) + beside
 
 
 def check_dense_fits(
@@ -287,7 +279,7 @@ def check_dense_fits(
     num_variants: int = 1,
 ) -> None:
     """Raises `DenseDoesNotFit` where `compare_to_dense` needs more memory than is free."""
-    free, needed = available_memory(device), dense_bytes(config, size, dtype, num_variants)
+    free, needed = free_bytes(device), dense_bytes(config, size, dtype, num_variants)
     if free is None or needed <= free:
         return
     patch_size = config.patch_size

@@ -38,10 +38,20 @@ class ResultsTable:
                         "another version or for something else. Move it away, or choose another folder."
                     )
 
+    def find(self, key: Mapping[str, Any]) -> dict[str, str] | None:
+        """The row with these values of the key columns, None where it is not there."""
+        wanted = [_cell(key[name]) for name in self.keys]
+        return next((row for row in self.rows if [row[name] for name in self.keys] == wanted), None)
+
     def has(self, key: Mapping[str, Any]) -> bool:
         """Whether the row with these values of the key columns is there."""
-        wanted = [_cell(key[name]) for name in self.keys]
-        return any([row[name] for name in self.keys] == wanted for row in self.rows)
+        return self.find(key) is not None
+
+    def drop(self, **values: Any) -> int:
+        """Forgets the rows with these values and says how many; the file changes with the next row."""
+        before = len(self.rows)
+        self.rows = [row for row in self.rows if any(row[name] != _cell(value) for name, value in values.items())]
+        return before - len(self.rows)
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Appends a row and writes the file; columns that are not given stay empty."""

@@ -3,7 +3,7 @@
 
 import os
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +14,22 @@ from .fidelity import Fidelity
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+_ENDS = ("low", "high")
+SWEEP_STYLES = {
+    "dense": ("#5c6370", "dense"),
+    "sparse": ("#2c6fb0", "sparse"),
+    "pruned": ("#d64541", "sparse, pruned"),
+    "tiles": ("#e9a33b", "tiles, averaged"),
+    "background_dropped": ("#3f9b6c", "sparse, white patches dropped"),
+    "random_pruning": ("#8e6bbf", "sparse, pruned at random"),
+    "inverse_pruning": ("#b0763f", "sparse, pruned inversely"),
+}
+VIEW_TITLES = {
+    "field_of_view": "whole region in that many pixels",
+    "pixels": "middle of the region at its own resolution",
+    "resolution": "same number of pixels, less detail",
+}
 
 
 @contextmanager
@@ -81,3 +97,96 @@ def plot_fidelity(fidelities: Sequence[Fidelity], path: Path) -> None:
         finish(cls_axis, "CLS token", "longer side, px", "cosine to dense")
         finish(patch_axis, "kept patch tokens: mean, dotted 5th percentile", "longer side, px", "cosine to dense")
         finish(mass_axis, "dense attention inside the sparse pattern", "layer", "share of the probability")
+
+
+def plot_sweep(rows: Sequence[Mapping[str, str]], folder: Path) -> list[Path]:
+    """The three figures of a resolution sweep: accuracy, memory and time, and ablations.
+
+    Args:
+        rows: of `resolution_sweep.run_sweep`.
+        folder: takes accuracy.png, memory.png and ablations.png, as far as there are rows for them.
+
+    Returns:
+        The files.
+    """
+    sweep = [row for row in rows if row["part"] == "resolution"]
+    ablations = {
+        part: [row for row in rows if row["part"] == part and row["status"] == "ok"]
+        for part in ("window", "prune_ratio", "prune_layer")
+    }
+    written = []
+    if sweep:
+        written += [folder / "accuracy.png", folder / "memory.png"]
+        _plot_accuracy(sweep, written[0])
+        _plot_memory([row for row in sweep if row["view"] == "field_of_view"], written[1])
+    if any(ablations.values()):
+        written.append(folder / "ablations.png")
+        _plot_ablations(ablations, written[-1])
+    return written
+
+
+def _curves(rows: Sequence[Mapping[str, str]], column: str) -> Iterator[tuple[str, list[int], list[float]]]:
+    """Variant, sizes and values, of the rows that have one."""
+    for name in SWEEP_STYLES:
+        points = {int(row["size"]): float(row[column]) for row in rows if row["variant"] == name and row[column]}
+        if points:
+            sizes = sorted(points)
+            yield name, sizes, [points[size] for size in sizes]
+
+
+def _plot_accuracy(rows: Sequence[Mapping[str, str]], path: Path) -> None:
+    views = [view for view in VIEW_TITLES if any(row["view"] == view for row in rows)]
+    with drawn_axes(path, len(views)) as axes:
+        for axis, view in zip(axes, views, strict=True):
+            of_view = [row for row in rows if row["view"] == view]
+            for name, sizes, values in _curves(of_view, "accuracy"):
+                color, label = SWEEP_STYLES[name]
+                axis.plot(sizes, values, marker="o", color=color, label=label)
+                ends = [list(_curves([r for r in of_view if r["variant"] == name], f"accuracy_{end}")) for end in _ENDS]
+                if all(ends) and len(ends[0][0][1]) == len(sizes):
+                    axis.fill_between(sizes, ends[0][0][2], ends[1][0][2], color=color, alpha=0.08)
+            num_classes = [int(row["num_classes"]) for row in of_view if row["num_classes"]]
+            if num_classes:
+                axis.axhline(1 / num_classes[0], color="black", linestyle=":", label="chance of equal classes")
+            finish(axis, VIEW_TITLES[view], "longer side, px", "accuracy (bands: 95 % interval)")
+
+
+def _plot_memory(rows: Sequence[Mapping[str, str]], path: Path) -> None:
+    with drawn_axes(path, 2) as (memory_axis, time_axis):
+        for name, sizes, values in _curves(rows, "peak_growth_gib"):
+            color, label = SWEEP_STYLES[name]
+            memory_axis.plot(sizes, values, marker="o", color=color, label=label)
+        for name, sizes, values in _curves(rows, "seconds"):
+            color, label = SWEEP_STYLES[name]
+            time_axis.plot(sizes, values, marker="o", color=color, label=label)
+        lacking = [row for row in rows if row["status"] == "out of memory"]
+        for name, sizes, values in _curves(lacking, "predicted_gib"):
+            color, label = SWEEP_STYLES[name]
+            memory_axis.plot(
+                sizes, values, "X", markersize=11, color=color, label=f"{label}: out of memory (predicted)"
+            )
+        for axis, title, unit in ((memory_axis, "peak memory beside the weights", "GiB"), (time_axis, "time", "s")):
+            if axis.lines:
+                axis.set_yscale("log")
+            finish(axis, f"{title}, one region", "longer side, px", unit)
+
+
+def _plot_ablations(ablations: Mapping[str, Sequence[Mapping[str, str]]], path: Path) -> None:
+    columns = {
+        "window": ("window_size", "window size, tokens"),
+        "prune_ratio": ("prune_ratio", "share of tokens removed"),
+        "prune_layer": ("prune_after_layer", "pruned after layer"),
+    }
+    present = [part for part in columns if ablations[part]]
+    with drawn_axes(path, len(present)) as axes:
+        for axis, part in zip(axes, present, strict=True):
+            column, label = columns[part]
+            rows = sorted(ablations[part], key=lambda row: float(row[column]))
+            positions = range(len(rows))
+            values = [float(row["accuracy"]) for row in rows]
+            axis.plot(positions, values, marker="o", color="#2c6fb0")
+            if all(row["accuracy_low"] for row in rows):
+                low, high = ([float(row[f"accuracy_{end}"]) for row in rows] for end in _ENDS)
+                axis.fill_between(positions, low, high, color="#2c6fb0", alpha=0.12)
+            axis.set_xticks(list(positions), [row[column] for row in rows])
+            finish(axis, f"{rows[0]['size']} px", label, "accuracy (band: 95 % interval)")
