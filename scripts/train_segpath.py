@@ -111,25 +111,32 @@ class ModelArguments:
     num_query_layers: int | None = dataclasses.field(
         default=None, metadata={"help": "queries: how many last layers they take part in"}
     )
-    model_kwargs: dict[str, Any] | str = dataclasses.field(
-        default_factory=dict,
+    model_kwargs: str | None = dataclasses.field(
+        default=None,
         metadata={"help": "further fields of a new model's config: in a recipe, or as JSON '{\"hidden_dim\": 128}'"},
     )
-    backbone_kwargs: dict[str, Any] | str = dataclasses.field(
-        default_factory=dict, metadata={"help": "further fields of a new model's backbone config, likewise"}
+    backbone_kwargs: str | None = dataclasses.field(
+        default=None, metadata={"help": "further fields of a new model's backbone config, likewise"}
     )
 
     def __post_init__(self) -> None:
         for name in ("model_kwargs", "backbone_kwargs"):
-            value = getattr(self, name)
-            if isinstance(value, str):
-                try:
-                    value = json.loads(value)
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"--{name} {value!r} is not JSON: {error}.") from error
-            if not isinstance(value, dict):
-                raise ValueError(f"--{name} {value!r} holds no fields: it takes a JSON object.")
-            setattr(self, name, value)
+            self.fields_of(name)
+
+    def fields_of(self, name: str) -> dict[str, Any]:
+        """`model_kwargs` or `backbone_kwargs`, a mapping in a recipe and JSON on the command line.
+
+        Raises:
+            ValueError: it is neither.
+        """
+        value = getattr(self, name) or {}
+        try:
+            fields = json.loads(value) if isinstance(value, str) else value
+        except json.JSONDecodeError as error:
+            raise ValueError(f"--{name} {value!r} is not JSON: {error}.") from error
+        if not isinstance(fields, dict):
+            raise ValueError(f"--{name} {value!r} holds no fields: it takes a JSON object.")
+        return dict(fields)
 
 
 def parse(argv: list[str]) -> tuple[DataArguments, ModelArguments, TrainingArguments]:
@@ -180,7 +187,7 @@ def _read_recipe(path: Path, parser: HfArgumentParser) -> dict[str, Any]:
     return recipe
 
 
-def load_data(data: DataArguments, seed: int) -> SegmentationPairs:
+def load_data(data: DataArguments, patch_size: int, seed: int) -> SegmentationPairs:
     """The pairs; what is wrong with them is said before anything is trained."""
     if data.segpath_dir is not None:
         pairs = read_segpath(data.segpath_dir, [name.strip() for name in data.antigens.split(",")])
@@ -191,7 +198,7 @@ def load_data(data: DataArguments, seed: int) -> SegmentationPairs:
     pairs.split("train")
     pairs.split(data.eval_split)
     if data.check_data:
-        pairs.check()
+        pairs.check(max(patch_size, data.crop_size or 0))
     return pairs
 
 
@@ -202,7 +209,9 @@ def load_model(arguments: ModelArguments, label_names: tuple[str, ...]) -> Spars
         ValueError: a segmentation model with other labels, or with another head than asked for.
     """
     path, window = arguments.model_name_or_path, arguments.window_size
-    backbone_kwargs = dict(arguments.backbone_kwargs) | ({} if window is None else {"window_size": window or None})
+    backbone_kwargs = arguments.fields_of("backbone_kwargs")
+    if window is not None:
+        backbone_kwargs["window_size"] = window or None
     config = AutoConfig.from_pretrained(path)
     if isinstance(config, SparsePathViTUniversalSegmentationConfig):
         own = tuple(config.id2label[index] for index in range(config.num_labels))
@@ -213,7 +222,7 @@ def load_model(arguments: ModelArguments, label_names: tuple[str, ...]) -> Spars
         return SparsePathViTForUniversalSegmentation.from_pretrained(path, config=config, dtype=torch.float32)
     if arguments.adapter_dim is not None:
         backbone_kwargs["adapter_dim"] = arguments.adapter_dim
-    kwargs = {"num_queries": arguments.num_queries, **arguments.model_kwargs}
+    kwargs = {"num_queries": arguments.num_queries, **arguments.fields_of("model_kwargs")}
     if arguments.num_query_layers is not None:
         kwargs["num_query_layers"] = arguments.num_query_layers
     return SparsePathViTForUniversalSegmentation.from_pretrained_backbone(
@@ -341,7 +350,8 @@ def main() -> None:
     try:
         data, arguments, training = parse(sys.argv[1:])
         set_seed(training.seed)
-        pairs = load_data(data, training.seed)
+        config = AutoConfig.from_pretrained(arguments.model_name_or_path)
+        pairs = load_data(data, getattr(config, "backbone_config", config).patch_size, training.seed)
         save(*run(pairs, data, arguments, training))
     except (ValueError, OSError, ImportError) as error:
         raise SystemExit(f"error: {error}") from error

@@ -86,10 +86,23 @@ class SegmentationPair:
             )
         return mask.astype(np.uint8)
 
-    def check(self) -> None:
-        """Reads the mask and the image's header. Raises as `read` does."""
+    def check(self, min_side: int = 1) -> None:
+        """Reads the mask and the image's header.
+
+        Args:
+            min_side: pixels that width and height must have.
+
+        Raises:
+            ValueError: an image that is too small; otherwise as `read` does.
+            OSError: as `read` does.
+        """
         with _open(self.image, load=False) as image:
             size = image.size
+        if min(size) < min_side:
+            raise ValueError(
+                f"the image {self.image} is {size[0]} x {size[1]} px (width x height), smaller than the {min_side} px "
+                "that a crop or a patch takes: use smaller crops, or take the pair out."
+            )
         mask = self.read_mask()
         if size != mask.shape[::-1]:
             raise ValueError(_size_mismatch(self, size, mask.shape[::-1]))
@@ -127,14 +140,17 @@ class SegmentationPairs:
                 )
         return chosen
 
-    def check(self) -> None:
+    def check(self, min_side: int = 1) -> None:
         """Reads every mask and every image's header.
 
+        Args:
+            min_side: pixels that width and height of an image must have.
+
         Raises:
-            ValueError: the first pair that does not fit, see `SegmentationPair.read`.
+            ValueError: the first pair that does not fit, see `SegmentationPair.check`.
         """
         for pair in tqdm(self.pairs, desc="checking masks", unit="pair", disable=None):
-            pair.check()
+            pair.check(min_side)
 
 
 def read_segpath(folder: str | os.PathLike[str], antigens: Sequence[str]) -> SegmentationPairs:

@@ -1,0 +1,171 @@
+# Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from run_script import load_script
+from small_models import large_weights_, small_config
+
+from sparsepath_vit import (
+    SparsePathViTForUniversalSegmentation,
+    SparsePathViTImageProcessor,
+    SparsePathViTModel,
+    SparsePathViTUniversalSegmentationConfig,
+)
+from sparsepath_vit.tasks.segmentation_regions import label_map, to_geojson
+from sparsepath_vit.tasks.segmentation_training import INDEPENDENT_LABELS
+
+segment = load_script("segment")
+LABELS = ("first", "second")
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    """A model with large random weights: its masks have structure, whatever they mean."""
+    torch.manual_seed(0)
+    config = SparsePathViTUniversalSegmentationConfig.from_vit_config(
+        small_config(window_size=2, prune_ratio=0.0), head="queries", num_queries=4, num_query_layers=2,
+        query_feature_dim=16, id2label=dict(enumerate(LABELS)), problem_type=INDEPENDENT_LABELS,
+    )  # fmt: skip
+    model = SparsePathViTForUniversalSegmentation(config)
+    large_weights_(model)
+    folder = tmp_path_factory.mktemp("model")
+    model.save_pretrained(folder)
+    SparsePathViTImageProcessor(patch_size=4).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def image_path(tmp_path_factory):
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)
+    path = tmp_path_factory.mktemp("image") / "region.png"
+    Image.fromarray(pixels).resize((70, 50), Image.Resampling.BICUBIC).save(path)
+    return path
+
+
+def report_of(folder):
+    return json.loads((folder / "region_report.json").read_text())
+
+
+def test_writes_mask_overlay_polygons_and_report(run_script, model_dir, image_path, tmp_path):
+    run_script(segment, str(image_path), "--model", str(model_dir), "--out", str(tmp_path / "new"))
+    files = sorted(path.name for path in (tmp_path / "new").iterdir())
+    assert files == ["region.geojson", "region_mask.png", "region_overlay.png", "region_report.json"]
+    report = report_of(tmp_path / "new")
+    mask = np.asarray(Image.open(tmp_path / "new" / "region_mask.png"))
+    assert mask.shape == (50, 70) and set(np.unique(mask)) <= {0, 1, 2} and report["size"] == [70, 50]
+    assert report["labels"] == {"1": "first", "2": "second"} and "seams" not in report
+    overlay = np.asarray(Image.open(tmp_path / "new" / "region_overlay.png"))
+    changed = (overlay != np.asarray(Image.open(image_path))).any(axis=-1)
+    assert np.array_equal(changed, mask > 0)
+    polygons = json.loads((tmp_path / "new" / "region.geojson").read_text())["features"]
+    area = sum(feature["properties"]["measurements"]["area_px"] for feature in polygons)
+    assert area == pytest.approx(50 * 70 * sum(report["area_share"].values()))
+
+
+def test_windows_are_compared_with_the_whole(run_script, model_dir, image_path, tmp_path):
+    arguments = [str(image_path), "--model", str(model_dir), "--out", str(tmp_path)]
+    run_script(segment, *arguments, "--window", "24", "--stride", "16", "--seam_band", "3")
+    seams = report_of(tmp_path)["seams"]
+    assert (seams["num_windows"], seams["window"], seams["stride"]) == (3 * 4, 24, 16)
+    assert seams["seam_band"]["pixels"] + seams["elsewhere"]["pixels"] == seams["all"]["pixels"] == 50 * 70
+    assert 0 < seams["all"]["mean_absolute_difference"] < 1
+    run_script(segment, *arguments, "--window", "50", "--stride", "20", "--no_whole")
+    assert "seams" not in report_of(tmp_path)
+
+
+def test_one_window_is_the_whole(run_script, model_dir, tmp_path):
+    pixels = np.random.default_rng(1).integers(0, 256, (24, 24, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "region.png")
+    arguments = ["--model", str(model_dir), "--out", str(tmp_path), "--window", "24"]
+    run_script(segment, str(tmp_path / "region.png"), *arguments)
+    assert report_of(tmp_path)["seams"]["all"]["mean_absolute_difference"] == 0
+
+
+def test_attention_windows_are_compared_with_dense(run_script, model_dir, image_path, tmp_path):
+    arguments = [str(image_path), "--model", str(model_dir), "--out", str(tmp_path)]
+    run_script(segment, *arguments, "--attention_window", "0", "--compare_attention", "2", "64")
+    rows = report_of(tmp_path)["attention"]
+    assert [row["window_size"] for row in rows] == [2, 64, 0]
+    # 18 x 13 tokens: a window of 64 holds them all
+    assert rows[1]["mask_agreement"] == rows[1]["dice"] == 1 > rows[0]["mask_agreement"]
+    assert all(row["peak_bytes"] > 0 for row in rows)
+
+
+def test_a_region_lies_where_it_was_cut_out(run_script, model_dir, image_path, tmp_path):
+    arguments = [str(image_path), "--model", str(model_dir), "--out", str(tmp_path)]
+    run_script(segment, *arguments, "--image_mpp", "0.25", "--mpp", "0.5", "--region", "10", "8", "48", "40")
+    report = report_of(tmp_path)
+    assert report["size"] == [24, 20] and report["level0_pixels_per_pixel"] == [2, 2]
+    features = json.loads((tmp_path / "region.geojson").read_text())["features"]
+    corners = np.array([point for feature in features for ring in feature["geometry"]["coordinates"] for point in ring])
+    assert (corners >= [10, 8]).all() and (corners <= [58, 48]).all()
+    assert ((corners - [10, 8]) % 2 == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("size", "flags", "message"),
+    [
+        ((40, 30), ["--window", "64"], r"thin.png: the region is 40 x 30 px .*smaller than a window of 64 px"),
+        ((1, 60), [], r"thin.png: the region is 1 x 60 px .*smaller than one patch of 4 px"),
+        ((40, 30), ["--stride", "8"], "pass --window, too"),
+        ((40, 30), ["--window", "16", "--stride", "17"], "would leave gaps"),
+        ((40, 30), ["--region", "20", "0", "30", "30"], "is not inside"),
+        ((40, 30), ["--mpp", "0.5"], "does not state its resolution"),
+    ],
+)
+def test_what_cannot_be_segmented_is_named(run_script, model_dir, tmp_path, size, flags, message):
+    Image.new("RGB", size, "pink").save(tmp_path / "thin.png")
+    with pytest.raises(SystemExit, match=message):
+        run_script(segment, str(tmp_path / "thin.png"), "--model", str(model_dir), "--out", str(tmp_path), *flags)
+
+
+def test_too_large_regions_need_windows(run_script, model_dir, image_path, tmp_path, monkeypatch):
+    arguments = [str(image_path), "--model", str(model_dir), "--out", str(tmp_path)]
+    monkeypatch.setattr(segment, "MAX_WHOLE_PIXELS", 2000)
+    with pytest.raises(SystemExit, match=r"70 x 50 px .*more than 2,000 px in one piece: pass --window"):
+        run_script(segment, *arguments)
+    run_script(segment, *arguments, "--window", "40")
+    assert "seams" not in report_of(tmp_path)
+    monkeypatch.setattr(segment, "MAX_PIXELS", 3000)
+    with pytest.raises(SystemExit, match=r"more than 3,000 px in all: name a part with --region"):
+        run_script(segment, *arguments, "--window", "40")
+
+
+def test_another_kind_of_model_is_refused(run_script, image_path, tmp_path):
+    SparsePathViTModel(small_config()).save_pretrained(tmp_path / "vit")
+    with pytest.raises(SystemExit, match="is a sparsepath_vit, no segmentation model"):
+        run_script(segment, str(image_path), "--model", str(tmp_path / "vit"), "--out", str(tmp_path))
+
+
+def test_missing_files_are_named(run_script, model_dir, tmp_path):
+    with pytest.raises(SystemExit, match=r"nowhere.png"):
+        run_script(segment, str(tmp_path / "nowhere.png"), "--model", str(model_dir), "--out", str(tmp_path))
+
+
+class TestLabelMap:
+    def test_the_most_probable_of_overlapping_labels(self):
+        probabilities = np.array([[[0.9, 0.6, 0.2]], [[0.7, 0.8, 0.1]]])
+        assert label_map(probabilities >= 0.5, probabilities, LABELS).tolist() == [[1, 2, 0]]
+
+    def test_background_is_zero(self):
+        masks = np.array([[[True, False]], [[False, True]]])
+        assert label_map(masks, masks.astype(float), ("Background", "nucleus")).tolist() == [[0, 2]]
+
+
+class TestPolygons:
+    def test_pieces_holes_and_small_ones(self):
+        mask = np.zeros((1, 8, 10), bool)
+        mask[0, 1:6, 1:6] = True
+        mask[0, 3, 3] = False
+        mask[0, 6, 8] = True
+        features = to_geojson(mask, ["nucleus"], origin=(100, 50), scale=(2.0, 2.0))["features"]
+        assert [len(feature["geometry"]["coordinates"]) for feature in features] == [2, 1]
+        assert [feature["properties"]["measurements"]["area_px"] for feature in features] == [24 * 4, 4]
+        assert sorted(map(tuple, features[1]["geometry"]["coordinates"][0][:-1])) == [
+            (116, 62), (116, 64), (118, 62), (118, 64),
+        ]  # fmt: skip
+        assert len(to_geojson(mask, ["nucleus"], min_area=2)["features"]) == 1
+        assert not to_geojson(mask, ["background"])["features"]
