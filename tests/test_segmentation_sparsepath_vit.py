@@ -168,6 +168,18 @@ class TestOutputs:
         assert other.backbone.config._attn_implementation == "eager"
         torch.testing.assert_close(other(images).masks_queries_logits, expected, rtol=1e-3, atol=1e-3)
 
+    @pytest.mark.parametrize(
+        "change, message",
+        [
+            (lambda images: images[:, :1], r"pixel_values has shape \(1, 1, 50, 70\): it takes \(batch, 3"),
+            (lambda images: images.to(torch.uint8), "pixel_values is torch.uint8: it takes normalised floating point"),
+            (lambda images: images.log(), "pixel_values holds NaN"),
+        ],
+    )
+    def test_pixels_that_are_no_images_are_named(self, model, change, message):
+        with pytest.raises(ValueError, match=message):
+            model(change(random_images(1, 50, 70)))
+
     def test_too_small_images_are_named(self, model):
         with pytest.raises(ValueError, match="pixel_values is 64 x 1 px"):
             model(random_images(1, 64, 1))

@@ -14,71 +14,19 @@ from transformers import initialization as init
 from transformers.backbone_utils import BackboneMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BackboneOutput
-from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_segmentation_sparsepath_vit import NORM_GROUPS, STRIDES, SparsePathViTAdapterConfig
-from .configuration_sparsepath_vit import SparsePathViTConfig
 from .deformable_attention import DeformableAttention, reference_points
 from .embeddings import SparsePathViTEmbeddings
 from .encoder_sparsepath_vit import SparsePathViTEncoder
 from .modeling_sparsepath_vit import SparsePathViTPreTrainedModel
+from .segmentation_inputs import allows_pruning, check_group_norm, pad_to_patches
 from .token_grid import TokenGrid
 from .token_pruning import scatter_to_map
 
-logger = logging.get_logger(__name__)
-
 # The cells that take part in the interactions are those of strides 8, 16 and 32; stride 4 would be four times as many.
 INTERACTION_STRIDES = STRIDES[1:]
-
-
-def pad_to_patches(pixel_values: torch.Tensor, patch_size: int) -> torch.Tensor:
-    """Repeats the last rows and columns of pixels until both sides are multiples of the patch size.
-
-    Raises:
-        ValueError: pixels without four axes, or an image smaller than a patch.
-    """
-    if pixel_values.ndim != 4:
-        raise ValueError(f"pixel_values has shape {tuple(pixel_values.shape)}: it takes (batch, 3, height, width).")
-    height, width = pixel_values.shape[-2:]
-    if height < patch_size or width < patch_size:
-        raise ValueError(
-            f"pixel_values is {height} x {width} px, smaller than one patch of {patch_size} px: use a larger region."
-        )
-    padding = (0, -width % patch_size, 0, -height % patch_size)
-    return nn.functional.pad(pixel_values, padding, mode="replicate") if any(padding) else pixel_values
-
-
-def check_group_norm(pixel_values: torch.Tensor) -> None:
-    """Refuses images whose coarsest map is a single cell, which a GroupNorm would make all zeros.
-
-    Raises:
-        ValueError: names the size and the remedy.
-    """
-    height, width = pixel_values.shape[-2:]
-    if max(height, width) <= STRIDES[-1]:
-        raise ValueError(
-            f"pixel_values is {height} x {width} px: normalising in groups needs more than {STRIDES[-1]} px on one "
-            "side. Use a larger region."
-        )
-
-
-def allows_pruning(config: SparsePathViTConfig, is_training: bool) -> bool:
-    """Whether a model that needs features at every place may prune: only where removed tokens come back.
-
-    Raises:
-        ValueError: pruning is on, removed tokens do not come back, and the model is being trained.
-    """
-    if not config.prunes or config.unprune is not None:
-        return True
-    message = (
-        f"prune_ratio={config.prune_ratio} removes patch tokens, but segmentation needs features at every place. Set "
-        'prune_ratio=0.0, or accept coarser features at the removed ones with unprune="scatter"'
-    )
-    if is_training:
-        raise ValueError(f"{message}.")
-    logger.warning_once(f"{message}; pruning is switched off.")
-    return False
 
 
 def token_map_at_stride(token_map: torch.Tensor, patch_size: int, stride: int, size: tuple[int, int]) -> torch.Tensor:
@@ -347,7 +295,7 @@ class SparsePathViTAdapterBackbone(BackboneMixin, SparsePathViTPreTrainedModel):
         Raises:
             ValueError: pixels, mask or sizes that do not fit, or pruning without `unprune` in training.
         """
-        padded = pad_to_patches(pixel_values, self.config.patch_size)
+        padded = pad_to_patches(pixel_values, self.embeddings.patch_embeddings)
         if self.config.adapter_norm == "group":
             check_group_norm(pixel_values)
         may_prune = allows_pruning(self.config, self.training)

@@ -11,13 +11,14 @@ import math
 import torch
 from torch import nn
 
-from .adapter_sparsepath_vit import allows_pruning, pad_to_patches, token_map_at_stride
+from .adapter_sparsepath_vit import token_map_at_stride
 from .configuration_segmentation_sparsepath_vit import (
     NORM_GROUPS,
     STRIDES,
     SparsePathViTUniversalSegmentationConfig,
 )
 from .modeling_sparsepath_vit import SparsePathViTBackbone
+from .segmentation_inputs import allows_pruning, pad_to_patches
 from .token_grid import TokenGrid
 from .token_pruning import scatter_to_map
 
@@ -127,7 +128,7 @@ class SparsePathViTQuerySegmenter(nn.Module):
             ceil(width / 4)): of the last layer, in training also of each layer the queries took part in before.
         """
         backbone_config = self.backbone.config
-        padded = pad_to_patches(pixel_values, backbone_config.patch_size)
+        padded = pad_to_patches(pixel_values, self.backbone.embeddings.patch_embeddings)
         may_prune = allows_pruning(backbone_config, self.training)
         edges = self.mask_features.edges(pixel_values)
         first = backbone_config.num_hidden_layers - self.config.num_query_layers

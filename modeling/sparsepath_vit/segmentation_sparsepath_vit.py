@@ -18,12 +18,13 @@ from transformers.models.mask2former.modeling_mask2former import (
 from transformers.utils import is_scipy_available
 from transformers.utils.generic import can_return_tuple
 
-from .adapter_sparsepath_vit import SparsePathViTAdapterBackbone, check_group_norm, reset_like_torch
+from .adapter_sparsepath_vit import SparsePathViTAdapterBackbone, reset_like_torch
 from .configuration_segmentation_sparsepath_vit import SparsePathViTUniversalSegmentationConfig
 from .configuration_sparsepath_vit import SparsePathViTConfig
 from .mask2former_parts import lighten_mask2former
 from .modeling_sparsepath_vit import SparsePathViTModel
 from .query_segmentation_sparsepath_vit import SparsePathViTQuerySegmenter
+from .segmentation_inputs import check_group_norm
 from .segmentation_labels import check_labels, ignore_unannotated
 
 
