@@ -142,6 +142,7 @@ def parse(argv: list[str]) -> tuple[DataArguments, ModelArguments, TrainingArgum
     """
     parser = HfArgumentParser(
         (DataArguments, ModelArguments, TrainingArguments),
+        usage="%(prog)s [RECIPE] (--dataset_dir | --image_folder) DIR --model_name_or_path DIR --output_dir RUN ...",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -266,7 +267,8 @@ def run_finetuning(
         eval_dataset=images(partition.validation) if len(partition.validation) else evaluated,
         processing_class=processor,
     )
-    trained = trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    resumed = training.resume_from_checkpoint
+    trained = trainer.train(resume_from_checkpoint=resumed if resumed not in ("last", "true", "True") else True)
     trainer.save_metrics("train", trained.metrics, combined=False)
     trainer.save_state()
     prediction = trainer.predict(evaluated, metric_key_prefix="eval")

@@ -30,8 +30,12 @@ def tissue_image(width, height, seed):
     with Image.open(REAL_TISSUE) as image:
         pixels = np.asarray(image.convert("RGB"))
     generator = np.random.default_rng(seed)
-    top, left = (int(generator.integers(side)) for side in pixels.shape[:2])
-    return np.tile(np.roll(pixels, (-top, -left), (0, 1)), (-(-height // 1120), -(-width // 1120), 1))[:height, :width]
+    while True:  # the region has glass, too
+        top, left = (int(generator.integers(side)) for side in pixels.shape[:2])
+        rolled = np.roll(pixels, (-top, -left), (0, 1))
+        found = np.tile(rolled, (-(-height // 1120), -(-width // 1120), 1))[:height, :width]
+        if np.ptp(found, axis=-1).mean() > 40:
+            return found
 
 
 def paint(image, mask, rectangle, label):

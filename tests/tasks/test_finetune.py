@@ -68,11 +68,11 @@ def test_metrics_follow_the_order_of_the_indices_and_the_slides(dataset):
     rois = tuple(replace(roi, slide_id=roi.file[:-6]) for roi in dataset.rois)  # two images each
     slides = replace(dataset, rois=rois, slide_level=True)
     indices = [15, 0, 14, 1]
-    logits = np.array([[0.0, 1.0], [3.0, 0.0], [2.0, 0.0], [0.0, 1.0]])  # dark: wrong on average; bright: right
+    logits = np.array([[0.0, 5.0], [3.0, 0.0], [2.0, 0.0], [1.0, 0.0]])  # the third alone is wrong, its slide is not
     metrics = RoiImages(slides, indices).metrics(EvalPrediction(logits, np.zeros(4)))
     assert metrics["num_items"] == 2
-    assert metrics["confusion_matrix"] == [[1, 0], [1, 0]]
-    assert RoiImages(dataset, indices).metrics(EvalPrediction(logits, np.zeros(4)))["accuracy"] == 0.5
+    assert metrics["confusion_matrix"] == [[1, 0], [0, 1]]
+    assert RoiImages(dataset, indices).metrics(EvalPrediction(logits, np.zeros(4)))["accuracy"] == 0.75
 
 
 class TestTraining:

@@ -229,3 +229,11 @@ def test_a_mask_decides_at_full_resolution(tmp_path):
 def test_impossible_settings_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         PandaSettings(**{"task": "cancer", **settings})
+
+
+def test_an_roi_lies_where_the_tissue_is(tmp_path):
+    panda = PandaFolder(tmp_path)
+    panda.add("a", [0, 3, 0, 0])
+    panda.write_csv()
+    slide = PandaSlide("a", "radboud", 0, True, panda.slide_path("a"), panda.mask_path("a"))
+    assert choose_rois(slide, TASKS["radboud_pattern"], PATTERN).rois == [(128, 0, 2)]
