@@ -295,8 +295,8 @@ def write_results(results: dict[str, Any], training: TrainingArguments) -> None:
     """Writes all_results.json and says the numbers."""
     if results["eval_num_groups"] < _SMOKE_TEST_GROUPS:
         results["note"] = (
-            f"smoke test: {results['eval_num_groups']} independent images show that the steps work, not how good the "
-            "model is"
+            f"smoke test: {results['eval_num_groups']} independent slides or images show that the steps work, not how "
+            "good the model is"
         )
     if training.should_save:
         Path(training.output_dir).mkdir(parents=True, exist_ok=True)

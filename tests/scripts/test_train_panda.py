@@ -63,7 +63,7 @@ class TestLinearProbe:
         results = train("run", "--dataset_dir", data / "pattern", "--mode", "linear_probe", "--prune_ratio", "0.5")
         assert set(results) >= NEEDED
         assert results["eval_accuracy"] > 0.8  # each class is painted with its own texture
-        assert f"smoke test: {results['eval_num_groups']} independent images" in results["note"]
+        assert f"smoke test: {results['eval_num_groups']} independent slides or images" in results["note"]
         model = AutoModelForImageClassification.from_pretrained(tmp_path / "run", dtype=torch.float32)
         processor = AutoImageProcessor.from_pretrained(tmp_path / "run")
         assert model.config.prune_ratio == 0.5
@@ -188,7 +188,7 @@ class TestImageFolder:
         results = train("run", *arguments)
         assert results["eval_num_items"] == 33
         assert sum(map(sum, results["eval_confusion_matrix"])) == 33
-        assert "smoke test: 17 independent images" in results["note"]
+        assert "smoke test: 17 independent slides or images" in results["note"]
 
 
 class TestArguments:

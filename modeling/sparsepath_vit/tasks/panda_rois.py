@@ -261,32 +261,13 @@ def _take(
     settings: PandaSettings,
 ) -> SlideRois:
     """Goes through the places with enough tissue and takes those that `label_of` (x, y) can label."""
-    scale = slide.scale(settings.mpp)
-    side = [settings.roi_size * step for step in scale]  # level-0 pixels
-    columns, rows = (int((limit + 1e-6) // pixels) for limit, pixels in zip(slide.dimensions, side, strict=True))
-    if not columns or not rows:
-        raise _Unusable(
-            "roi_larger_than_slide",
-            f"{settings.roi_size} px at {settings.mpp} mpp are {side[0]:.0f} x {side[1]:.0f} level-0 pixels, the slide "
-            f"has {slide.dimensions[0]} x {slide.dimensions[1]}",
-        )
-    generator = np.random.default_rng([settings.seed, int(hashlib.sha256(name.encode()).hexdigest()[:8], 16)])
-    spare = [
-        limit - count * pixels for limit, count, pixels in zip(slide.dimensions, (columns, rows), side, strict=True)
-    ]
-    left, top = (int(generator.integers(int(max(0.0, pixels)) + 1)) for pixels in spare)
-    size = settings.roi_size
-    has_tissue = tissue.token_grid(
-        slide, size, settings.mpp, left, top, columns * size, rows * size, settings.min_tissue
-    )  # (rows, columns): an ROI is one token of this grid
-    places = generator.permutation(np.argwhere(has_tissue))
-    result = SlideRois(outcomes=Counter(too_little_tissue=int((~has_tissue).sum())))
+    places, left_out = _places(slide, tissue, name, settings)
+    result = SlideRois(outcomes=Counter(too_little_tissue=left_out))
     limit = settings.max_rois_per_slide or len(places)
-    for row, column in places:
+    for x, y in places:
         if len(result.rois) == limit:
             result.outcomes["beyond_max_rois_per_slide"] += 1
             continue
-        x, y = int(left + column * side[0]), int(top + row * side[1])
         label = label_of(x, y)
         if label is None:
             result.outcomes["ambiguous_label"] += 1
@@ -296,8 +277,34 @@ def _take(
     result.outcomes["taken"] = len(result.rois)
     if not result.rois:
         reasons = ", ".join(f"{count} {outcome}" for outcome, count in result.outcomes.items() if count)
-        result.problems.append(Problem("no_roi", name, f"none of its {columns * rows} places can be taken: {reasons}"))
+        total = len(places) + left_out
+        result.problems.append(Problem("no_roi", name, f"none of its {total} places can be taken: {reasons}"))
     return result
+
+
+def _places(slide: Slide, tissue: TissueMask, name: str, settings: PandaSettings) -> tuple[list[tuple[int, int]], int]:
+    """Corners (x, y) of the ROIs of a grid that have enough tissue, in random order, and how many have not."""
+    size, dimensions = settings.roi_size, slide.dimensions
+    side = [size * step for step in slide.scale(settings.mpp)]  # level-0 pixels
+    columns, rows = (int((limit + 1e-6) // pixels) for limit, pixels in zip(dimensions, side, strict=True))
+    if not columns or not rows:
+        raise _Unusable(
+            "roi_larger_than_slide",
+            f"{size} px at {settings.mpp} mpp are {side[0]:.0f} x {side[1]:.0f} level-0 pixels, the slide has "
+            f"{dimensions[0]} x {dimensions[1]}",
+        )
+    generator = np.random.default_rng([settings.seed, int(hashlib.sha256(name.encode()).hexdigest()[:8], 16)])
+    spare = (dimensions[0] - columns * side[0], dimensions[1] - rows * side[1])
+    left, top = (int(generator.integers(int(max(0.0, pixels)) + 1)) for pixels in spare)
+    # An ROI is one token of this grid: (rows, columns).
+    has_tissue = tissue.token_grid(
+        slide, size, settings.mpp, left, top, columns * size, rows * size, settings.min_tissue
+    )
+    corners = [
+        (int(left + column * side[0]), int(top + row * side[1]))
+        for row, column in generator.permutation(np.argwhere(has_tissue))
+    ]
+    return corners, int((~has_tissue).sum())
 
 
 def _check_pixels(slide: Slide, x: int, y: int, settings: PandaSettings) -> None:
