@@ -190,3 +190,32 @@ def _plot_ablations(ablations: Mapping[str, Sequence[Mapping[str, str]]], path: 
                 axis.fill_between(positions, low, high, color="#2c6fb0", alpha=0.12)
             axis.set_xticks(list(positions), [row[column] for row in rows])
             finish(axis, f"{rows[0]['size']} px", label, "accuracy (band: 95 % interval)")
+
+
+def plot_long_range(rows: Sequence[Mapping[str, str]], path: Path) -> None:
+    """Accuracy against the distance of two structures, with and without global tokens.
+
+    Args:
+        rows: of scripts/long_range_check.py, one per model and distance.
+        path: PNG to write.
+    """
+    panels = {"True": "with global tokens", "False": "without global tokens"}
+    present = [key for key in panels if any(row["has_globals"] == key for row in rows)]
+    with drawn_axes(path, len(present)) as axes:
+        for axis, key in zip(axes, present, strict=True):
+            of_panel = [row for row in rows if row["has_globals"] == key]
+            for window in dict.fromkeys(row["window_size"] for row in of_panel):
+                curve = sorted((row for row in of_panel if row["window_size"] == window), key=_distance)
+                accuracy = np.array([float(row["accuracy"]) for row in curve])
+                strips = np.array([int(row["strips"]) for row in curve])
+                spread = 1.96 * np.sqrt(np.clip(accuracy * (1 - accuracy), 0, None) / strips)
+                name = f"w = {window}, reach {curve[0]['reach']}" if window else "dense"
+                axis.errorbar([_distance(row) for row in curve], accuracy, spread, marker="o", capsize=2, label=name)
+            axis.axhline(0.5, color="black", linestyle=":", label="chance")
+            axis.set_xscale("log", base=2)
+            axis.set_ylim(0.4, 1.03)
+            finish(axis, panels[key], "tokens between the structures", "accuracy (bars: 95 %)")
+
+
+def _distance(row: Mapping[str, str]) -> int:
+    return int(row["distance"])
