@@ -12,6 +12,7 @@ from transformers import (
 
 from .adapter_sparsepath_vit import SparsePathViTAdapterBackbone
 from .block_attention import block_attention, set_block_attention_backend
+from .checkpoints import copy_tiny_checkpoint, tiny_checkpoint
 from .configuration_segmentation_sparsepath_vit import (
     SparsePathViTAdapterConfig,
     SparsePathViTUniversalSegmentationConfig,
@@ -60,7 +61,9 @@ __all__ = [
     "TokenGrid",
     "__version__",
     "block_attention",
+    "copy_tiny_checkpoint",
     "post_process_semantic_segmentation",
     "semantic_probabilities",
     "set_block_attention_backend",
+    "tiny_checkpoint",
 ]

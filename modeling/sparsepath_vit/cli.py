@@ -49,7 +49,9 @@ def root(
 @app.command(epilog="Examples:  `sparsepath demo`   ·   `sparsepath demo --image region.png --model ./uni2-h`")
 def demo(
     image: Annotated[Path | None, typer.Option(help="Any image; a bundled tissue image by default.")] = None,
-    model: Annotated[str | None, typer.Option(help="Converted checkpoint: folder or Hub id.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Checkpoint: folder or Hub id; the installed trained tiny ViT by default.")
+    ] = None,
     size: Annotated[int, typer.Option(min=14, help="Pixels of the region's side.")] = 3430,
     out: Annotated[Path, typer.Option(help="Folder for features and pictures.")] = Path("outputs/demo"),
     dense_budget: Annotated[float, typer.Option(help="Seconds the dense run may take.")] = 30.0,

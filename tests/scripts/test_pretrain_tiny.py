@@ -109,6 +109,7 @@ def test_a_folder_of_another_recipe_is_refused(tmp_path, images, recipe_file, ru
     run_script(pretrain_tiny, *arguments, "--recipe", str(recipe_file()))
     with pytest.raises(SystemExit, match="holds a run of another recipe"):
         run_script(pretrain_tiny, *arguments, "--recipe", str(recipe_file(learning_rate=0.5)))
+    assert PretrainingRun(PretrainingRecipe.from_file(recipe_file(steps=30)), images, tmp_path / "run").step == 1
 
 
 def test_held_out_images_are_not_trained_on(images):

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers.utils import logging
 
-from ..conversion import architecture
+from ..checkpoints import tiny_checkpoint
 from ..image_processing_sparsepath_vit import SparsePathViTImageProcessor
 from ..modeling_outputs_sparsepath_vit import SparsePathViTModelOutput
 from ..modeling_sparsepath_vit import SparsePathViTModel
@@ -23,7 +23,6 @@ from .measure import measured
 
 logger = logging.get_logger(__name__)
 
-DEFAULT_ARCHITECTURE = "vit-tiny-14-reg4"
 RECOMMENDED_PRUNE_RATIO = 0.6
 PROBED_QUERIES = 256
 CROP_SECONDS = 2.5
@@ -84,7 +83,8 @@ def run_demo(
         output_dir: where features and pictures go.
         image_file: any image Pillow reads, cropped to `size` around its centre; scikit-image's bundled
             immunohistochemistry image, tiled by reflection, by default.
-        model_source: a converted checkpoint (folder or Hub id); an untrained tiny ViT by default.
+        model_source: a checkpoint (folder or Hub id); the trained tiny ViT that comes with the
+            package by default.
         size: pixels of the region's side.
         dense_budget: seconds the dense run may take, as predicted from a probe.
         device: "cuda" where there is one, by default.
@@ -115,18 +115,10 @@ def run_demo(
 def _load(source: str | None, device: str) -> tuple[SparsePathViTModel, SparsePathViTImageProcessor, str]:
     """Model in the dtype that is faster on this machine, its processor, and what to call it."""
     dtype = faster_dtype(device)
-    if source is None:
-        known = architecture(DEFAULT_ARCHITECTURE)
-        torch.manual_seed(0)
-        model = SparsePathViTModel(known.build_config())
-        processor = SparsePathViTImageProcessor(
-            patch_size=model.config.patch_size, image_mean=known.image_mean, image_std=known.image_std
-        )
-        name = f"{known.title}, untrained: speed and memory are real, features and prune map are noise"
-    else:
-        model = SparsePathViTModel.from_pretrained(source)
-        processor = SparsePathViTImageProcessor.from_pretrained(source)
-        name = source
+    name = source or "sparsepath-vit-tiny, trained on a few hundred images for demonstration, no foundation model"
+    source = source or str(tiny_checkpoint())
+    model = SparsePathViTModel.from_pretrained(source)
+    processor = SparsePathViTImageProcessor.from_pretrained(source)
     return model.eval().to(device, dtype), processor, f"{name} ({dtype}, {device})"
 
 

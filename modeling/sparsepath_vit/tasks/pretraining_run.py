@@ -109,7 +109,7 @@ class PretrainingRun:
     """One training run in one folder, which it continues from where it stopped.
 
     Args:
-        recipe: what to do.
+        recipe: what to do. A run may go on with another number of `steps`; the learning rate then follows that one.
         data_dir: folder of the images.
         output_dir: takes the log, the checkpoint and the trained model.
 
@@ -208,7 +208,7 @@ class PretrainingRun:
         step = 0
         if folder is not None:
             progress = json.loads((folder / PROGRESS_FILE).read_text(encoding="utf-8"))
-            if progress["recipe"] != json.loads(_as_json(self.recipe)):
+            if _comparable(progress["recipe"]) != _comparable(json.loads(_as_json(self.recipe))):
                 raise ValueError(
                     f"output_dir={str(self.output_dir)!r} holds a run of another recipe: pass another folder, or "
                     "remove it."
@@ -263,6 +263,12 @@ def _parameter_groups(module: torch.nn.Module, weight_decay: float) -> list[dict
         },
         {"params": [p for p, matrix in zip(parameters, is_matrix, strict=True) if not matrix], "weight_decay": 0.0},
     ]
+
+
+def _comparable(recipe: dict[str, Any]) -> dict[str, Any]:
+    """What a run may not change when it goes on: all but its length, which the learning rate then follows."""
+    fixed = {name: value for name, value in recipe.items() if name not in ("steps", "save_every")}
+    return fixed | {"held_out": recipe["held_out"] and Path(recipe["held_out"]).name}
 
 
 def _as_json(recipe: PretrainingRecipe) -> str:
