@@ -20,6 +20,8 @@ import logging
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import torch
+
 from sparsepath_vit.analysis.long_range import LongRangeResult, LongRangeSettings, TissueStrips, run_long_range
 from sparsepath_vit.analysis.measure import describe_run
 from sparsepath_vit.analysis.results import ResultsTable
@@ -43,10 +45,12 @@ def main() -> None:
     parser.add_argument("--windows", help="tokens per block side, 0 is dense; 0,8,64 by default")
     parser.add_argument("--steps", type=int, help=f"of training; {defaults.steps} by default")
     parser.add_argument("--test_strips", type=int, help=f"per distance; {defaults.test_strips} by default")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads; tensors as small as these gain from one")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output_dir", type=Path, required=True)
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    torch.set_num_threads(arguments.threads)
     try:
         run(arguments)
     except (ValueError, OSError) as error:
