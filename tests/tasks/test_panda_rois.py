@@ -237,3 +237,23 @@ def test_an_roi_lies_where_the_tissue_is(tmp_path):
     panda.write_csv()
     slide = PandaSlide("a", "radboud", 0, True, panda.slide_path("a"), panda.mask_path("a"))
     assert choose_rois(slide, TASKS["radboud_pattern"], PATTERN).rois == [(128, 0, 2)]
+
+
+REAL_SLIDE = Path(__file__).parents[2] / "../shared/data/slides/CMU-1_panda_layout.tiff"
+
+
+@pytest.mark.skipif(not REAL_SLIDE.exists(), reason="needs the shared data")
+def test_a_real_slide_in_the_layout_of_panda(tmp_path):
+    """2220 x 2967 pixels at 0.499 mpp, taken as 0.5; three levels of JPEG tiles."""
+    panda = PandaFolder(tmp_path / "panda")
+    panda.slide_path("real").symlink_to(REAL_SLIDE.resolve())
+    panda.add_row("real", "karolinska", 1)
+    settings = PandaSettings("isup", roi_size=512, min_tissue=0.5, max_rois_per_slide=3)
+    summary = prepare_panda(panda.write_csv(), tmp_path / "out", settings, allow_subset=True)
+    assert summary["places"]["taken"] == 3
+    assert sum(summary["places"].values()) == 4 * 5
+    dataset = load_roi_dataset(tmp_path / "out")
+    with Slide(REAL_SLIDE) as slide:
+        for index, roi in enumerate(dataset.rois):
+            assert np.array_equal(dataset.read(index), slide.read_region(roi.x, roi.y, 512, 512))
+            assert dataset.read(index, 128).shape == (128, 128, 3)
