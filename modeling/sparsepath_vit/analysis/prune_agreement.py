@@ -113,12 +113,16 @@ def agreement(values: np.ndarray, is_target: np.ndarray, keep_rates: Sequence[fl
 def region_scores(
     model: "SparsePathViTModel", processor: "SparsePathViTImageProcessor", image: np.ndarray
 ) -> np.ndarray:
-    """The prune score of every patch token of a region: (height, width, 3) uint8 -> (rows, columns) float32."""
+    """The prune score of every patch token of a region: (height, width, 3) uint8 -> (rows, columns) float32.
+
+    NaN where there is no token: at the edges of a region that fills its last patches too little.
+    """
     inputs = processor(image, do_resize=False, input_data_format="channels_last", return_tensors="pt")
     # The scores are those before pruning; the ratio only has to switch pruning on.
     with configured(model, prune_ratio=model.config.prune_ratio or 0.5):
         outputs = model(**inputs.to(model.device))
-    return outputs.prune_scores[0].view(*outputs.grid_sizes[0].tolist()).cpu().numpy()
+    scores = outputs.prune_scores[0].view(*outputs.grid_sizes[0].tolist())
+    return scores.masked_fill(~inputs["patch_mask"][0], torch.nan).cpu().numpy()
 
 
 def measure_agreement(
@@ -157,17 +161,16 @@ def measure_agreement(
         digest = int(hashlib.sha256(roi.roi_id.encode()).hexdigest()[:8], 16)
         values["random"] = np.random.default_rng([seed, digest]).random(values["score"].shape)
         values["haematoxylin"] = haematoxylin(image, model.config.patch_size)
+        is_counted = tokens.is_tissue & ~np.isnan(values["score"])
         for target, is_target in tokens.is_target.items():
-            on_tissue = is_target[tokens.is_tissue]
+            on_tissue = is_target[is_counted]
             if not on_tissue.any() or on_tissue.all():
                 what = "no" if not on_tissue.any() else "nothing but"
                 problems.append(Problem(f"one_kind_of_{target}", roi.roi_id, f"its tissue holds {what} {target}"))
                 continue
             described = {"roi_id": roi.roi_id, "slide_id": roi.slide_id, "provider": roi.provider, "target": target}
             described |= {"tissue_tokens": on_tissue.size, "target_share": float(on_tissue.mean())}
-            rows += [
-                described | {"order": order} | agreement(values[order][tokens.is_tissue], on_tissue) for order in ORDERS
-            ]
+            rows += [described | {"order": order} | agreement(values[order][is_counted], on_tissue) for order in ORDERS]
     return rows, problems
 
 
