@@ -1,6 +1,6 @@
 #!/usr/bin/env python
 # Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
-"""Trains sparsepath-vit-tiny without labels on a few hundred stained tissue images, and exports it.
+"""Trains sparsepath-vit-tiny without labels on stained tissue images, and exports it.
 
 The run continues from its last checkpoint when it is started again with the same folder. Log, loss curve, checkpoint
 and the exported model land in the output folder.

@@ -115,7 +115,7 @@ def run_demo(
 def _load(source: str | None, device: str) -> tuple[SparsePathViTModel, SparsePathViTImageProcessor, str]:
     """Model in the dtype that is faster on this machine, its processor, and what to call it."""
     dtype = faster_dtype(device)
-    name = source or "sparsepath-vit-tiny, trained on a few hundred images for demonstration, no foundation model"
+    name = source or "sparsepath-vit-tiny, trained on 89 tissue images for demonstration, no foundation model"
     source = source or str(tiny_checkpoint())
     model = SparsePathViTModel.from_pretrained(source)
     processor = SparsePathViTImageProcessor.from_pretrained(source)

@@ -8,7 +8,7 @@ from ..remote_code import export_remote_code
 
 
 def tiny_checkpoint() -> Path:
-    """The folder of sparsepath-vit-tiny: a small ViT trained without labels on a few hundred stained tissue images.
+    """The folder of sparsepath-vit-tiny: a small ViT trained without labels on 89 stained tissue images.
 
     For demonstrations and tests; its model card says what it is not. `SparsePathViTModel.from_pretrained` and every
     Auto class load it offline.
