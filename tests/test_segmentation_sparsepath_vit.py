@@ -168,6 +168,17 @@ class TestOutputs:
         assert other.backbone.config._attn_implementation == "eager"
         torch.testing.assert_close(other(images).masks_queries_logits, expected, rtol=1e-3, atol=1e-3)
 
+    @torch.no_grad()
+    @pytest.mark.parametrize("is_autocast", [False, True])
+    def test_bfloat16_is_close_to_float32(self, model, is_autocast):
+        images, expected = random_images(1, 50, 70), model(random_images(1, 50, 70))
+        lower = copy.deepcopy(model) if is_autocast else copy.deepcopy(model).bfloat16()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=is_autocast):
+            outputs = lower(images if is_autocast else images.bfloat16())
+        for name in ("class_queries_logits", "masks_queries_logits"):
+            similarity = torch.cosine_similarity(outputs[name].float().flatten(), expected[name].flatten(), dim=0)
+            assert similarity > 0.8, name  # rounding decides what masked attention leaves out
+
     @pytest.mark.parametrize(
         "change, message",
         [
@@ -238,6 +249,18 @@ class TestTraining:
             found = post_process_semantic_segmentation(model.eval()(image), [(48, 64)])[0]
         dice = 2 * (found * mask).sum() / (found.sum() + mask.sum())
         assert dice > 0.9
+
+    @pytest.mark.parametrize("head", HEADS)
+    def test_autocast_and_bfloat16_weights_are_trained(self, head):
+        for is_autocast in (True, False):
+            model = segmentation_model(head, vit={"prune_ratio": 0.3, "unprune": "scatter"}).train()
+            images = random_images(2, 48, 48)
+            if not is_autocast:
+                model, images = model.bfloat16(), images.bfloat16()
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=is_autocast):
+                loss = model(images, **random_labels(48, 48)).loss
+            loss.backward()
+            assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
     @pytest.mark.parametrize("classes", [[(), (1,)], [(), ()]])
     def test_images_without_segments_are_trained_on(self, model, classes):

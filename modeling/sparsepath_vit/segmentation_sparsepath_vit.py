@@ -210,6 +210,7 @@ class SparsePathViTForUniversalSegmentation(Mask2FormerPreTrainedModel):
             classes = [ignore_unannotated(logits, annotated_classes) for logits in classes]
         classes = [logits.float() for logits in classes]
         masks = [logits.float() for logits in masks]
+        self.criterion.float()  # its class weights, which a model in bfloat16 has cast along
         use_auxiliary = self.config.use_auxiliary_loss and len(masks) > 1
         losses = self.criterion(
             masks_queries_logits=masks[-1],
