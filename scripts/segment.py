@@ -126,7 +126,9 @@ def say(report: dict[str, Any]) -> None:
         seams = report["seams"]
         logger.info("%d windows of %d px against the whole region:", seams["num_windows"], seams["window"])
         for place in ("seam_band", "elsewhere", "all"):
-            cells = [f"{name} {'-' if value is None else format(value, '.4g')}" for name, value in seams[place].items()]
+            shares = {name: value for name, value in seams[place].items() if name != "pixels"}
+            cells = [f"{name} {'-' if value is None else format(value, '.4f')}" for name, value in shares.items()]
+            cells.append(f"{seams[place]['pixels']:,} px")
             logger.info("  %-10s %s", place, "   ".join(cells))
     for row in report.get("attention", ()):
         name = f"w = {row['window_size']}" if row["window_size"] else "dense"

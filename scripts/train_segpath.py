@@ -5,7 +5,8 @@ r"""Trains a segmentation model on SegPath, or on a folder of images and masks.
 The data are SegPath's own files (--segpath_dir, --antigens), or pairs X_HE.png and X_mask.png (--pairs_dir). Each
 antigen is a question of its own: in an image stained for one, the other labels are ignored, not taken for negatives.
 Writes OUTPUT_DIR/all_results.json (pooled Dice, mean Dice and mean IoU, per antigen and over all, with bootstrap 95 %
-intervals) and a checkpoint that AutoModelForUniversalSegmentation and scripts/segment.py load.
+intervals), examples.png (some held-back images, their masks and what the model finds) and a checkpoint that
+AutoModelForUniversalSegmentation and scripts/segment.py load.
 
 All flags of Transformers' TrainingArguments are taken, too. A YAML recipe can stand first; flags after it overrule it.
 
@@ -31,17 +32,21 @@ from transformers import AutoConfig, AutoImageProcessor, HfArgumentParser, Train
 from transformers.trainer_utils import get_last_checkpoint
 
 from sparsepath_vit import SparsePathViTForUniversalSegmentation
+from sparsepath_vit.analysis.figures import save_image
 from sparsepath_vit.configuration_segmentation_sparsepath_vit import HEADS, SparsePathViTUniversalSegmentationConfig
 from sparsepath_vit.remote_code import export_remote_code
 from sparsepath_vit.slides.store import write_atomically
 from sparsepath_vit.tasks.segmentation_data import SegmentationCollator, SegmentationImages, augmentation
+from sparsepath_vit.tasks.segmentation_figures import evenly_spaced, example_figure
 from sparsepath_vit.tasks.segmentation_metrics import METRICS
+from sparsepath_vit.tasks.segmentation_regions import RegionSegmenter
 from sparsepath_vit.tasks.segmentation_training import INDEPENDENT_LABELS, SegmentationTrainer
 from sparsepath_vit.tasks.segpath import SegmentationPairs, read_pairs, read_segpath
 
 logger = logging.getLogger("train_segpath")
 
 RESULTS_FILE = "all_results.json"
+EXAMPLES = 4
 # Below this many independent images an interval is wide, and says how well the script runs rather than the model.
 _SMOKE_TEST_GROUPS = 100
 _MACHINE_DEPENDENT = ("_runtime", "_per_second", "_flos")
@@ -244,6 +249,11 @@ def make_trainer(
     model = load_model(arguments, pairs.label_names)
     processor = AutoImageProcessor.from_pretrained(arguments.model_name_or_path)
     has_validation = any(pair.split == "validation" for pair in pairs.pairs)
+    if training.load_best_model_at_end and not has_validation:
+        raise ValueError(
+            "--load_best_model_at_end would choose the checkpoint on the images that are reported: these data have no "
+            "validation split. Leave it out."
+        )
     watched = pairs.split("validation" if has_validation else data.eval_split)
     return SegmentationTrainer(
         model=model,
@@ -263,8 +273,8 @@ def make_trainer(
 
 def run(
     pairs: SegmentationPairs, data: DataArguments, arguments: ModelArguments, training: TrainingArguments
-) -> tuple[SegmentationTrainer, dict[str, Any]]:
-    """Trains and evaluates; the trainer holds the final model."""
+) -> tuple[SegmentationTrainer, SegmentationImages, dict[str, Any]]:
+    """Trains and evaluates: the trainer with the final model, the images that were reported on, and the results."""
     trainer = make_trainer(pairs, data, arguments, training)
     reported = SegmentationImages(pairs.split(data.eval_split)[: data.max_eval_images], data.eval_crop_size)
     if training.do_train:
@@ -285,7 +295,7 @@ def run(
         results["baselines"] = evaluate_baselines(
             trainer.train_dataset, reported, pairs.label_names, data.bootstrap_samples, training.seed
         )
-    return trainer, results
+    return trainer, reported, results
 
 
 def _checkpoint_to_resume(training: TrainingArguments) -> str | None:
@@ -320,6 +330,14 @@ def save(trainer: SegmentationTrainer, results: dict[str, Any]) -> None:
     trainer.save_model()
 
 
+def save_examples(trainer: SegmentationTrainer, reported: SegmentationImages) -> None:
+    """Writes a picture of some of the images that were reported on."""
+    if trainer.is_world_process_zero():
+        segmenter = RegionSegmenter(trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class)
+        figure = example_figure(segmenter, reported, evenly_spaced(reported, EXAMPLES))
+        save_image(figure, Path(trainer.args.output_dir) / "examples.png")
+
+
 def say(results: dict[str, Any]) -> None:
     """The numbers, those of the baselines beside them."""
     rows = {"model": {name.removeprefix("eval_"): value for name, value in results.items()}}
@@ -352,7 +370,9 @@ def main() -> None:
         set_seed(training.seed)
         config = AutoConfig.from_pretrained(arguments.model_name_or_path)
         pairs = load_data(data, getattr(config, "backbone_config", config).patch_size, training.seed)
-        save(*run(pairs, data, arguments, training))
+        trainer, reported, results = run(pairs, data, arguments, training)
+        save(trainer, results)
+        save_examples(trainer, reported)
     except (ValueError, OSError, ImportError) as error:
         raise SystemExit(f"error: {error}") from error
 

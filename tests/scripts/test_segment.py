@@ -1,5 +1,6 @@
 # Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -63,6 +64,15 @@ def test_writes_mask_overlay_polygons_and_report(run_script, model_dir, image_pa
     polygons = json.loads((tmp_path / "new" / "region.geojson").read_text())["features"]
     area = sum(feature["properties"]["measurements"]["area_px"] for feature in polygons)
     assert area == pytest.approx(50 * 70 * sum(report["area_share"].values()))
+
+
+def test_exclusive_labels_share_the_pixels(run_script, model_dir, image_path, tmp_path):
+    folder = shutil.copytree(model_dir, tmp_path / "exclusive")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "problem_type": None}))
+    run_script(segment, str(image_path), "--model", str(folder), "--out", str(tmp_path))
+    assert sum(report_of(tmp_path)["area_share"].values()) == pytest.approx(1)
+    assert np.asarray(Image.open(tmp_path / "region_mask.png")).min() == 1
 
 
 def test_windows_are_compared_with_the_whole(run_script, model_dir, image_path, tmp_path):

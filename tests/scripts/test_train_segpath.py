@@ -64,6 +64,7 @@ def test_several_antigens(run_script, segpath_dir, common, tmp_path, head):
             assert 0 <= low <= high <= 1
     assert (results["eval_num_images"], results["eval_num_groups"], results["head"]) == (6, 3, head)
     assert results["eval_num_images_ERG_Endothelium"] == 3 and "smoke test" in results["note"]
+    assert (tmp_path / "examples.png").exists()
     model = AutoModelForUniversalSegmentation.from_pretrained(tmp_path)
     assert model.config.id2label == dict(enumerate(BOTH)) and model.config.head == head
     assert (tmp_path / "preprocessor_config.json").exists() and (tmp_path / "segmentation_sparsepath_vit.py").exists()
@@ -142,6 +143,7 @@ def test_a_recipe_a_baseline_and_a_trained_model(run_script, common, tmp_path):
         (["--segpath_dir", "SEGPATH", "--antigens", BOTH[0], "--model_kwargs", "{"], "is not JSON"),
         (["--segpath_dir", "SEGPATH", "--antigens", BOTH[0], "--backbone_kwargs", '{"windows": 2}'], "windows"),
         (["--segpath_dir", "SEGPATH", "--antigens", BOTH[0], "--window_size", "-3"], "window_size"),
+        (["--pairs_dir", "PAIRS", "--no_check_data", "--load_best_model_at_end"], "on the images that are reported"),
     ],
 )
 def test_what_is_wrong_is_said_before_training(run_script, segpath_dir, common, tmp_path, flags, message):

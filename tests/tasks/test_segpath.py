@@ -318,7 +318,7 @@ def knows_both():
         id2label=dict(enumerate(BOTH)),
     )
     model = SparsePathViTForUniversalSegmentation(config)
-    train(model, [0, 1], 70)
+    train(model, [0, 1], 80)
     return model.eval()
 
 
@@ -335,11 +335,13 @@ def batch_of(labels, seed, ignore_others=True):
     return batch
 
 
-def train(model, labels, steps, ignore_others=True, learning_rate=3e-3):
+def train(model, labels, steps, ignore_others=True, learning_rate=3e-3, parts=""):
+    """Trains the parameters whose names start with `parts`."""
     model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), learning_rate)
+    parameters = [parameter for name, parameter in model.named_parameters() if name.startswith(parts)]
+    optimizer = torch.optim.Adam(parameters, learning_rate)
     for step in range(steps):
-        optimizer.zero_grad()
+        model.zero_grad()
         model(**batch_of(labels * 2, 1000 + 4 * step, ignore_others)).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -377,10 +379,12 @@ class TestOthersAreIgnored:
 
     def test_training_on_one_label_does_not_push_the_other_down(self, knows_both):
         """Images of the first label hold the second's tissue, unmarked. Taken for negatives, it would be unlearnt."""
-        ignored = train(copy.deepcopy(knows_both), [0, 0], 30)
-        assert dice_on_new_images(ignored, 1) > dice_on_new_images(knows_both, 1) - 0.1
-        as_negatives = train(copy.deepcopy(knows_both), [0, 0], 30, ignore_others=False)
-        assert dice_on_new_images(as_negatives, 1) < 0.5
+        before = dice_on_new_images(knows_both, 1)
+        classes_only = {"parts": "class_predictor", "learning_rate": 1e-2}
+        ignored = train(copy.deepcopy(knows_both), [0, 0], 20, **classes_only)
+        assert dice_on_new_images(ignored, 1) == before
+        as_negatives = train(copy.deepcopy(knows_both), [0, 0], 20, ignore_others=False, **classes_only)
+        assert dice_on_new_images(as_negatives, 1) < before / 2
 
     def test_labels_do_not_compete(self, knows_both):
         with torch.no_grad():
