@@ -63,9 +63,9 @@ class LongRangeSettings:
     hidden_size: int = 32
     num_layers: int = 3
     num_register_tokens: int = 3
-    steps: int = 400
+    steps: int = 600
     batch_size: int = 32
-    learning_rate: float = 3e-3
+    learning_rate: float = 5e-3
     test_strips: int = 256
     seed: int = 0
 
