@@ -40,10 +40,8 @@ from sparsepath_vit.analysis.results import ResultsTable, write_table
 from sparsepath_vit.analysis.study_figures import plot_sweep
 from sparsepath_vit.analysis.sweep_plan import PARTS, VARIANTS, VIEWS, SweepSettings
 from sparsepath_vit.tasks.features import FeatureSettings
-from sparsepath_vit.tasks.image_folder import read_image_folder
 from sparsepath_vit.tasks.linear_probe import ProbeSettings
-from sparsepath_vit.tasks.roi_files import load_roi_dataset
-from sparsepath_vit.tasks.rois import RoiDataset
+from sparsepath_vit.tasks.roi_files import load_labelled_rois
 
 logger = logging.getLogger("resolution_sweep")
 
@@ -117,7 +115,15 @@ def run(arguments: argparse.Namespace) -> None:
     """Measures what is lacking; writes tables and figures."""
     settings = sweep_settings(arguments)
     set_seed(arguments.seed)
-    dataset = load_data(arguments)
+    dataset, _ = load_labelled_rois(
+        arguments.dataset_dir,
+        arguments.image_folder,
+        data_root=arguments.data_root,
+        num_folds=arguments.folds,
+        group_pattern=arguments.group_pattern,
+        shuffle_labels=arguments.shuffle_labels,
+        seed=arguments.seed,
+    )
     model = AutoModel.from_pretrained(
         arguments.model_name_or_path,
         dtype=torch.bfloat16 if arguments.bf16 else torch.float32,
@@ -151,19 +157,6 @@ def sweep_settings(arguments: argparse.Namespace) -> SweepSettings:
         ),
         memory_limit=None if limit is None else int(limit * 2**30),
     )
-
-
-def load_data(arguments: argparse.Namespace) -> RoiDataset:
-    """The labelled regions; what is wrong with them is said."""
-    if arguments.image_folder is not None:
-        pattern = arguments.group_pattern
-        dataset, problems = read_image_folder(arguments.image_folder, arguments.folds, pattern, arguments.seed)
-    else:
-        dataset = load_roi_dataset(arguments.dataset_dir, arguments.data_root)
-        problems = dataset.empty_classes()
-    for problem in problems:
-        logger.warning("%s: %s: %s", problem.kind, problem.item, problem.reason)
-    return dataset.with_shuffled_labels(arguments.seed) if arguments.shuffle_labels else dataset
 
 
 def report(rows: list[dict[str, str]], folder: Path) -> None:

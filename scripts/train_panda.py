@@ -28,7 +28,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from transformers import (
     AutoImageProcessor,
     AutoModel,
@@ -44,10 +43,10 @@ from sparsepath_vit.remote_code import export_remote_code
 from sparsepath_vit.slides.store import write_atomically
 from sparsepath_vit.tasks.features import FeatureSettings
 from sparsepath_vit.tasks.finetune import RoiCollator, RoiImages, RoiTrainer, with_lora
-from sparsepath_vit.tasks.image_folder import read_image_folder
 from sparsepath_vit.tasks.linear_probe import ProbeSettings, merge_head, probe
 from sparsepath_vit.tasks.metrics import METRICS
-from sparsepath_vit.tasks.roi_files import load_roi_dataset, write_rows
+from sparsepath_vit.tasks.recipes import parse_recipe_and_flags
+from sparsepath_vit.tasks.roi_files import load_labelled_rois, write_rows
 from sparsepath_vit.tasks.rois import RoiDataset, count_problems
 
 logger = logging.getLogger("train_panda")
@@ -148,11 +147,7 @@ def parse(argv: list[str]) -> tuple[DataArguments, ModelArguments, TrainingArgum
     )
     defaults = {"remove_unused_columns": False, "report_to": "none", "label_names": ["labels"], "seed": 0}
     defaults["use_cpu"] = not torch.accelerator.is_available()  # else bf16 on a CPU is refused
-    if argv and argv[0].endswith((".yaml", ".yml")):
-        defaults |= _read_recipe(Path(argv[0]), parser)
-        argv = argv[1:]
-    parser.set_defaults(**defaults)
-    data, model, training = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    data, model, training = parse_recipe_and_flags(parser, argv, defaults)
     if (data.dataset_dir is None) == (data.image_folder is None):
         raise ValueError("pass either --dataset_dir or --image_folder.")
     if model.model_name_or_path is None:
@@ -162,32 +157,6 @@ def parse(argv: list[str]) -> tuple[DataArguments, ModelArguments, TrainingArgum
     if data.tile_size is not None and model.mode == "finetune":
         raise ValueError("--tile_size averages frozen features: use it with --mode linear_probe.")
     return data, model, training
-
-
-def _read_recipe(path: Path, parser: HfArgumentParser) -> dict[str, Any]:
-    try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise ValueError(f"the recipe {path} cannot be read: {error}") from error
-    known = {field.name for kind in parser.dataclass_types for field in dataclasses.fields(kind)}
-    if not isinstance(recipe, dict) or set(recipe) - known:
-        unknown = sorted(set(recipe) - known) if isinstance(recipe, dict) else recipe
-        raise ValueError(
-            f"the recipe {path} has unknown settings: {unknown}. They are the names of the flags (--help)."
-        )
-    return recipe
-
-
-def load_data(data: DataArguments, seed: int) -> tuple[RoiDataset, dict[str, int]]:
-    """The labelled ROIs, and how many problems of each kind they have; each is said."""
-    if data.image_folder is not None:
-        dataset, problems = read_image_folder(data.image_folder, data.folds, data.group_pattern, seed)
-    else:
-        dataset = load_roi_dataset(data.dataset_dir, data.data_root)
-        problems = dataset.empty_classes()
-    for problem in problems:
-        logger.warning("%s: %s: %s", problem.kind, problem.item, problem.reason)
-    return (dataset.with_shuffled_labels(seed) if data.shuffle_labels else dataset), count_problems(problems)
 
 
 @dataclasses.dataclass
@@ -320,10 +289,23 @@ def main() -> None:
         if training.process_index:
             logging.getLogger().setLevel(logging.ERROR)  # the first process says it for all
         set_seed(training.seed)
-        dataset, problems = load_data(data, training.seed)
+        dataset, problems = load_labelled_rois(
+            data.dataset_dir,
+            data.image_folder,
+            data_root=data.data_root,
+            num_folds=data.folds,
+            group_pattern=data.group_pattern,
+            shuffle_labels=data.shuffle_labels,
+            seed=training.seed,
+        )
         run = run_linear_probe if arguments.mode == "linear_probe" else run_finetuning
         outcome = run(dataset, data, arguments, training)
-        described = {"task": dataset.task, "mode": arguments.mode, "seed": training.seed, "problems": problems}
+        described = {
+            "task": dataset.task,
+            "mode": arguments.mode,
+            "seed": training.seed,
+            "problems": count_problems(problems),
+        }
         described["split"] = f"{len(dataset.folds)} folds" if dataset.folds else data.eval_split
         if dataset.folds and arguments.mode == "finetune":
             described["split"] = f"first of {described['split']}"

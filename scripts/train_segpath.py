@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from transformers import AutoConfig, AutoImageProcessor, HfArgumentParser, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -36,6 +35,7 @@ from sparsepath_vit.analysis.figures import save_image
 from sparsepath_vit.configuration_segmentation_sparsepath_vit import HEADS, SparsePathViTUniversalSegmentationConfig
 from sparsepath_vit.remote_code import export_remote_code
 from sparsepath_vit.slides.store import write_atomically
+from sparsepath_vit.tasks.recipes import parse_recipe_and_flags
 from sparsepath_vit.tasks.segmentation_data import SegmentationCollator, SegmentationImages, augmentation
 from sparsepath_vit.tasks.segmentation_figures import evenly_spaced, example_figure
 from sparsepath_vit.tasks.segmentation_metrics import METRICS
@@ -164,11 +164,7 @@ def parse(argv: list[str]) -> tuple[DataArguments, ModelArguments, TrainingArgum
         "ddp_find_unused_parameters": True,  # not every layer of a frozen ViT reaches the loss
         "use_cpu": not torch.accelerator.is_available(),  # else bf16 on a CPU is refused
     }
-    if argv and argv[0].endswith((".yaml", ".yml")):
-        defaults |= _read_recipe(Path(argv[0]), parser)
-        argv = argv[1:]
-    parser.set_defaults(**defaults)
-    data, model, training = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    data, model, training = parse_recipe_and_flags(parser, argv, defaults)
     if (data.segpath_dir is None) == (data.pairs_dir is None):
         raise ValueError("pass either --segpath_dir or --pairs_dir.")
     if data.segpath_dir is not None and not data.antigens:
@@ -176,20 +172,6 @@ def parse(argv: list[str]) -> tuple[DataArguments, ModelArguments, TrainingArgum
     if model.model_name_or_path is None:
         raise ValueError("--model_name_or_path is missing: the folder or Hub id of a converted checkpoint.")
     return data, model, training
-
-
-def _read_recipe(path: Path, parser: HfArgumentParser) -> dict[str, Any]:
-    try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise ValueError(f"the recipe {path} cannot be read: {error}") from error
-    known = {field.name for kind in parser.dataclass_types for field in dataclasses.fields(kind)}
-    if not isinstance(recipe, dict) or set(recipe) - known:
-        unknown = sorted(set(recipe) - known) if isinstance(recipe, dict) else recipe
-        raise ValueError(
-            f"the recipe {path} has unknown settings: {unknown}. They are the names of the flags (--help)."
-        )
-    return recipe
 
 
 def load_data(data: DataArguments, patch_size: int, seed: int) -> SegmentationPairs:

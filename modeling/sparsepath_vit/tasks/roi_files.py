@@ -4,6 +4,7 @@
 import csv
 import io
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -17,7 +18,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..slides.store import write_atomically
+from .image_folder import read_image_folder
 from .rois import Problem, Roi, RoiDataset
+
+logger = logging.getLogger(__name__)
 
 DATASET_FOLDER = "dataset"
 DESCRIPTION_FILE = "description.json"
@@ -60,6 +64,43 @@ def save_roi_dataset(dataset: RoiDataset, folder: str | os.PathLike[str], store_
     names = [field.name for field in fields(Roi)]
     rows = [{**asdict(roi), "label": dataset.label_names[roi.label]} for roi in dataset.rois]
     write_rows(folder / ROI_LIST, names, [[row[name] for name in names] for row in rows])
+
+
+def load_labelled_rois(
+    dataset_dir: str | os.PathLike[str] | None,
+    image_folder: str | os.PathLike[str] | None,
+    *,
+    data_root: str | os.PathLike[str] | None = None,
+    num_folds: int = 5,
+    group_pattern: str | None = None,
+    shuffle_labels: bool = False,
+    seed: int = 0,
+) -> tuple[RoiDataset, list[Problem]]:
+    """Reads what a script is pointed at: a prepared data set, or a folder of class-named folders of images.
+
+    Args:
+        dataset_dir: a prepared data set; see `load_roi_dataset`. Not read where `image_folder` is given.
+        image_folder: see `read_image_folder`.
+        data_root: where the slides of `dataset_dir` lie now, if they were moved.
+        num_folds: of `image_folder`.
+        group_pattern: of `image_folder`.
+        shuffle_labels: the control without signal: nothing but chance is to be learnt.
+        seed: of folds and shuffling.
+
+    Returns:
+        The data set, and what is wrong with it; each problem is also logged.
+
+    Raises:
+        ValueError: data that cannot be used at all.
+    """
+    if image_folder is not None:
+        dataset, problems = read_image_folder(image_folder, num_folds, group_pattern, seed)
+    else:
+        dataset = load_roi_dataset(dataset_dir, data_root)
+        problems = dataset.empty_classes()
+    for problem in problems:
+        logger.warning("%s: %s: %s", problem.kind, problem.item, problem.reason)
+    return (dataset.with_shuffled_labels(seed) if shuffle_labels else dataset), problems
 
 
 def load_roi_dataset(folder: str | os.PathLike[str], root: str | os.PathLike[str] | None = None) -> RoiDataset:
