@@ -124,8 +124,9 @@ def test_after_pruning_the_kept_tokens_follow_the_definition(batch, seed, share)
 
 
 @settings(max_examples=20)
-@given(batches(max_side=6), st.integers(0, 99))
-def test_gradients_are_those_of_the_definition(batch, seed):
+@given(batches(max_side=6), st.integers(0, 99), st.sampled_from([3, 128]))
+def test_gradients_are_those_of_the_definition(batch, seed, queries_at_once):
+    """With few queries at once each tile is worked on in parts, with their rows of its mask."""
     states = [state.requires_grad_() for state in random_states(batch, seed)]
     weights = torch.randn_like(states[0])
     expected = torch.autograd.grad((masked_attention(*states, batch, 0.5) * weights).sum(), states)
@@ -133,7 +134,8 @@ def test_gradients_are_those_of_the_definition(batch, seed):
     for backend in BACKENDS:
         set_block_attention_backend(backend)
         output = block_attention(*(in_grid_order(state, batch, grid) for state in states), grid, scale=0.5)
-        gradients = torch.autograd.grad((in_raster_order(output, batch, grid) * weights).sum(), states)
+        with mock.patch.object(block_attention_cpu, "MAX_QUERIES_AT_ONCE", queries_at_once):
+            gradients = torch.autograd.grad((in_raster_order(output, batch, grid) * weights).sum(), states)
         scale = max(gradient.abs().max() for gradient in expected)
         for gradient, wanted in zip(gradients, expected, strict=True):
             assert (gradient - wanted).abs().max() <= 1e-12 * scale

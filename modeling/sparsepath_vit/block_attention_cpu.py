@@ -19,6 +19,10 @@ from .token_grid import TokenGrid
 # the tile computes logits of keys that most of its queries do not see (measured with blocks of 4 to 64 tokens).
 MIN_QUERIES_PER_TILE = 32
 
+# Where probabilities are kept, of this many queries at a time: those of a large block do not fit the cache, nor at
+# 60,000 keys the memory (measured with 32 to 4,900 queries).
+MAX_QUERIES_AT_ONCE = 128
+
 
 class QueryTile(NamedTuple):
     """Consecutive queries that share their keys.
@@ -97,12 +101,24 @@ def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tile: Q
     return output[0].transpose(0, 1)
 
 
-def _probabilities(query: torch.Tensor, key: torch.Tensor, tile: QueryTile, scale: float) -> torch.Tensor:
-    """(heads, queries, keys) attention probabilities of one tile, of at least float32."""
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    logits = query.transpose(0, 1).to(dtype) @ key.permute(1, 2, 0).to(dtype) * scale
-    if tile.is_seen is not None:
-        logits = logits.masked_fill(~tile.is_seen, -torch.inf)
+def _query_parts(tile: QueryTile) -> Iterator[tuple[slice, torch.Tensor | None]]:
+    """At most `MAX_QUERIES_AT_ONCE` queries of a tile at a time, with their rows of its mask."""
+    first, end = tile.queries
+    for start in range(first, end, MAX_QUERIES_AT_ONCE):
+        stop = min(start + MAX_QUERIES_AT_ONCE, end)
+        yield slice(start, stop), None if tile.is_seen is None else tile.is_seen[start - first : stop - first]
+
+
+def _heads_first(states: torch.Tensor) -> torch.Tensor:
+    """(tokens, heads, head_dim) -> (heads, tokens, head_dim), of at least float32."""
+    return states.transpose(0, 1).to(torch.promote_types(states.dtype, torch.float32))
+
+
+def _probabilities(query: torch.Tensor, key: torch.Tensor, is_seen: torch.Tensor | None, scale: float) -> torch.Tensor:
+    """(heads, queries, keys) attention probabilities of (heads, tokens, head_dim) queries and keys."""
+    logits = (query * scale) @ key.mT
+    if is_seen is not None:
+        logits.masked_fill_(~is_seen, -torch.inf)
     return torch.softmax(logits, dim=-1)
 
 
@@ -143,14 +159,16 @@ def tiled_block_attention(
     output = query.new_empty(query.shape)
     with maybe_autocast(query.device.type, enabled=False):
         for tile in query_tiles(grid):
-            queries = slice(*tile.queries)
             tile_key, tile_value = _take(key, tile.keys), _take(value, tile.keys)
             if dropout == 0.0:
+                queries = slice(*tile.queries)
                 output[queries] = _attend(query[queries], tile_key, tile_value, tile, scale)
                 continue
-            probabilities = _probabilities(query[queries], tile_key, tile, scale)
-            probabilities *= _dropout_factors(probabilities, dropout, generator)
-            output[queries] = (probabilities @ tile_value.transpose(0, 1).to(probabilities.dtype)).transpose(0, 1)
+            tile_key, tile_value = _heads_first(tile_key), _heads_first(tile_value)
+            for queries, is_seen in _query_parts(tile):
+                probabilities = _probabilities(_heads_first(query[queries]), tile_key, is_seen, scale)
+                probabilities *= _dropout_factors(probabilities, dropout, generator)
+                output[queries] = (probabilities @ tile_value).transpose(0, 1)
     return output
 
 
@@ -171,23 +189,26 @@ def tiled_block_attention_backward(
     Returns:
         Gradients with respect to query, key and value, each (M, heads, head_dim).
     """
-    dtype = torch.promote_types(query.dtype, torch.float32)
     grad_query = query.new_empty(query.shape)
-    grad_key = torch.zeros(key.shape, dtype=dtype, device=key.device)
-    grad_value = torch.zeros(value.shape, dtype=dtype, device=value.device)
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    grad_key, grad_value = (torch.zeros(states.shape, dtype=dtype, device=states.device) for states in (key, value))
     with maybe_autocast(query.device.type, enabled=False):
         for tile in query_tiles(grid):
-            queries = slice(*tile.queries)
-            tile_key, tile_value = _take(key, tile.keys), _take(value, tile.keys)
-            probabilities = _probabilities(query[queries], tile_key, tile, scale)  # (heads, queries, keys)
-            factors = _dropout_factors(probabilities, dropout, generator) if dropout > 0.0 else 1.0
-            tile_grad = grad_output[queries].transpose(0, 1).to(dtype)  # (heads, queries, head_dim)
-            tile_grad_value = (probabilities * factors).transpose(1, 2) @ tile_grad
-            grad_probabilities = tile_grad @ tile_value.permute(1, 2, 0).to(dtype) * factors
-            delta = (probabilities * grad_probabilities).sum(dim=-1, keepdim=True)
-            grad_logits = probabilities * (grad_probabilities - delta) * scale
-            grad_query[queries] = (grad_logits @ tile_key.transpose(0, 1).to(dtype)).transpose(0, 1).to(query.dtype)
-            tile_grad_key = grad_logits.transpose(1, 2) @ query[queries].transpose(0, 1).to(dtype)
+            tile_key, tile_value = (_heads_first(_take(states, tile.keys)).contiguous() for states in (key, value))
+            tile_grad_key, tile_grad_value = torch.zeros_like(tile_key), torch.zeros_like(tile_value)
+            for queries, is_seen in _query_parts(tile):
+                tile_query, tile_grad = _heads_first(query[queries]), _heads_first(grad_output[queries])
+                probabilities = _probabilities(tile_query, tile_key, is_seen, scale)  # (heads, queries, keys)
+                grad_logits = tile_grad @ tile_value.mT  # with respect to the probabilities, so far
+                dropped = probabilities
+                if dropout > 0.0:
+                    factors = _dropout_factors(probabilities, dropout, generator)
+                    dropped, grad_logits = probabilities * factors, grad_logits * factors
+                tile_grad_value.baddbmm_(dropped.mT, tile_grad)
+                delta = (probabilities * grad_logits).sum(dim=-1, keepdim=True)
+                grad_logits.sub_(delta).mul_(probabilities)
+                grad_query[queries] = (grad_logits @ tile_key).mul_(scale).transpose(0, 1)
+                tile_grad_key.baddbmm_(grad_logits.mT, tile_query, alpha=scale)
             _add_runs(grad_key, tile_grad_key, tile.keys)
             _add_runs(grad_value, tile_grad_value, tile.keys)
     return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype)
