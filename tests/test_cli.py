@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from small_models import small_model
 from typer.testing import CliRunner
 
-from sparsepath_vit import SparsePathViTModel, cli
+from sparsepath_vit import SparsePathViTModel, cli, doctor
 from sparsepath_vit.conversion import known_architectures
 
 runner = CliRunner()
@@ -44,6 +44,7 @@ def test_convert_sets_fields_and_prints_the_parity(tmp_path, monkeypatch):
     result = runner.invoke(cli.app, arguments)
     assert result.exit_code == 0, result.output
     assert "56 x 56" in result.output
+    assert f"-> {out}\n" in result.output, "the report is a sentence, not the fields of an object"
     model = SparsePathViTModel.from_pretrained(out)
     assert model.config.prune_ratio == 0.6
 
@@ -57,6 +58,32 @@ def test_an_expected_error_is_one_line_and_exit_code_1(tmp_path, monkeypatch, ca
     assert message.startswith("error:")
     assert "missing.bin" in message
     assert "Traceback" not in message
+
+
+def test_install_commands_keep_their_brackets(monkeypatch, capsys):
+    """Rich took the "[slides]" of an install command for a style and left it out."""
+    command = 'pip install "sparsepath-vit[slides]"'
+
+    def fails():
+        raise ImportError(command)
+
+    monkeypatch.setattr(cli, "app", fails)
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert command in capsys.readouterr().err
+    monkeypatch.undo()
+    monkeypatch.setattr(cli, "console", Console(width=250))
+    monkeypatch.setattr(doctor, "examine", lambda: [doctor.Finding("h5py", False, "not installed", command)])
+    assert command in runner.invoke(cli.app, ["doctor"]).output
+
+
+def test_a_setting_of_the_wrong_type_is_one_line(tmp_path, monkeypatch, capsys):
+    arguments = ["sparsepath", "convert", str(timm_checkpoint(tmp_path)), str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", [*arguments, "--set", "num_attention_heads=2", "--set", "prune_ratio=much"])
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main()
+    assert exit_info.value.code == 1
+    assert "Field 'prune_ratio' with value 'much'" in capsys.readouterr().err
 
 
 def test_a_setting_without_value_names_the_form():

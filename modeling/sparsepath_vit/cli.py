@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from huggingface_hub.errors import StrictDataclassError
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from .slides.commands import register as register_slide_commands
@@ -26,8 +28,8 @@ def main() -> None:
     """Entry point of the `sparsepath` command: expected errors end in one readable line, not a traceback."""
     try:
         app()
-    except (ValueError, OSError, ImportError) as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+    except (ValueError, OSError, ImportError, StrictDataclassError) as error:
+        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise SystemExit(1) from error
 
 
@@ -73,10 +75,10 @@ def demo(
             f"{row.peak_bytes / 2**30:.2f} GiB" if row.was_run else "-",
             "-" if row.cosine is None else f"{row.cosine:.4f}",
         )
-    console.print(f"\nmodel: {report.model}")
+    console.print(f"\nmodel: {report.model}", markup=False, highlight=False, soft_wrap=True)
     console.print(table)
     for file in report.files:
-        console.print(f"wrote {file}", highlight=False, soft_wrap=True)
+        console.print(f"wrote {file}", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command(
@@ -99,7 +101,7 @@ def convert(
 
     overrides = dict(_parse_setting(setting) for setting in set_ or [])
     report = convert_checkpoint(source, out, architecture=architecture, dtype=dtype, overwrite=overwrite, **overrides)
-    console.print(report)
+    console.print(str(report), markup=False, highlight=False, soft_wrap=True)
     if verify:
         table = Table("px", "attention", "against", "max abs error", "relative to output", "note")
         for parity in verify_conversion(source, out, architecture=architecture):
@@ -155,7 +157,10 @@ def doctor() -> None:
     table = Table("", "what", "found", "remedy")
     for finding in examine():
         table.add_row(
-            "[green]ok[/]" if finding.is_well else "[red]![/]", finding.subject, finding.state, finding.remedy
+            "[green]ok[/]" if finding.is_well else "[red]![/]",
+            finding.subject,
+            escape(finding.state),
+            escape(finding.remedy),
         )
     console.print(table)
 

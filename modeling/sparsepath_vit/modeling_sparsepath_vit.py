@@ -45,7 +45,13 @@ class SparsePathViTPreTrainedModel(PreTrainedModel):
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         """`block_sparse` unless another implementation is asked for: dense is never a silent default."""
-        return super().get_correct_attn_implementation(requested_attention or ATTENTION_NAME, is_init_check)
+        try:
+            return super().get_correct_attn_implementation(requested_attention or ATTENTION_NAME, is_init_check)
+        except ValueError as error:  # Transformers names neither the default nor what is the matter
+            raise ValueError(
+                f"attn_implementation={requested_attention!r} is not supported: choose {ATTENTION_NAME!r} (the "
+                "default), 'sdpa', 'eager' or 'flex_attention'. All give the same numbers."
+            ) from error
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -157,7 +163,7 @@ class SparsePathViTModel(SparsePathViTPreTrainedModel):
         cls_token = last_hidden_state[:, 0].clone()
         if self.config.pooling == "cls":
             return cls_token
-        counts = torch.tensor(grid.counts, device=cls_token.device)[:, None]
+        counts = per_image(grid.counts, cls_token.device)[:, None]
         mean = last_hidden_state[:, grid.num_global_tokens :].float().sum(dim=1) / counts  # absent tokens are zero
         return torch.cat([cls_token, mean.to(cls_token.dtype)], dim=-1)
 
