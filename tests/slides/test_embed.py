@@ -4,6 +4,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import re
 import resource
 import signal
 
@@ -229,6 +230,82 @@ def test_manifest_gives_regions_labels_and_resolution(slides, model_folder, mode
     assert "was made from" in reason and "remove the file first" in reason
 
 
+BLANK_MANIFEST = (
+    "slide,x,y,width,height,label\n"
+    "slide0.tiff,616,40,24,80,glass\n"  # no tissue, nor in its margin
+    "slide0.tiff,70,40,200,160,tumour\n"
+    "slide0.tiff,0,496,72,16,\n"
+    "slide0.tiff,300,100,96,96,\n"
+    "slide1.tiff,70,40,96,96,\n"
+)
+
+
+def test_region_without_tissue_is_left_out_on_record_and_costs_its_slide_nothing_else(slides, model_folder, tmp_path):
+    """It used to fail the whole slide."""
+    (slides / "list.csv").write_text(BLANK_MANIFEST)
+    (slides / "without.csv").write_text(
+        "".join(BLANK_MANIFEST.splitlines(keepends=True)[line] for line in (0, 2, 4, 5))
+    )
+    out = tmp_path / "out"
+
+    def embed(manifest, folder):
+        return embed_slides([slides / manifest], model_folder, folder, REGIONS, device="cpu", batch_size=2)
+
+    report = embed("list.csv", out)
+    assert (report.done, report.regions, report.regions_without_tissue, report.failed) == (2, 3, 2, [])
+    assert "3 regions (2 without tissue left out)" in str(report)
+    embed("without.csv", tmp_path / "without")
+    with h5py.File(out / "slide0.h5") as file, h5py.File(tmp_path / "without/slide0.h5") as expected:
+        assert file["skipped_regions"][:].tolist() == [[616, 40, 24, 80], [0, 496, 72, 16]]
+        assert file["skipped_regions"].attrs["reason"] == "no tissue"
+        assert set(file) == {*expected, "skipped_regions"} and "labels" in expected
+        for dataset in expected:
+            assert (file[dataset][:] == expected[dataset][:]).all(), dataset
+    rows = (out / "failures.csv").read_text().splitlines()
+    assert len(rows) == 3 and all("slide0.tiff" in row and "--tissue-mask all" in row for row in rows[1:])
+    assert "x=616, y=40, width=24, height=80" in rows[1] and "x=0, y=496, width=72, height=16" in rows[2]
+
+    before = contents(out)
+    report = embed("list.csv", out)
+    assert (report.done, report.skipped, report.regions, report.regions_without_tissue) == (0, 2, 0, 2)
+    assert contents(out) == before
+
+
+def test_slide_whose_regions_are_all_without_tissue_fails_by_name(slides, model_folder, tmp_path):
+    (slides / "list.csv").write_text("slide,x,y,width,height\nslide0.tiff,616,40,24,80\nslide1.tiff,70,40,96,96\n")
+    report = embed_slides([slides / "list.csv"], model_folder, tmp_path / "out", REGIONS, device="cpu")
+    assert (report.done, report.regions_without_tissue) == (1, 0)
+    ((slide, reason),) = report.failed
+    assert slide.endswith("slide0.tiff") and "in any of the 1 regions that were asked for" in reason
+    assert sorted(contents(tmp_path / "out")) == ["failures.csv", "settings.json", "slide1.h5"]
+
+
+def test_tissue_only_in_patches_that_the_processor_leaves_out_is_no_tissue(slides, model_folder, tmp_path):
+    """The last patches of a region may lie in it by less than half; the model used to get a region without tokens."""
+    mask = np.zeros((512, 640), np.uint8)
+    mask[:, 336:] = 1
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    (slides / "list.csv").write_text("slide,x,y,width,height\nslide0.tiff,320,96,20,20\nslide0.tiff,320,96,64,64\n")
+    report = embed_slides(
+        [slides / "list.csv"], model_folder, tmp_path / "out", REGIONS, device="cpu", tissue_mask=tmp_path / "mask.png"
+    )
+    assert (report.regions, report.regions_without_tissue, report.failed) == (1, 1, [])
+
+
+@pytest.mark.parametrize(
+    ("box", "words"),
+    [
+        ("600,40,60,60", "x=600..660, y=40..100 .* is not inside .*slide0.tiff, which is 640 x 512"),
+        ("70,40,200,9", "x=70, y=40 has 200 x 9 pixels at 0.5 micrometres per pixel, less than one patch of 16"),
+    ],
+)
+def test_impossible_region_fails_its_slide_before_any_is_embedded(slides, model_folder, tmp_path, box, words):
+    """A blank region beyond the edge is a mistake in the manifest, not a region without tissue."""
+    (slides / "list.csv").write_text(f"slide,x,y,width,height\nslide0.tiff,70,40,96,96\nslide0.tiff,{box}\n")
+    report = embed_slides([slides / "list.csv"], model_folder, tmp_path / "out", REGIONS, device="cpu")
+    assert report.regions == 0 and re.search(words, report.failed[0][1])
+
+
 def test_masks_are_given_per_slide_or_all(slides, model_folder, tmp_path):
     masks = tmp_path / "masks"
     masks.mkdir()
@@ -282,7 +359,7 @@ def test_full_disk_ends_the_run_and_keeps_what_is_done(slides, model_folder, tmp
     assert contents(out) == complete
 
 
-def embed_until_killed(slides, model, out, steps):
+def embed_until_killed(paths, model, out, steps):
     """Embeds, and kills itself before one of its steps on the disk; 0 steps: never."""
     torch.set_num_threads(1)  # the threads of the parent do not exist in a forked process
     counter = itertools.count(1)
@@ -297,26 +374,39 @@ def embed_until_killed(slides, model, out, steps):
 
     for owner, name in ((SlideWriter, "append"), (EmbeddingStore, "record_failure"), (os, "fsync"), (os, "replace")):
         setattr(owner, name, stepping(getattr(owner, name)))
-    run(slides, model, out)
+    embed_slides(paths, model, out, REGIONS, device="cpu", workers=2)
+
+
+def exit_code(*arguments):
+    """Of a process of its own that runs `embed_until_killed`."""
+    context = multiprocessing.get_context("fork")
+    process = context.Process(target=embed_until_killed, args=arguments, daemon=True)
+    process.start()
+    process.join()
+    return process.exitcode
 
 
 def test_killed_again_and_again_a_run_ends_as_if_it_had_not_been(slides, model_folder, tmp_path):
     (slides / "broken.svs").write_text("no slide")
-    context = multiprocessing.get_context("fork")
-
-    def exit_code(out, steps):
-        process = context.Process(target=embed_until_killed, args=(slides, model_folder, out, steps), daemon=True)
-        process.start()
-        process.join()
-        return process.exitcode
-
-    assert exit_code(tmp_path / "whole", 0) == 0
+    assert exit_code([slides], model_folder, tmp_path / "whole", 0) == 0
     # In the settings, before the failure's row, amid regions, before the sync and the renaming of each slide, ...
     for steps in (1, 3, 6, 8, 9, 13, 9, 10, 9, 1):
-        assert exit_code(tmp_path / "killed", steps) == -signal.SIGKILL
+        assert exit_code([slides], model_folder, tmp_path / "killed", steps) == -signal.SIGKILL
     assert {"slide0.h5", "slide1.h5"} < set(contents(tmp_path / "killed"))
-    assert exit_code(tmp_path / "killed", 0) == 0
+    assert exit_code([slides], model_folder, tmp_path / "killed", 0) == 0
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
+def test_regions_without_tissue_stay_on_record_through_kills(slides, model_folder, tmp_path):
+    (slides / "list.csv").write_text(BLANK_MANIFEST)
+    arguments = [slides / "list.csv", slides / "slide2.tiff"], model_folder
+    assert exit_code(*arguments, tmp_path / "whole", 0) == 0
+    # Before the blank regions are written, before the slide's renaming, before and between their rows, at slide 1.
+    for steps in (5, 5, 4, 2, 3, 4):
+        assert exit_code(*arguments, tmp_path / "killed", steps) == -signal.SIGKILL
+    assert exit_code(*arguments, tmp_path / "killed", 0) == 0
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+    assert len((tmp_path / "whole/failures.csv").read_text().splitlines()) == 3
 
 
 def embed_with_others(slides, model, out):

@@ -86,6 +86,14 @@ def test_damaged_settings_are_named(tmp_path):
         EmbeddingStore(tmp_path, SETTINGS)
 
 
+def test_regions_that_were_left_out_are_read_back(tmp_path):
+    store = EmbeddingStore(tmp_path, SETTINGS)
+    fill(store)
+    with store.writer("b", SOURCE) as writer:
+        writer.append(features=np.ones((1, 4)), skipped_regions=np.array([[1, 2, 3, 4], [5, 6, 7, 8]]))
+    assert store.skipped_regions("a") == [] and store.skipped_regions("b") == [(1, 2, 3, 4), (5, 6, 7, 8)]
+
+
 def test_nothing_stays_of_a_slide_that_fails(tmp_path):
     store = EmbeddingStore(tmp_path, SETTINGS)
     with pytest.raises(KeyError), store.writer("a", SOURCE) as writer:

@@ -17,10 +17,11 @@ import torch
 from tqdm import tqdm
 
 from ..analysis.measure import measured
+from ..patch_presence import covered_patches
 from .backends import SlideError
 from .forward import Embedding, Stopwatch, embed_regions, embed_slide, read_ahead
 from .reader import Slide
-from .regions import Region, SlideInput, tissue_regions
+from .regions import Box, Region, SlideInput, tissue_regions
 from .store import EmbeddingStore, SlideWriter
 from .tissue import TissueMask, find_tissue
 
@@ -67,6 +68,7 @@ class EmbedReport:
         skipped: slides that were done before.
         failed: (slide, reason) of the others.
         regions: embedded now; a whole slide is one.
+        regions_without_tissue: that a manifest asks for and that were left out, of slides done now or before.
         tokens: tissue tokens embedded now.
         seconds: wall time, the longest of the processes.
         model_seconds: share of it in the model, pixel values included.
@@ -78,6 +80,7 @@ class EmbedReport:
     skipped: int = 0
     failed: list[tuple[str, str]] = field(default_factory=list)
     regions: int = 0
+    regions_without_tissue: int = 0
     tokens: int = 0
     seconds: float = 0.0
     model_seconds: float = 0.0
@@ -88,7 +91,7 @@ class EmbedReport:
     def of_processes(cls, reports: Sequence["EmbedReport"]) -> "EmbedReport":
         """The sum of all processes; times and memory of the largest."""
         total = cls(failed=[failure for report in reports for failure in report.failed])
-        for name in ("done", "skipped", "regions", "tokens"):
+        for name in ("done", "skipped", "regions", "regions_without_tissue", "tokens"):
             setattr(total, name, sum(getattr(report, name) for report in reports))
         for name in ("seconds", "model_seconds", "reading_seconds", "peak_bytes"):
             setattr(total, name, max(getattr(report, name) for report in reports))
@@ -97,9 +100,10 @@ class EmbedReport:
     def __str__(self) -> str:
         seconds = max(self.seconds, 1e-9)
         rest = 1 - (self.model_seconds + self.reading_seconds) / seconds
+        left_out = f" ({self.regions_without_tissue} without tissue left out)" if self.regions_without_tissue else ""
         return (
             f"{self.done} slides embedded, {self.skipped} done before, {len(self.failed)} failed; "
-            f"{self.regions} regions, {self.tokens:,} tissue tokens in {seconds:.1f} s "
+            f"{self.regions} regions{left_out}, {self.tokens:,} tissue tokens in {seconds:.1f} s "
             f"({self.tokens / seconds:,.0f} tokens/s): {self.model_seconds / seconds:.0%} in the model, "
             f"{self.reading_seconds / seconds:.0%} waiting for pixels, {rest:.0%} tissue, writing and the rest; "
             f"peak memory {self.peak_bytes / 2**30:.2f} GiB"
@@ -168,16 +172,37 @@ class SlideEmbedder:
         source = _source(item, self.slide_mpp, mask_file)
         if store.is_done(name, source):
             self.report.skipped += 1
-            return
+        else:
+            self._make(name, item, mask_file, store.writer(name, source))
+            self.report.done += 1
+        self._record_skipped_regions(name, item, store)
+
+    def _make(self, name: str, item: SlideInput, mask_file: str | Path | None, writer: SlideWriter) -> None:
+        """Embeds one slide into its file."""
         with open_slide(item.path, item.mpp or self.slide_mpp, self.settings.mpp) as slide:
             tissue = find_tissue(slide, mask_file)
-            with store.writer(name, source) as writer:
-                for region, embedding in self._embed(slide, tissue, item, name):
+            regions, blank = self._regions(slide, tissue, item)
+            with writer:
+                for region, embedding in self._embed(slide, tissue, regions, name):
                     _write(writer, slide, region, embedding, self.mpp, self.patch_size)
                     self.report.regions += 1
                     self.report.tokens += len(embedding.token_positions)
+                if blank:
+                    boxes = [[box.x, box.y, box.width, box.height] for box in blank]
+                    writer.append(skipped_regions=np.asarray(boxes, dtype=np.int64))
+                    writer.describe("skipped_regions", {"reason": "no tissue"})
                 self._describe(writer, slide, name, item)
-        self.report.done += 1
+
+    def _record_skipped_regions(self, name: str, item: SlideInput, store: EmbeddingStore) -> None:
+        """Names regions without tissue in `failures.csv`, also those of an earlier run: the slide's file knows them."""
+        for x, y, width, height in store.skipped_regions(name):
+            reason = (
+                f"no tissue was found in the region x={x}, y={y}, width={width}, height={height}: it was left out, all "
+                "else of the slide is embedded. To have it too, pass --tissue-mask all and another folder"
+            )
+            logger.warning("%s: %s", item.path, reason)
+            store.record_failure(item.path, reason)
+            self.report.regions_without_tissue += 1
 
     def _mask_file(self, name: str) -> str | Path | None:
         """The tissue mask of one slide, where masks are given."""
@@ -189,25 +214,48 @@ class SlideEmbedder:
             raise SlideError(f"{self.tissue_mask} holds no tissue mask {name} with one of {', '.join(MASK_SUFFIXES)}.")
         return found[0]
 
-    def _regions(self, slide: Slide, tissue: TissueMask, item: SlideInput) -> list[Region]:
+    def _regions(self, slide: Slide, tissue: TissueMask, item: SlideInput) -> tuple[list[Region], list[Box]]:
+        """The regions to embed, and the boxes of a manifest that hold no tissue."""
         settings = self.settings
         if settings.whole_slide:
-            return [Region(0, 0, *slide.size_at(self.mpp))]
+            return [Region(0, 0, *slide.size_at(self.mpp))], []
         if item.boxes:
-            regions = [box.at(slide, self.mpp) for box in item.boxes]
-            if any(region.label is not None for region in regions):
-                regions = [replace(region, label=region.label or "") for region in regions]
-            return regions
-        return tissue_regions(
+            return self._regions_of_boxes(slide, tissue, item.boxes)
+        regions = tissue_regions(
             slide, tissue, self.patch_size, settings.region_size, self.mpp, settings.overlap, settings.minimum_tissue
         )
+        return regions, []
+
+    def _regions_of_boxes(
+        self, slide: Slide, tissue: TissueMask, boxes: Sequence[Box]
+    ) -> tuple[list[Region], list[Box]]:
+        regions, blank = [], []
+        for box in boxes:
+            region = box.at(slide, self.mpp)
+            if min(region.width, region.height) < self.patch_size:
+                raise SlideError(
+                    f"{slide.path}: the region at x={box.x}, y={box.y} has {region.width} x {region.height} pixels at "
+                    f"{self.mpp:g} micrometres per pixel, less than one patch of {self.patch_size}: enlarge it, lower "
+                    "mpp, or leave it out."
+                )
+            if self._tissue_tokens(slide, tissue, region).any():
+                regions.append(region)
+            else:
+                blank.append(box)
+        if not regions:
+            raise SlideError(
+                f"{slide.path}: no tissue was found in any of the {len(boxes)} regions that were asked for. Check "
+                "their coordinates (level-0 pixels), leave them out, or pass --tissue-mask all to embed them whole."
+            )
+        if any(box.label is not None for box in boxes):
+            regions = [replace(region, label=region.label or "") for region in regions]
+        return regions, blank
 
     def _embed(
-        self, slide: Slide, tissue: TissueMask, item: SlideInput, name: str
+        self, slide: Slide, tissue: TissueMask, regions: list[Region], name: str
     ) -> Iterator[tuple[Region, Embedding]]:
-        """Every region with its embedding, in order; pixels are read ahead by threads."""
+        """Every region with its embedding, in order; pixels are read ahead by threads, white beyond the slide."""
         dense, reading = self.settings.dense, Stopwatch()
-        regions = self._regions(slide, tissue, item)
         start = time.perf_counter()
         if self.settings.whole_slide:
             embedding = embed_slide(self.model, self.processor, slide, self.mpp, tissue, dense, reading)
@@ -217,8 +265,8 @@ class SlideEmbedder:
             return
 
         def read(region: Region) -> tuple[Region, np.ndarray, np.ndarray]:
-            # Tissue regions end with the last token, which may reach over the slide's edge; boxes must lie inside.
-            image = slide.read_region(region.x, region.y, region.width, region.height, self.mpp, pad=not item.boxes)
+            # Tissue regions end with the last token, which may reach over the slide's edge; boxes lie inside.
+            image = slide.read_region(region.x, region.y, region.width, region.height, self.mpp, pad=True)
             return region, image, self._tissue_tokens(slide, tissue, region)
 
         progress = tqdm(total=len(regions), desc=name, unit="region", leave=False, disable=not self.show_progress)
@@ -234,14 +282,10 @@ class SlideEmbedder:
         self.report.reading_seconds += reading.seconds
 
     def _tissue_tokens(self, slide: Slide, tissue: TissueMask, region: Region) -> np.ndarray:
-        """(rows, columns) bool of a region."""
-        tokens = tissue.token_grid(slide, self.patch_size, self.mpp, region.x, region.y, region.width, region.height)
-        if not tokens.any():
-            raise SlideError(
-                f"{slide.path}: no tissue was found in the region at x={region.x:g}, y={region.y:g}. Leave it out, or "
-                "pass --tissue-mask all to embed it whole."
-            )
-        return tokens
+        """(rows, columns) bool of a region, without the patches at its edge that the processor leaves out."""
+        width, height, patch_size = region.width, region.height, self.patch_size
+        covered = covered_patches(height, width, patch_size, self.processor.min_patch_coverage).numpy()
+        return covered & tissue.token_grid(slide, patch_size, self.mpp, region.x, region.y, width, height)
 
     def _workers_for(self, regions: list[Region]) -> int:
         """Threads that read ahead, fewer where the regions are so large that waiting ones would fill the memory."""

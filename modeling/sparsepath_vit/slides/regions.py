@@ -45,7 +45,18 @@ class Box:
     label: str | None = None
 
     def at(self, slide: Slide, mpp: float | None) -> Region:
-        """This box as a region at `mpp`, rounded down to whole output pixels."""
+        """This box as a region at `mpp`, rounded down to whole output pixels.
+
+        Raises:
+            SlideError: the box is not inside the slide.
+        """
+        slide_width, slide_height = slide.dimensions
+        right, bottom = self.x + self.width, self.y + self.height
+        if self.x < 0 or self.y < 0 or right > slide_width or bottom > slide_height:
+            raise SlideError(
+                f"the region x={self.x}..{right}, y={self.y}..{bottom} (level-0 pixels) is not inside {slide.path}, "
+                f"which is {slide_width} x {slide_height}: move or shrink it."
+            )
         scale_x, scale_y = slide.scale(mpp)
         width, height = math.floor(self.width / scale_x + 1e-6), math.floor(self.height / scale_y + 1e-6)
         return Region(self.x, self.y, width, height, self.label)

@@ -119,6 +119,11 @@ class EmbeddingStore:
             header = "" if os.fstat(file.fileno()).st_size else _csv_row("slide", "reason")
             file.write(header + row)  # one write to a file opened for appending
 
+    def skipped_regions(self, name: str) -> list[tuple[int, int, int, int]]:
+        """(x, y, width, height) in level-0 pixels of the regions that the file of `name` says it does not hold."""
+        with require("h5py").File(self.path_of(name), "r") as file:
+            return [tuple(box) for box in file["skipped_regions"][:].tolist()] if "skipped_regions" in file else []
+
     def failures(self) -> list[tuple[str, str]]:
         """(slide, reason) of every row of `failures.csv`."""
         path = self.folder / FAILURES_FILE
