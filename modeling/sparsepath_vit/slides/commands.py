@@ -10,7 +10,13 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from ..configuration_sparsepath_vit import SparsePathViTConfig
+    from .embedder import EmbedReport
 
+SlidesArgument = Annotated[
+    list[Path], typer.Argument(help="Slide files, folders, or a CSV: slide,mpp,x,y,width,height,label.")
+]
+CheckpointOption = Annotated[str, typer.Option(help="Converted checkpoint: folder or Hub id.")]
+EmbeddingsFolderOption = Annotated[Path, typer.Option(help="Folder for one HDF5 file per slide.")]
 MppOption = Annotated[
     float | None,
     typer.Option(
@@ -24,10 +30,15 @@ SlideMppOption = Annotated[
 ]
 RegionSizeOption = Annotated[int, typer.Option(min=1, help="Pixels of a region's side.")]
 OverlapOption = Annotated[int, typer.Option(min=0, help="Pixels that neighbouring regions share.")]
+MinimumTissueOption = Annotated[
+    float, typer.Option(min=0, max=1, help="Leave out regions with a smaller share of tissue tokens.")
+]
 WholeSlideOption = Annotated[bool, typer.Option("--whole-slide", help="All tissue of a slide in one forward.")]
+DenseOption = Annotated[bool, typer.Option("--dense", help="Store the features of all kept patch tokens.")]
 MaskOption = Annotated[
     str | None, typer.Option(help="Image or GeoJSON instead of finding tissue; a folder of them; or 'all'.")
 ]
+BatchSizeOption = Annotated[int, typer.Option(min=1, help="Regions per forward.")]
 WorkersOption = Annotated[int | None, typer.Option(min=1, help="Threads that read ahead; one per core, at most 8.")]
 DeviceOption = Annotated[str | None, typer.Option(help="cpu or cuda; cuda where there is one by default.")]
 DtypeOption = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; bfloat16 on CUDA by default.")]
@@ -35,39 +46,37 @@ DtypeOption = Annotated[str | None, typer.Option(help="float32, bfloat16 or floa
 
 def register(app: typer.Typer, console: Console) -> None:
     """Adds `embed`, `heatmap` and `estimate` to the command line."""
+    _add_embed(app, console)
+    _add_heatmap(app, console)
+    _add_estimate(app, console)
 
+
+def _add_embed(app: typer.Typer, console: Console) -> None:
     @app.command(
         epilog="Examples:  `sparsepath embed slides/ --model ./uni2-h --out embeddings`   ·   "
         "`sparsepath embed list.csv --model ./uni2-h --out dense --whole-slide --dense`   ·   "
         "`accelerate launch -m sparsepath_vit.cli embed slides/ --model ./uni2-h --out embeddings`"
     )
     def embed(
-        slides: Annotated[
-            list[Path], typer.Argument(help="Slide files, folders, or a CSV: slide,mpp,x,y,width,height,label.")
-        ],
-        model: Annotated[str, typer.Option(help="Converted checkpoint: folder or Hub id.")],
-        out: Annotated[Path, typer.Option(help="Folder for one HDF5 file per slide.")],
+        slides: SlidesArgument,
+        model: CheckpointOption,
+        out: EmbeddingsFolderOption,
         mpp: MppOption = None,
         slide_mpp: SlideMppOption = None,
         region_size: RegionSizeOption = 3430,
         overlap: OverlapOption = 0,
-        minimum_tissue: Annotated[
-            float, typer.Option(min=0, max=1, help="Leave out regions with a smaller share of tissue tokens.")
-        ] = 0.0,
+        minimum_tissue: MinimumTissueOption = 0.0,
         whole_slide: WholeSlideOption = False,
-        dense: Annotated[bool, typer.Option("--dense", help="Store the features of all kept patch tokens.")] = False,
+        dense: DenseOption = False,
         tissue_mask: MaskOption = None,
-        batch_size: Annotated[int, typer.Option(min=1, help="Regions per forward.")] = 1,
+        batch_size: BatchSizeOption = 1,
         workers: WorkersOption = None,
         device: DeviceOption = None,
         dtype: DtypeOption = None,
     ) -> None:
         """Embed slides, one HDF5 file each; run it again to go on where it stopped."""
-        from accelerate import PartialState
-
         from .embed import embed_slides
         from .embedder import EmbedSettings
-        from .store import FAILURES_FILE
 
         report = embed_slides(
             slides,
@@ -81,13 +90,24 @@ def register(app: typer.Typer, console: Console) -> None:
             device=device,
             dtype=dtype,
         )
-        if PartialState().is_main_process:
-            console.print(str(report), highlight=False, soft_wrap=True)
-            if report.failed:
-                console.print(f"[bold red]{len(report.failed)} failed:[/] see {out / FAILURES_FILE}", soft_wrap=True)
-        if report.failed:
-            raise typer.Exit(1)
+        _finish(report, out, console)
 
+
+def _finish(report: "EmbedReport", out: Path, console: Console) -> None:
+    """Prints the report, once for all processes; failed slides make the exit code 1."""
+    from accelerate import PartialState
+
+    from .store import FAILURES_FILE
+
+    if PartialState().is_main_process:
+        console.print(str(report), highlight=False, soft_wrap=True)
+        if report.failed:
+            console.print(f"[bold red]{len(report.failed)} failed:[/] see {out / FAILURES_FILE}", soft_wrap=True)
+    if report.failed:
+        raise typer.Exit(1)
+
+
+def _add_heatmap(app: typer.Typer, console: Console) -> None:
     @app.command(
         epilog="Examples:  `sparsepath heatmap CMU-1.svs dense/CMU-1.h5`   ·   "
         "`sparsepath heatmap CMU-1.svs dense/CMU-1.h5 --value kept --out pictures`"
@@ -111,6 +131,8 @@ def register(app: typer.Typer, console: Console) -> None:
         for file in write_heatmap(Slide(slide), tokens, out, max_size, opacity, classes):
             console.print(f"wrote {file}", highlight=False, soft_wrap=True)
 
+
+def _add_estimate(app: typer.Typer, console: Console) -> None:
     @app.command(
         epilog="Examples:  `sparsepath estimate CMU-1.svs --model ./uni2-h --whole-slide`   ·   "
         "`sparsepath estimate --size 3430 --model uni2-h`"
@@ -137,17 +159,9 @@ def register(app: typer.Typer, console: Console) -> None:
         config = _config_of(model)
         if prune_ratio is not None:
             config.prune_ratio = prune_ratio
-        result = estimate_for(
-            config,
-            slide,
-            size,
-            EmbedSettings(mpp, region_size, overlap, whole_slide=whole_slide),
-            slide_mpp=slide_mpp,
-            tissue_mask=tissue_mask,
-            workers=workers,
-            device=device,
-            dtype=dtype,
-        )
+        settings = EmbedSettings(mpp, region_size, overlap, whole_slide=whole_slide)
+        options = {"tissue_mask": tissue_mask, "workers": workers, "device": device, "dtype": dtype}
+        result = estimate_for(config, slide, size, settings, slide_mpp=slide_mpp, **options)
         table = Table(show_header=False)
         for name, shown in result.lines():
             table.add_row(name, shown)

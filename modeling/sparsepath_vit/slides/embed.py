@@ -68,15 +68,7 @@ def embed_slides(
     """
     settings = settings or EmbedSettings()
     slides = _by_name(read_inputs(paths))
-    for name, given in (("mpp", settings.mpp), ("slide_mpp", slide_mpp)):
-        if given is not None and not is_credible(given):
-            raise ValueError(f"{name}={given} is not a resolution in micrometres per pixel (0.25 at 40x, 0.5 at 20x).")
-    if settings.whole_slide and any(item.boxes for item in slides.values()):
-        raise ValueError("whole_slide embeds all tissue at once, but the manifest gives regions: use one of them.")
-    if tissue_mask not in (None, "all") and len(slides) > 1 and not Path(tissue_mask).is_dir():
-        raise ValueError(
-            f"tissue_mask={str(tissue_mask)!r} is one file for {len(slides)} slides: give a folder of masks."
-        )
+    _check_arguments(slides, settings, slide_mpp, tissue_mask)
     state = _process_state(device)
     chosen = torch.device(device) if device is not None and state.num_processes == 1 else state.device
     model, processor = load_model(model_source, chosen, dtype)
@@ -99,6 +91,24 @@ def embed_slides(
         embedder.run({name: slides[name] for name in names}, store)
     state.wait_for_everyone()
     return EmbedReport.of_processes(gather_object([embedder.report]))
+
+
+def _check_arguments(
+    slides: dict[str, SlideInput],
+    settings: EmbedSettings,
+    slide_mpp: float | None,
+    tissue_mask: str | os.PathLike[str] | None,
+) -> None:
+    """Raises ValueError for what no slide could be embedded with, before the model is loaded."""
+    for name, given in (("mpp", settings.mpp), ("slide_mpp", slide_mpp)):
+        if given is not None and not is_credible(given):
+            raise ValueError(f"{name}={given} is not a resolution in micrometres per pixel (0.25 at 40x, 0.5 at 20x).")
+    if settings.whole_slide and any(item.boxes for item in slides.values()):
+        raise ValueError("whole_slide embeds all tissue at once, but the manifest gives regions: use one of them.")
+    if tissue_mask not in (None, "all") and len(slides) > 1 and not Path(tissue_mask).is_dir():
+        raise ValueError(
+            f"tissue_mask={str(tissue_mask)!r} is one file for {len(slides)} slides: give a folder of masks."
+        )
 
 
 def _process_state(device: str | None) -> PartialState:
