@@ -6,12 +6,11 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
-from tqdm import tqdm
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.utils import logging
 
@@ -24,6 +23,7 @@ from .mapping import MappingPlan, check_parameters, infer_structure, plan_mappin
 from .model_card import write_model_card
 from .source_config import read_source_config, read_source_normalisation, resamples_with_antialias
 from .sources import CheckpointSource, open_source
+from .weights import SAFETENSORS_TYPES, StackedTensor, write_safetensors
 
 logger = logging.get_logger(__name__)
 
@@ -80,17 +80,15 @@ def convert_checkpoint(
 ) -> ConversionReport:
     """Converts a timm, DINOv2 or Transformers vision transformer into a SparsePathViT folder.
 
-    The weights are renamed (and query, key and value stacked where they come apart), never changed. Shapes are read
-    from the tensors; the head count and what else they do not say comes from `config_overrides`, the table of known
-    models, or the source's `config.json`, in this order. `position_antialias` is what the source's own code does at
-    other image sizes (see `resamples_with_antialias`), so that the model computes the same at every size. Every tensor
-    is used exactly once and every parameter set exactly once. The output holds config.json, model.safetensors,
-    preprocessor_config.json, README.md (a model card with source and licence) and the model's source files for
-    `trust_remote_code=True`. It appears whole or not at all.
+    The weights are renamed (and query, key and value stacked where they come apart), never changed, and every tensor
+    is used exactly once. Shapes are read from the tensors; the head count and what else they do not say comes from
+    `config_overrides`, the table of known models, or the source's `config.json`, in this order. The output appears
+    whole or not at all: weights, configurations, a model card with source and licence, and the model's source files
+    for `trust_remote_code=True`. Memory holds one tensor at a time beside the source file's mapping.
 
     Args:
-        source: a `.safetensors`, `.bin`, `.pth` or `.pt` file, a folder with one (sharded safetensors included), a
-            Hub id, or the name of a known model. Pickles are read with `weights_only=True`.
+        source: a `.safetensors`, `.bin`, `.pth` or `.pt` file, a folder with one (shards included), a Hub id, or the
+            name of a known model. Pickles are read with `weights_only=True`.
         output_dir: the new folder; must not exist, or be empty.
         architecture: a name of the table of known models; needed for a local file of such a model.
         dtype: `"float32"`, `"bfloat16"`, `"float16"`, or `None` to keep the source's.
@@ -98,9 +96,6 @@ def convert_checkpoint(
         image_std: channel standard deviations, likewise.
         overwrite: replace an earlier conversion in `output_dir`.
         **config_overrides: fields of `SparsePathViTConfig`, for example `num_attention_heads=12` or `window_size=None`.
-
-    Returns:
-        `ConversionReport`: what was converted and which tensors were left out.
 
     Raises:
         ValueError: the source cannot be read or is refused, its tensors do not fit, a field contradicts them, the
@@ -117,33 +112,22 @@ def convert_checkpoint(
     output_dir = Path(output_dir).expanduser()
     _check_output(output_dir, Path(source).expanduser(), overwrite)
     wanted_dtype = _parse_dtype(dtype)
-    known = None if architecture is None else find_architecture(architecture)
-    opened = open_source(source, known)
-    known = _agree_on_architecture(known, opened)
+    opened, known = _open_known(source, architecture)
     plan = plan_mapping(opened.shapes)
     config = build_config(opened, plan, known, config_overrides)
     check_parameters(plan, config)
+    parameters = _stack_parameters(opened, plan, wanted_dtype)
+    config.architectures = ["SparsePathViTModel"]
+    config.dtype = parameters["embeddings.patch_embeddings.projection.weight"].dtype
     processor = _image_processor(opened, known, config, image_mean, image_std)
-
     with _folder_when_complete(output_dir) as folder:
-        state = _read_parameters(opened, plan, wanted_dtype)
-        save_file(state, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-        config.architectures = ["SparsePathViTModel"]
-        config.dtype = state["embeddings.patch_embeddings.projection.weight"].dtype
-        report = ConversionReport(
-            source=opened.label,
-            output_dir=output_dir,
-            known=known,
-            config=config,
-            num_parameters=sum(tensor.numel() for tensor in state.values()),
-            dtype=config.dtype,
-            ignored=plan.ignored,
-        )
+        write_safetensors(folder / WEIGHTS_FILE, parameters)
         config.save_pretrained(folder)
         processor.save_pretrained(folder)
         export_remote_code(folder)
-        write_model_card(folder, report.source, known, config, processor, plan.ignored)
-    return report
+        write_model_card(folder, opened.label, known, config, processor, plan.ignored)
+    num_parameters = sum(tensor.num_elements for tensor in parameters.values())
+    return ConversionReport(opened.label, output_dir, known, config, num_parameters, config.dtype, plan.ignored)
 
 
 def build_config(
@@ -191,12 +175,15 @@ def _refuse_contradictions(structure: dict[str, Any], values: dict[str, Any], wh
         raise ValueError(f"The checkpoint is a different model. {'; '.join(wrong)}. {remedy}")
 
 
-def _agree_on_architecture(known: Architecture | None, opened: CheckpointSource) -> Architecture | None:
-    if known is not None and opened.known is not None and known != opened.known:
+def _open_known(source: str | Path, architecture: str | None) -> tuple[CheckpointSource, Architecture | None]:
+    """The opened checkpoint and the known model it is: the one that the caller names, or the one of its Hub id."""
+    named = None if architecture is None else find_architecture(architecture)
+    opened = open_source(source, named)
+    if named is not None and opened.known is not None and named != opened.known:
         raise ValueError(
-            f"architecture={known.name!r} does not fit {opened.label}, which is {opened.known.name!r}: leave it out."
+            f"architecture={named.name!r} does not fit {opened.label}, which is {opened.known.name!r}: leave it out."
         )
-    return known or opened.known
+    return opened, named or opened.known
 
 
 def _parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
@@ -226,18 +213,23 @@ def _image_processor(
     return SparsePathViTImageProcessor(image_mean=list(mean), image_std=list(std), patch_size=config.patch_size)
 
 
-def _read_parameters(opened: CheckpointSource, plan: MappingPlan, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
-    """Every parameter of the model; those that need no change stay in the source file's memory mapping."""
-    state = {}
-    for target, names in tqdm(plan.sources.items(), desc="converting", unit="tensor", leave=False):
-        tensors = [opened.tensors.pop(name).read() for name in names]
-        stacked = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
-        if not stacked.is_floating_point():
-            raise ValueError(
-                f"{', '.join(names)} is {stacked.dtype}: quantised weights cannot be converted. Take the original ones."
-            )
-        state[target] = (stacked if dtype is None else stacked.to(dtype)).contiguous()
-    return state
+def _stack_parameters(
+    opened: CheckpointSource, plan: MappingPlan, dtype: torch.dtype | None
+) -> dict[str, StackedTensor]:
+    """Every parameter of the model, still as the source's own tensors."""
+    used = [name for names in plan.sources.values() for name in names]
+    quantised = [name for name in used if opened.tensors[name].dtype not in SAFETENSORS_TYPES]
+    if quantised:
+        more = f" and {len(quantised) - 1} more tensors" if len(quantised) > 1 else ""
+        raise ValueError(
+            f"{quantised[0]}{more} is {opened.tensors[quantised[0]].dtype}: quantised weights cannot be converted. "
+            "Take the original ones."
+        )
+    parameters = {}
+    for target, names in plan.sources.items():
+        parts = tuple(opened.tensors[name] for name in names)
+        parameters[target] = StackedTensor(parts, dtype or reduce(torch.promote_types, (part.dtype for part in parts)))
+    return parameters
 
 
 def _check_output(output_dir: Path, source: Path, overwrite: bool) -> None:

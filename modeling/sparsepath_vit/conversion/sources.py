@@ -1,11 +1,11 @@
 # Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
-"""Reads the tensors of a checkpoint lazily, and never runs code that comes with it."""
+"""Opens a checkpoint without reading its weights, and never runs code that comes with it."""
 
 import json
 import pickle
 import re
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,32 +43,19 @@ AUTHENTICATE = (
 
 
 @dataclass(frozen=True)
-class LazyTensor:
-    """A tensor of a checkpoint that is read when it is asked for.
-
-    Args:
-        shape: its shape.
-        read: returns it; the memory is the file's own mapping wherever the format allows.
-    """
-
-    shape: tuple[int, ...]
-    read: Callable[[], torch.Tensor]
-
-
-@dataclass(frozen=True)
 class CheckpointSource:
     """An opened checkpoint.
 
     Args:
         label: how to name the source to a reader: the Hub id, or the name of the file or folder.
-        tensors: tensor name -> lazily read tensor.
+        tensors: tensor name -> tensor; its memory is the file's own mapping wherever the format allows.
         config: the `config.json` beside the weights; empty where there is none.
         preprocessor: the `preprocessor_config.json` beside the weights; empty where there is none.
         known: the known model, where the source is its Hub id.
     """
 
     label: str
-    tensors: dict[str, LazyTensor]
+    tensors: dict[str, torch.Tensor]
     config: dict[str, Any] = field(default_factory=dict)
     preprocessor: dict[str, Any] = field(default_factory=dict)
     known: Architecture | None = None
@@ -76,7 +63,7 @@ class CheckpointSource:
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Tensor name -> shape."""
-        return {name: tensor.shape for name, tensor in self.tensors.items()}
+        return {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
 
 
 def open_source(source: str | Path, known: Architecture | None = None) -> CheckpointSource:
@@ -200,7 +187,7 @@ def _hub_errors(hub_id: str) -> Iterator[None]:
 
 def _open_files(label: str, weights: Path, known: Architecture | None) -> CheckpointSource:
     files = _shards(weights) if weights.name.endswith(INDEX_SUFFIX) else (weights,)
-    tensors: dict[str, LazyTensor] = {}
+    tensors: dict[str, torch.Tensor] = {}
     for file in files:
         opened = _open_safetensors(file) if file.suffix == SAFETENSORS_SUFFIX else _open_pickle(file)
         twice = sorted(tensors.keys() & opened.keys())
@@ -242,20 +229,16 @@ def _check_content(path: Path) -> None:
         raise ValueError(f"{path.name} is a Git LFS pointer, not weights. Fetch the content with `git lfs pull`.")
 
 
-def _open_safetensors(path: Path) -> dict[str, LazyTensor]:
+def _open_safetensors(path: Path) -> dict[str, torch.Tensor]:
     _check_content(path)
     try:
-        handle = safe_open(path, framework="pt", device="cpu")
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - safe_open is no mapping
     except (SafetensorError, OSError) as error:
         raise _damaged(path, error) from error
 
-    def lazy(name: str) -> LazyTensor:
-        return LazyTensor(tuple(handle.get_slice(name).get_shape()), lambda: handle.get_tensor(name))
 
-    return {name: lazy(name) for name in handle.keys()}  # noqa: SIM118 - safe_open is no mapping
-
-
-def _open_pickle(path: Path) -> dict[str, LazyTensor]:
+def _open_pickle(path: Path) -> dict[str, torch.Tensor]:
     _check_content(path)
     try:
         # Only the zip format can be mapped into memory; older files are read whole.
@@ -272,12 +255,7 @@ def _open_pickle(path: Path) -> dict[str, LazyTensor]:
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError) as error:
         raise _damaged(path, error) from error
-    state = _unwrap(loaded, path)
-
-    def lazy(tensor: torch.Tensor) -> LazyTensor:
-        return LazyTensor(tuple(tensor.shape), lambda: tensor)
-
-    return {name: lazy(tensor) for name, tensor in state.items()}
+    return _unwrap(loaded, path)
 
 
 def _unwrap(loaded: Any, path: Path) -> dict[str, torch.Tensor]:

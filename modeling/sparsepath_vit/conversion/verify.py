@@ -64,11 +64,10 @@ def verify_conversion(
 ) -> list[Parity]:
     """Compares a converted model with its source on random images, in float32 on the CPU.
 
-    Dense attention (`window_size=None`) and no pruning at every size; where the blocks' neighbourhoods cover a size's
-    whole grid also the attention pattern that was converted, which then must give the same numbers. Where
-    the peer resamples position embeddings otherwise than `position_antialias` says (timm always antialiases, DINOv2's
-    own code without registers does not), results at other sizes than the native one carry a note, and the difference
-    says how much that matters.
+    Dense attention and no pruning at every size; where the blocks' neighbourhoods cover a size's whole grid also the
+    attention pattern that was converted, which then must give the same numbers. Where the peer resamples position
+    embeddings otherwise than the source's own code, results at other sizes than the native one carry a note, and the
+    difference says how much that matters.
 
     Args:
         source: what was converted, as for `convert_checkpoint`.
@@ -88,39 +87,40 @@ def verify_conversion(
     plan = plan_mapping(opened.shapes)
     model = SparsePathViTModel.from_pretrained(converted, dtype=torch.float32).eval()
     config = model.config
-    window_size, prune_ratio = config.window_size, config.prune_ratio
     sizes = sizes or _default_sizes(config)
     _check_sizes(sizes, config.patch_size)
     peer = _timm_peer(opened, plan, config) if plan.style == "timm" else _transformers_peer(opened, plan, config)
-    peer_name = "timm" if plan.style == "timm" else "transformers"
     note = _resampling_note(plan, config)
-
+    converted_window = config.window_size
+    config.prune_ratio = 0.0
     results = []
     generator = torch.Generator().manual_seed(0)
-    config.prune_ratio = 0.0
     for height, width in tqdm(sizes, desc="verifying", unit="size", leave=False):
         pixel_values = torch.randn(1, config.num_channels, height, width, generator=generator)
         wanted = peer(pixel_values)
-        windows = [None]
-        if window_size is not None and _covers(height, width, window_size, config):
-            windows.append(window_size)
-        for window in windows:
-            config.window_size = window
-            found = model(pixel_values).last_hidden_state
-            is_native = (height, width) == (config.image_size, config.image_size)
-            results.append(
-                Parity(
-                    height=height,
-                    width=width,
-                    peer=peer_name,
-                    pattern="dense" if window is None else f"w = {window}",
-                    max_abs_error=(found - wanted).abs().max().item(),
-                    scale=wanted.square().mean().sqrt().item(),
-                    note="" if is_native else note,
-                )
-            )
-    config.window_size, config.prune_ratio = window_size, prune_ratio
+        has_pattern = converted_window is not None and _covers(height, width, converted_window, config)
+        for window_size in (None, converted_window) if has_pattern else (None,):
+            config.window_size = window_size
+            results.append(_compare(model, pixel_values, wanted, plan.style, note))
     return results
+
+
+def _compare(
+    model: SparsePathViTModel, pixel_values: torch.Tensor, wanted: torch.Tensor, peer: str, note: str
+) -> Parity:
+    """How far the model's output is from the peer's; `note` holds at other sizes than the native one."""
+    height, width = pixel_values.shape[-2:]
+    window_size = model.config.window_size
+    found = model(pixel_values).last_hidden_state
+    return Parity(
+        height=height,
+        width=width,
+        peer=peer,
+        pattern="dense" if window_size is None else f"w = {window_size}",
+        max_abs_error=(found - wanted).abs().max().item(),
+        scale=wanted.square().mean().sqrt().item(),
+        note="" if height == width == model.config.image_size else note,
+    )
 
 
 def _default_sizes(config: SparsePathViTConfig) -> list[tuple[int, int]]:
@@ -154,7 +154,7 @@ def _resampling_note(plan: MappingPlan, config: SparsePathViTConfig) -> str:
 def _state_of(opened: CheckpointSource, plan: MappingPlan) -> dict[str, torch.Tensor]:
     """The source's own tensors under their own names, without prefix and ignored ones, in float32."""
     used = [name for names in plan.sources.values() for name in names]
-    return {name.removeprefix(plan.prefix): opened.tensors[name].read().float() for name in used}
+    return {name.removeprefix(plan.prefix): opened.tensors[name].float() for name in used}
 
 
 def _timm_peer(opened: CheckpointSource, plan: MappingPlan, config: SparsePathViTConfig) -> Peer:
