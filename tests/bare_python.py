@@ -7,10 +7,15 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import transformers
+from packaging.version import Version
+
 ABSENT = ("sparsepath_vit", "__editable__", "triton", "torchvision")
+# Without torchvision, Transformers 5.17 has no AutoImageProcessor for any model.
+ABSENT_BESIDE_IMAGE_PROCESSOR = ABSENT if Version(transformers.__version__) >= Version("5.18") else ABSENT[:-1]
 
 
-def run_bare(code, arguments, folder):
+def run_bare(code, arguments, folder, absent=ABSENT):
     """Runs `code` in a Python that sees all installed packages but the absent ones, and modules lying in `folder`.
 
     Returns what it printed; fails where the code does.
@@ -18,7 +23,7 @@ def run_bare(code, arguments, folder):
     packages = folder / "installed_packages"
     packages.mkdir()
     for path in Path(sysconfig.get_path("purelib")).iterdir():
-        if not path.name.startswith(ABSENT):
+        if not path.name.startswith(absent):
             (packages / path.name).symlink_to(path)
     variables = {
         "PYTHONPATH": os.pathsep.join([str(packages), str(folder)]),

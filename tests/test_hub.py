@@ -4,7 +4,7 @@
 import PIL.Image
 import pytest
 import torch
-from bare_python import run_bare
+from bare_python import ABSENT_BESIDE_IMAGE_PROCESSOR, run_bare
 from small_models import random_pixels, small_model
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 
@@ -23,7 +23,7 @@ import sys, torch, PIL.Image
 from transformers import AutoBackbone, AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
 checkpoint, image, results, threads = sys.argv[1:]
 torch.set_num_threads(int(threads))  # sums of another number of threads differ in their last bits
-for package in ("sparsepath_vit", "triton", "torchvision"):
+for package in ("sparsepath_vit", "triton"):
     try:
         __import__(package)
     except ImportError:
@@ -69,7 +69,7 @@ def test_every_auto_class_loads_it_without_the_package_and_gives_bitwise_the_sam
     pixels = torch.randint(256, (50, 71, 3), dtype=torch.uint8)
     PIL.Image.fromarray(pixels.numpy()).save(tmp_path / "region.png")
     arguments = [checkpoint, tmp_path / "region.png", tmp_path / "results.pt", torch.get_num_threads()]
-    run_bare(LOAD_EVERYTHING, arguments, tmp_path)
+    run_bare(LOAD_EVERYTHING, arguments, tmp_path, ABSENT_BESIDE_IMAGE_PROCESSOR)
     results = torch.load(tmp_path / "results.pt")
 
     inputs = SparsePathViTImageProcessorPil(patch_size=4)(tmp_path / "region.png", return_tensors="pt")

@@ -15,6 +15,7 @@ import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import AutoImageProcessor, pipeline
+from transformers.utils.import_utils import is_torchvision_greater_or_equal
 
 import sparsepath_vit
 from sparsepath_vit import SparsePathViTConfig, SparsePathViTForImageClassification, SparsePathViTModel
@@ -26,6 +27,10 @@ from sparsepath_vit.image_processing_sparsepath_vit import (
 BACKENDS = {"torchvision": SparsePathViTImageProcessor, "pil": SparsePathViTImageProcessorPil}
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PACKAGE = Path(sparsepath_vit.__file__).parent
+needs_lanczos = pytest.mark.skipif(
+    not is_torchvision_greater_or_equal("0.27"),
+    reason="older torchvision resamples bicubically instead, with a warning",
+)
 SHIPPED = ("image_processing_sparsepath_vit.py", "image_inputs.py", "patch_presence.py")
 DATA = Path(__file__).parents[1] / "../shared/data"
 ROIS = sorted((DATA / "rois").glob("*.*")) + sorted((DATA / "classification/osteosarcoma_roi").glob("*/*.jpg"))[::11]
@@ -291,6 +296,10 @@ class TestResampling:
         bicubic = PIL.Image.fromarray(image).resize((56, 56), PIL.Image.Resampling.BICUBIC)
         outputs = processor_class()(image, mpp=0.25, target_mpp=0.5, return_tensors="pt")
         assert_same(outputs.pixel_values[0], normalized(np.asarray(bicubic)), atol=1.01 / 255 / min(STD))
+
+    @needs_lanczos
+    def test_lanczos_can_be_asked_for(self, processor_class):
+        image = noise(112, 112)
         lanczos = PIL.Image.fromarray(image).resize((56, 56), PIL.Image.Resampling.LANCZOS)
         outputs = processor_class(resample=1)(image, mpp=0.25, target_mpp=0.5, return_tensors="pt")
         assert_same(outputs.pixel_values[0], normalized(np.asarray(lanczos)), atol=2.01 / 255 / min(STD))
@@ -398,7 +407,9 @@ class TestBackendsAgree:
             torch.testing.assert_close(results[0][name], results[1][name], rtol=0, atol=1e-5)
 
     @pytest.mark.parametrize("mpp", [0.25, 0.4, 1.0])
-    @pytest.mark.parametrize("resample", [PIL.Image.Resampling.BILINEAR, PIL.Image.Resampling.BICUBIC, 1], ids=str)
+    @pytest.mark.parametrize(
+        "resample", [2, 3, pytest.param(1, marks=needs_lanczos)], ids=["bilinear", "bicubic", "lanczos"]
+    )
     def test_with_resampling(self, mpp, resample):
         """uint8: at most 2 of 255 levels apart, 0.1 on average. float: 1e-3."""
         settings = {"target_mpp": 0.5, "resample": resample, "do_normalize": False}

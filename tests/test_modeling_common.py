@@ -87,7 +87,7 @@ class TestSaving:
         loaded, report = SparsePathViTModel.from_pretrained(tmp_path, output_loading_info=True)
         assert set(report["missing_keys"]) == {"encoder.layers.1.layer_scale1.lambda1", "embeddings.register_tokens"}
         assert torch.equal(loaded.encoder.layers[1].layer_scale1.lambda1, torch.ones(32))
-        assert 0 < loaded.embeddings.register_tokens.abs().max() < 0.05
+        assert 0 < loaded.embeddings.register_tokens.abs().max() < 0.1  # five standard deviations
 
 
 class TestInitialisation:

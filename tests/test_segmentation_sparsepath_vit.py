@@ -240,7 +240,7 @@ class TestTraining:
         image[:, :, 12:36, 8:32] = 2.0
         mask = (image[0, 0] > 0).float()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-        for _ in range(25):
+        for _ in range(35):
             optimizer.zero_grad()
             masks = torch.stack([1 - mask, mask])
             model(image, mask_labels=[masks], class_labels=[torch.tensor([0, 1])]).loss.backward()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from bare_python import run_bare
+from bare_python import ABSENT_BESIDE_IMAGE_PROCESSOR, run_bare
 from PIL import Image
 from safetensors import safe_open
 from skimage.data import immunohistochemistry
@@ -86,7 +86,7 @@ def test_a_copy_loads_as_remote_code_without_the_package(tmp_path, model):
         assert (copy / file.name).read_bytes() == file.read_bytes()
     Image.fromarray(immunohistochemistry()[:100, :120]).save(tmp_path / "region.png")
     arguments = [copy, tmp_path / "region.png", tmp_path / "results.pt", torch.get_num_threads()]
-    run_bare(LOAD_WITHOUT_THE_PACKAGE, arguments, tmp_path)
+    run_bare(LOAD_WITHOUT_THE_PACKAGE, arguments, tmp_path, ABSENT_BESIDE_IMAGE_PROCESSOR)
     inputs = AutoImageProcessor.from_pretrained(tiny_checkpoint(), backend="pil")(
         Image.open(tmp_path / "region.png"), return_tensors="pt"
     )

@@ -90,7 +90,7 @@ def test_a_far_structure_is_learnt_where_information_gets_there(tissue):
     )
     strips = TissueStrips([tissue], settings)
     dense = long_range.train(strips, settings, None, False)
-    assert long_range.test(dense, strips, settings, 26) >= 0.85  # chance is a half
+    assert long_range.test(dense, strips, settings, 26) >= 0.75  # chance is a half: four standard errors
 
 
 def test_the_script_writes_table_and_figure_and_goes_on(run_script, tissue, tmp_path, monkeypatch):
