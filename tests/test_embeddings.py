@@ -93,6 +93,32 @@ def test_positions_without_antialiasing_are_those_of_interpolate(rows, columns):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("antialias", [False, True])
+@pytest.mark.parametrize("rows, columns", [(6, 6), (6, 9), (1, 9), (13, 2), (11, 17), (61, 122)])
+def test_positions_with_an_offset_are_those_of_dinov2(rows, columns, antialias):
+    """DINOv2's own `interpolate_pos_encoding` for models without registers: `interpolate_offset=0.1`."""
+    embeddings = small_embeddings(position_antialias=antialias, position_interpolation_offset=0.1)
+    image = embeddings.position_embeddings.double().view(1, 6, 6, -1).permute(0, 3, 1, 2)
+    expected = image
+    if (rows, columns) != (6, 6):
+        scale = ((rows + 0.1) / 6, (columns + 0.1) / 6)
+        expected = interpolate(image, scale_factor=scale, mode="bicubic", antialias=antialias)
+    assert expected.shape[2:] == (rows, columns)
+    position_map = embeddings._position_map((rows, columns), 0, rows)
+    assert_close(position_map, expected[0].permute(1, 2, 0))
+    assert_close(embeddings._position_map((rows, columns), rows // 2, 1), position_map[rows // 2 :][:1].double())
+
+
+@torch.no_grad()
+def test_the_offset_matters_everywhere_but_on_the_stored_grid():
+    plain, shifted = small_embeddings(), small_embeddings(position_interpolation_offset=0.1)
+    assert torch.equal(plain._position_map((6, 6), 0, 6), shifted._position_map((6, 6), 0, 6))
+    for size in [(6, 7), (12, 12)]:
+        difference = plain._position_map(size, 0, 6) - shifted._position_map(size, 0, 6)
+        assert difference.abs().max() > 0.01 * plain.position_embeddings.abs().max()
+
+
+@torch.no_grad()
 def test_a_single_column_is_resampled_like_a_single_row():
     """torch mixes up the values of a map that becomes one column wide (and timm with it)."""
     embeddings = small_embeddings()

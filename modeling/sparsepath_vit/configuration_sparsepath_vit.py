@@ -43,6 +43,14 @@ def _probability(name: str, value: Any) -> None:
         raise ValueError(f"{name}={value!r} is not possible: it must lie in [0, 1).")
 
 
+def _check_interpolation_offset(name: str, value: Any) -> None:
+    if not 0 <= value < 1:
+        raise ValueError(
+            f"{name}={value!r} is not possible: it is a part of one patch and lies in [0, 1). Use 0.1 for what DINOv2 "
+            "itself does with models without registers, 0.0 (the default) for all others."
+        )
+
+
 def _check_unprune(name: str, value: Any) -> None:
     if value is not None and value not in UNPRUNE_METHODS:
         raise ValueError(f"{name}={value!r} is unknown: use 'scatter', or None (the default) to leave tokens removed.")
@@ -83,6 +91,7 @@ _FIELD_CHECKS: dict[str, Callable[[str, Any], None]] = {
     "unprune": _check_unprune,
     "window_size": _check_window_size,
     "prune_ratio": _check_prune_ratio,
+    "position_interpolation_offset": _check_interpolation_offset,
     "hidden_dropout": _probability,
     "attention_dropout": _probability,
     "drop_path_rate": _probability,
@@ -116,6 +125,9 @@ class SparsePathViTConfig(BackboneConfigMixin, PreTrainedConfig):
         position_antialias (`bool`): whether position embeddings are resampled bicubically with antialiasing, as in timm
             and Dinov2WithRegisters, or without, as in Transformers' ViT and Dinov2. Makes a difference on grids other
             than the stored one.
+        position_interpolation_offset (`float`): on grids other than the stored one position embeddings are resampled as
+            if there were that many more token rows and columns. 0.1 in DINOv2's own code for models without registers
+            (its `interpolate_offset`), hence in GPFM; 0 everywhere else.
         pooling (`str`): `"cls"`, or `"cls_mean"` for CLS concatenated with the mean of the kept patch tokens.
         window_size (`int` or `None`): tokens per block side; `None` is dense attention.
         neighbor_radius (`int`): a token sees blocks up to this many block rows and columns away.
@@ -161,6 +173,7 @@ class SparsePathViTConfig(BackboneConfigMixin, PreTrainedConfig):
     num_channels: int = 3
     num_prefix_position_embeddings: int = 0
     position_antialias: bool = True
+    position_interpolation_offset: float | int = 0.0
     pooling: str = "cls"
     window_size: int | None = 8
     neighbor_radius: int = 1

@@ -16,7 +16,9 @@ from .token_grid import TokenGrid
 ROWS_PER_STRIP = 32
 
 
-def resampling_weights(new_size: int, old_size: int, like: torch.Tensor, antialias: bool = True) -> torch.Tensor:
+def resampling_weights(
+    new_size: int, old_size: int, like: torch.Tensor, antialias: bool = True, offset: float = 0.0
+) -> torch.Tensor:
     """One axis of bicubic resampling as a matrix.
 
     Resampling is separable and linear, so the library's own kernel applied to the identity gives its weights.
@@ -27,17 +29,18 @@ def resampling_weights(new_size: int, old_size: int, like: torch.Tensor, antiali
         like: a tensor of the dtype and on the device wanted.
         antialias: as for `torch.nn.functional.interpolate`; it matters when enlarging too, as torch then takes another
             cubic kernel (a = -0.5 with antialiasing, -0.75 without).
+        offset: the samples lie as if there were `new_size + offset` of them.
 
     Returns:
         (new_size, old_size), of the dtype and on the device of `like`.
     """
     identity = torch.eye(old_size, dtype=like.dtype, device=like.device)
-    if new_size == old_size:
+    if new_size == old_size and not offset:
         return identity
+    # Where torch is given a scale it takes samples at that scale, and rounds only their number.
+    target = {"scale_factor": ((new_size + offset) / old_size, 1.0)} if offset else {"size": (new_size, old_size)}
     # One channel: torch resamples an (old, old, 1) image of `old` channels in the wrong memory order.
-    resampled = nn.functional.interpolate(
-        identity[None, None], size=(new_size, old_size), mode="bicubic", antialias=antialias
-    )
+    resampled = nn.functional.interpolate(identity[None, None], mode="bicubic", antialias=antialias, **target)
     return resampled[0, 0]
 
 
@@ -209,11 +212,13 @@ class SparsePathViTEmbeddings(nn.Module):
     def _position_map(self, size: tuple[int, int], first_row: int, num_rows: int) -> torch.Tensor:
         """Position embeddings of some rows of a grid, resampled bicubically: (num_rows, columns, hidden_size)."""
         side, antialias = self.position_grid, self.config.position_antialias
+        offset = 0.0 if size == (side, side) else self.config.position_interpolation_offset
         positions = self.position_embeddings[0, self.config.num_prefix_position_embeddings :]
         positions = positions.to(torch.promote_types(positions.dtype, torch.float32))
         with maybe_autocast(positions.device.type, enabled=False):  # autocast would resample in its lower precision
-            row_weights = resampling_weights(size[0], side, positions, antialias)[first_row : first_row + num_rows]
-            column_weights = resampling_weights(size[1], side, positions, antialias)
+            row_weights = resampling_weights(size[0], side, positions, antialias, offset)
+            row_weights = row_weights[first_row : first_row + num_rows]
+            column_weights = resampling_weights(size[1], side, positions, antialias, offset)
             by_row = row_weights @ positions.view(side, -1)  # (num_rows, side * hidden_size)
             position_map = column_weights @ by_row.view(-1, side, self.config.hidden_size)
         return position_map.to(self.position_embeddings.dtype)

@@ -49,6 +49,8 @@ def test_card_describes_the_model(tmp_path):
     other = card_of("virchow2", tmp_path, window_size=None, position_antialias=False)
     assert "| attention | dense |" in other.text
     assert "bicubic, without antialiasing |" in other.text
+    shifted = card_of("gpfm", tmp_path, position_antialias=False, position_interpolation_offset=0.1)
+    assert "bicubic, without antialiasing, with an offset of 0.1 patches |" in shifted.text
 
 
 def test_card_leaves_no_placeholder(tmp_path):

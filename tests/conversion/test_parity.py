@@ -2,6 +2,7 @@
 """Converted weights compute what timm and Transformers compute: every known model's form, at small width."""
 
 import gc
+import math
 import tempfile
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from source_networks import (
     timm_network,
     transformers_network,
 )
+from torch.nn.functional import interpolate
 
 from sparsepath_vit import SparsePathViTModel
 from sparsepath_vit.conversion import architecture, convert, convert_checkpoint
@@ -72,10 +74,38 @@ def random_image(height, width):
 @torch.inference_mode()
 def test_dense_mode_equals_timm_at_any_size(name, tmp_path):
     network = write_source(name, tmp_path)
-    # timm antialiases also GPFM's position embeddings, its authors' code does not.
-    model = convert_small(name, tmp_path, **({"position_antialias": True} if name == "gpfm" else {}))
+    # timm resamples GPFM's position embeddings as all others, its authors' code does not.
+    as_timm = {"position_antialias": True, "position_interpolation_offset": 0.0}
+    model = convert_small(name, tmp_path, **(as_timm if name == "gpfm" else {}))
     model.config.window_size = None
     for height, width in some_sizes(model.config.patch_size):
+        image = random_image(height, width)
+        assert relative_error(model(image).last_hidden_state, network(image)) <= TOLERANCE
+
+
+def dinov2_positions(stored, rows, columns):
+    """DINOv2's own `interpolate_pos_encoding` for models without registers: (1, 1 + N, D) -> (1, 1 + N', D)."""
+    side = math.isqrt(stored.shape[1] - 1)
+    if (rows, columns) == (side, side):
+        return stored
+    grid = stored[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    scale = ((rows + 0.1) / side, (columns + 0.1) / side)
+    grid = interpolate(grid, scale_factor=scale, mode="bicubic", antialias=False)
+    return torch.cat([stored[:, :1], grid.flatten(2).mT], dim=1)
+
+
+@torch.inference_mode()
+def test_gpfm_resamples_positions_as_its_authors_do(tmp_path):
+    """Regression: the offset of 0.1 in DINOv2's code was left out, so features differed at other sizes than 224 px."""
+    network = write_source("gpfm", tmp_path)
+    model = convert_small("gpfm", tmp_path)
+    model.config.window_size = None
+    stored = network.pos_embed.data
+    for height, width in [*some_sizes(14), (1400, 224)]:
+        rows, columns = height // 14, width // 14
+        # A timm network whose stored grid is the image's own resamples nothing.
+        network.set_input_size((height, width))
+        network.pos_embed.data = dinov2_positions(stored, rows, columns)
         image = random_image(height, width)
         assert relative_error(model(image).last_hidden_state, network(image)) <= TOLERANCE
 

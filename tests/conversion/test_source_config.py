@@ -9,7 +9,7 @@ from source_networks import SMALL_TIMM, SMALL_TRANSFORMERS, dinov2_state, random
 from sparsepath_vit import SparsePathViTConfig
 from sparsepath_vit.conversion import architecture, convert_checkpoint
 from sparsepath_vit.conversion.mapping import plan_mapping
-from sparsepath_vit.conversion.source_config import resamples_with_antialias
+from sparsepath_vit.conversion.source_config import read_resampling
 
 
 def convert_with(config, small_file, output, **overrides):
@@ -70,20 +70,22 @@ def test_gate_with_gelu_is_refused(small_file, tmp_path):
 )
 def test_transformers_antialiases_only_with_registers(tmp_path, name, antialias):
     randomize(transformers_network(name, **SMALL_TRANSFORMERS)).save_pretrained(tmp_path / "in")
-    assert convert_checkpoint(tmp_path / "in", tmp_path / "out").config.position_antialias is antialias
+    config = convert_checkpoint(tmp_path / "in", tmp_path / "out").config
+    assert (config.position_antialias, config.position_interpolation_offset) == (antialias, 0.0)
 
 
-@pytest.mark.parametrize(("name", "antialias"), [("gpfm", False), ("openmidnight", True)])
-def test_dinov2_antialiases_only_with_registers(tmp_path, name, antialias):
+@pytest.mark.parametrize(("name", "antialias", "offset"), [("gpfm", False, 0.1), ("openmidnight", True, 0.0)])
+def test_dinov2_has_an_offset_without_registers_and_antialiases_with_them(tmp_path, name, antialias, offset):
     torch.save(dinov2_state(timm_network(name, **SMALL_TIMM)), tmp_path / "teacher.pth")
     config = convert_checkpoint(tmp_path / "teacher.pth", tmp_path / "out", num_attention_heads=4).config
-    assert config.position_antialias is antialias
+    assert (config.position_antialias, config.position_interpolation_offset) == (antialias, offset)
 
 
 @pytest.mark.parametrize("name", ["uni", "uni2-h"])
 def test_timm_antialiases(tmp_path, name):
     save_file(timm_network(name, **SMALL_TIMM).state_dict(), tmp_path / "model.safetensors")
-    assert convert_checkpoint(tmp_path, tmp_path / "out", num_attention_heads=4).config.position_antialias
+    config = convert_checkpoint(tmp_path, tmp_path / "out", num_attention_heads=4).config
+    assert (config.position_antialias, config.position_interpolation_offset) == (True, 0.0)
 
 
 def test_antialiasing_can_be_overridden(small_file, tmp_path):
@@ -93,5 +95,7 @@ def test_antialiasing_can_be_overridden(small_file, tmp_path):
 
 def test_a_known_model_decides_where_the_mask_token_was_dropped():
     plan = plan_mapping({"patch_embed.proj.weight": (1,), "cls_token": (1,)})
-    assert resamples_with_antialias(plan, architecture("uni")) and resamples_with_antialias(plan, None)
-    assert not resamples_with_antialias(plan, architecture("gpfm"))
+    for known in (architecture("uni"), None):
+        assert read_resampling(plan, known) == {"position_antialias": True, "position_interpolation_offset": 0.0}
+    gpfm = read_resampling(plan, architecture("gpfm"))
+    assert gpfm == {"position_antialias": False, "position_interpolation_offset": 0.1}

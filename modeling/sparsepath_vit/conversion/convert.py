@@ -21,7 +21,7 @@ from .architectures import Architecture
 from .architectures import architecture as find_architecture
 from .mapping import MappingPlan, check_parameters, infer_structure, plan_mapping
 from .model_card import write_model_card
-from .source_config import read_source_config, read_source_normalisation, resamples_with_antialias
+from .source_config import read_resampling, read_source_config, read_source_normalisation
 from .sources import CheckpointSource, open_source
 from .weights import SAFETENSORS_TYPES, StackedTensor, write_safetensors
 
@@ -155,8 +155,7 @@ def build_config(
     _refuse_contradictions(structure, overrides, "the argument says", "Leave it out.")
     known_fields = {} if known is None else {k: v for k, v in known.config.items() if k not in structure}
     source_fields = {} if known is not None else read_source_config(opened, plan, structure)
-    resampling = {"position_antialias": resamples_with_antialias(plan, known)}
-    values = {**structure, **resampling, **source_fields, **known_fields, **overrides}
+    values = {**structure, **read_resampling(plan, known), **source_fields, **known_fields, **overrides}
     if "num_attention_heads" not in values:
         raise ValueError(
             f"The head count of {opened.label} is not known: tensors do not say it. Pass architecture=... (`sparsepath "

@@ -53,7 +53,7 @@ outputs.pooler_output  # (1, {pooled_size})
 | layers, width, heads | {config.num_hidden_layers}, {config.hidden_size}, {config.num_attention_heads} |
 | MLP | {config.mlp_type}, {config.intermediate_size} wide |
 | patch size, stored position grid | {config.patch_size} px, {grid} x {grid} |
-| position embeddings at other sizes | bicubic, {antialiasing} antialiasing |
+| position embeddings at other sizes | {resampling} |
 | global tokens | CLS and {config.num_register_tokens} registers |
 | pooling | {config.pooling} |
 | attention | {attention} |
@@ -98,7 +98,7 @@ def write_model_card(
         config=config,
         pooled_size=config.pooled_size,
         grid=config.image_size // config.patch_size,
-        antialiasing="with" if config.position_antialias else "without",
+        resampling=_resampling(config),
         attention=_attention(config),
         pruning=_pruning(config),
         mean=", ".join(map(str, processor.image_mean)),
@@ -143,6 +143,12 @@ def _terms(known: Architecture | None) -> str:
         "foundation models forbid redistribution: convert locally, and do not publish this folder unless the licence "
         "allows it."
     )
+
+
+def _resampling(config: SparsePathViTConfig) -> str:
+    antialiasing = "with" if config.position_antialias else "without"
+    offset = config.position_interpolation_offset
+    return f"bicubic, {antialiasing} antialiasing" + (f", with an offset of {offset:g} patches" if offset else "")
 
 
 def _attention(config: SparsePathViTConfig) -> str:

@@ -13,6 +13,7 @@ from .sources import CheckpointSource
 TIMM_LAYER_NORM_EPS = 1e-6
 DINOV2_LAYER_NORM_EPS = 1e-6
 TRANSFORMERS_VIT_LAYER_NORM_EPS = 1e-12
+DINOV2_INTERPOLATION_OFFSET = 0.1
 
 Normalisation = tuple[tuple[float, ...] | None, tuple[float, ...] | None]
 
@@ -90,23 +91,27 @@ def read_source_normalisation(opened: CheckpointSource) -> Normalisation:
     return (None if mean is None else tuple(mean), None if std is None else tuple(std))
 
 
-def resamples_with_antialias(plan: MappingPlan, known: Architecture | None) -> bool:
-    """Whether the source's own code resamples position embeddings with antialiasing; all of them do so bicubically.
+def read_resampling(plan: MappingPlan, known: Architecture | None) -> dict[str, Any]:
+    """How the source's own code resamples position embeddings at other image sizes; all of them do so bicubically.
 
-    timm does. Transformers' ViT and Dinov2 do not, its Dinov2WithRegisters does. DINOv2's own code does for its models
-    with registers and not for those without; the latter it resamples by a scale factor that is 0.1 patch too large,
-    which is not imitated.
+    timm antialiases. Transformers' ViT and Dinov2 do not, its Dinov2WithRegisters does. DINOv2's own code (and GPFM's)
+    antialiases for models with registers; for those without it does not, and takes the samples as if there were 0.1
+    more of them (its `interpolate_antialias` and `interpolate_offset`).
 
     Args:
         plan: the mapping of the checkpoint.
         known: the known model, if it is one. Otherwise DINOv2's own files are told from timm's by their mask token.
 
     Returns:
-        `bool`: for `SparsePathViTConfig.position_antialias`.
+        `dict[str, Any]`: `position_antialias` and `position_interpolation_offset` of `SparsePathViTConfig`.
     """
     has_registers = "embeddings.register_tokens" in plan.sources
-    if plan.style == "timm":
-        has_mask_token = any(name.endswith("mask_token") for name in plan.ignored)
-        is_dinov2 = has_mask_token if known is None else known.source_style == "dinov2"
-        return has_registers or not is_dinov2
-    return has_registers
+    if plan.style == "transformers":
+        return {"position_antialias": has_registers, "position_interpolation_offset": 0.0}
+    has_mask_token = any(name.endswith("mask_token") for name in plan.ignored)
+    is_dinov2 = has_mask_token if known is None else known.source_style == "dinov2"
+    is_dinov2_without_registers = is_dinov2 and not has_registers
+    return {
+        "position_antialias": not is_dinov2_without_registers,
+        "position_interpolation_offset": DINOV2_INTERPOLATION_OFFSET if is_dinov2_without_registers else 0.0,
+    }

@@ -143,12 +143,15 @@ def _covers(height: int, width: int, window_size: int, config: SparsePathViTConf
 
 def _resampling_note(plan: MappingPlan, config: SparsePathViTConfig) -> str:
     """What to say of sizes at which the peer has other position embeddings; empty where it has the same."""
-    # timm always antialiases; in Transformers Dinov2WithRegisters does, ViT and Dinov2 do not.
+    # No peer has an offset. timm always antialiases; in Transformers Dinov2WithRegisters does, ViT and Dinov2 do not.
     peer_antialiases = plan.style == "timm" or config.num_register_tokens > 0
-    if config.position_antialias == peer_antialiases:
-        return ""
-    ours, theirs = ("with", "without") if config.position_antialias else ("without", "with")
-    return f"position embeddings are resampled {ours} antialiasing here, {theirs} in the peer"
+    differing = []
+    if config.position_antialias != peer_antialiases:
+        ours, theirs = ("with", "without") if config.position_antialias else ("without", "with")
+        differing.append(f"{ours} antialiasing here, {theirs} in the peer")
+    if config.position_interpolation_offset:
+        differing.append(f"with an offset of {config.position_interpolation_offset:g} here, without in the peer")
+    return f"position embeddings are resampled {' and '.join(differing)}" if differing else ""
 
 
 def _state_of(opened: CheckpointSource, plan: MappingPlan) -> dict[str, torch.Tensor]:
