@@ -2,6 +2,7 @@
 import h5py
 import pytest
 import typer
+from accelerate import PartialState
 from rich.console import Console
 from slide_files import stained_image, write_pyramid
 from typer.testing import CliRunner
@@ -42,6 +43,15 @@ def test_embed_says_by_its_exit_code_that_a_slide_failed(invoke, small_slide, mo
     result = invoke("embed", small_slide, tmp_path / "notes.svs", *options)
     assert result.exit_code == 1 and "1 failed" in result.output and "failures.csv" in result.output
     assert (tmp_path / "out/small.h5").exists()
+
+
+def test_only_the_first_of_several_processes_ends_with_an_error(invoke, model_folder, tmp_path, monkeypatch):
+    """When another one ended first, torchrun stopped the first process, which had not printed its report yet."""
+    (tmp_path / "notes.svs").write_text("only text")
+    monkeypatch.setattr(PartialState, "is_main_process", False)
+    options = ("--model", model_folder, "--out", tmp_path / "out", "--device", "cpu")
+    result = invoke("embed", tmp_path / "notes.svs", *options)
+    assert (result.exit_code, result.stdout) == (0, "")
 
 
 def test_mpp_is_taken_where_the_slide_states_none(invoke, model_folder, tmp_path):

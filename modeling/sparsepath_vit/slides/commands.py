@@ -55,7 +55,9 @@ def _add_embed(app: typer.Typer, console: Console) -> None:
     @app.command(
         epilog="Examples:  `sparsepath embed slides/ --model ./uni2-h --out embeddings`   ·   "
         "`sparsepath embed list.csv --model ./uni2-h --out dense --whole-slide --dense`   ·   "
-        "`accelerate launch -m sparsepath_vit.cli embed slides/ --model ./uni2-h --out embeddings`"
+        "several GPUs: `accelerate launch -m sparsepath_vit.cli embed slides/ --model ./uni2-h --out embeddings`   ·   "
+        "two processes, also without a GPU: `torchrun --nproc_per_node 2 -m sparsepath_vit.cli embed slides/ "
+        "--model ./uni2-h --out embeddings`"
     )
     def embed(
         slides: SlidesArgument,
@@ -94,16 +96,19 @@ def _add_embed(app: typer.Typer, console: Console) -> None:
 
 
 def _finish(report: "EmbedReport", out: Path, console: Console) -> None:
-    """Prints the report, once for all processes; failed slides make the exit code 1."""
+    """Prints the report and makes the exit code 1 where slides failed: in the first process, for all of them.
+
+    A launcher stops all processes when one ends with an error: the first could be stopped before it has printed.
+    """
     from accelerate import PartialState
 
     from .store import FAILURES_FILE
 
-    if PartialState().is_main_process:
-        console.print(str(report), highlight=False, soft_wrap=True)
-        if report.failed:
-            console.print(f"[bold red]{len(report.failed)} failed:[/] see {out / FAILURES_FILE}", soft_wrap=True)
+    if not PartialState().is_main_process:
+        return
+    console.print(str(report), highlight=False, soft_wrap=True)
     if report.failed:
+        console.print(f"[bold red]{len(report.failed)} failed:[/] see {out / FAILURES_FILE}", soft_wrap=True)
         raise typer.Exit(1)
 
 

@@ -44,8 +44,8 @@ def embed_slides(
 ) -> EmbedReport:
     """Embeds slides into `out`, one HDF5 file each; what is done there with the same settings is skipped.
 
-    Under `accelerate launch` the slides are shared out over the processes. A slide that fails gets a row in
-    `failures.csv` and the others go on.
+    Under `accelerate launch` or `torchrun` the slides are shared out over the processes. A slide that fails gets a row
+    in `failures.csv` and the others go on.
 
     Args:
         paths: slide files, folders and CSV manifests; see `slides.regions.read_inputs`.
@@ -112,7 +112,7 @@ def _check_arguments(
 
 
 def _process_state(device: str | None) -> PartialState:
-    """This process among those of `accelerate launch`.
+    """This process among those of `accelerate launch` or `torchrun`.
 
     Accelerate joins processes without an accelerator only when it is told that they run on the CPU; otherwise each
     would take itself for the only one and embed every slide.
