@@ -136,14 +136,15 @@ def attend(fused, grid):
 
 
 class TestOperator:
-    @pytest.mark.parametrize("backend", ["cpu", "triton"])
-    def test_torch_library_finds_no_fault(self, backend, request):
+    @pytest.mark.parametrize("backend, dropout", [("cpu", 0.0), ("cpu", 0.3), ("triton", 0.0)])
+    def test_torch_library_finds_no_fault(self, backend, dropout, request):
         if backend == "triton":
             request.getfixturevalue("kernel")
         device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
         grid = TokenGrid.create([(3, 2)], num_global_tokens=1, window_size=2, device=device)
         states = [torch.randn(grid.num_tokens, 1, 16, device=device).requires_grad_() for _ in range(3)]
-        arguments = (*states, *operator._flatten_grid(grid, backend), 0.25, 0.0, torch.zeros((), dtype=torch.int64))
+        seed = torch.tensor(5) if dropout else None
+        arguments = (*states, *operator._flatten_grid(grid, backend), 0.25, dropout, seed)
         torch.library.opcheck(operator._block_attention, (*arguments, backend))
 
     @pytest.mark.parametrize("backend", ["cpu", "triton"])

@@ -150,7 +150,9 @@ def block_attention(
     if backend == "reference":
         output = naive_block_attention(*packed, grid, scale, dropout)
     else:
-        seed = torch.randint(2**62, ()) if dropout > 0.0 else torch.zeros((), dtype=torch.int64)
+        # A tensor, since a number would be compiled in; only with dropout, since a tensor of the host keeps a compiled
+        # graph from becoming a CUDA graph.
+        seed = torch.randint(2**62, ()) if dropout > 0.0 else None
         output, _ = _block_attention(*packed, *_flatten_grid(grid, backend), scale, dropout, seed, backend)
     return output.view(batch, tokens, heads, head_dim).transpose(1, 2)
 
@@ -210,9 +212,9 @@ def _unflatten_grid(
     )
 
 
-def _generator(seed: torch.Tensor, device: torch.device, dropout: float) -> torch.Generator | None:
+def _generator(seed: torch.Tensor | None, device: torch.device) -> torch.Generator | None:
     """Draws the same dropout in the forward and in its recomputation, and leaves the global generator untouched."""
-    return torch.Generator(device).manual_seed(int(seed)) if dropout > 0.0 else None
+    return None if seed is None else torch.Generator(device).manual_seed(int(seed))
 
 
 @torch.library.custom_op("sparsepath_vit::block_attention", mutates_args=())
@@ -228,7 +230,7 @@ def _block_attention(
     neighbor_radius: int,
     scale: float,
     dropout: float,
-    seed: torch.Tensor,
+    seed: torch.Tensor | None,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The output, and the base-2 log-sum-exps the kernel's backward needs; the tiles recompute theirs."""
@@ -237,7 +239,7 @@ def _block_attention(
         tiles = AttentionTiles(*grid_tensors, tile_size, num_global_tokens, neighbor_radius)
         return launch_block_attention(query, key, value, tiles, scale)
     grid = _unflatten_grid(grid_tensors, grid_sizes, counts, num_global_tokens, window_size, neighbor_radius)
-    generator = _generator(seed, query.device, dropout)
+    generator = _generator(seed, query.device)
     output = tiled_block_attention(query, key, value, grid, scale, dropout, generator)
     return output, query.new_empty(0, dtype=torch.float32)
 
@@ -267,7 +269,7 @@ def _block_attention_backward(
     neighbor_radius: int,
     scale: float,
     dropout: float,
-    seed: torch.Tensor,
+    seed: torch.Tensor | None,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     if backend == "triton":
@@ -275,7 +277,7 @@ def _block_attention_backward(
         tiles = AttentionTiles(*grid_tensors, tile_size, num_global_tokens, neighbor_radius)
         return launch_block_attention_backward(grad_output, query, key, value, output, logsumexp, tiles, scale)
     grid = _unflatten_grid(grid_tensors, grid_sizes, counts, num_global_tokens, window_size, neighbor_radius)
-    generator = _generator(seed, query.device, dropout)
+    generator = _generator(seed, query.device)
     return tiled_block_attention_backward(grad_output, query, key, value, grid, scale, dropout, generator)
 
 

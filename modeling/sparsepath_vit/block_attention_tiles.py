@@ -9,12 +9,11 @@ Nothing here waits for the device: the number of tiles is an upper bound compute
 beyond the last one are empty.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
-from .token_grid import TokenGrid
+from .token_grid import TokenGrid, per_image
 
 # Columns of `AttentionTiles.table` before those of the runs.
 NUM_TILE_COLUMNS = 5
@@ -102,9 +101,9 @@ def attention_tiles(grid: TokenGrid) -> AttentionTiles:
 
 def _make_tiles(grid: TokenGrid) -> AttentionTiles:
     device, radius, tile_size = grid.device, grid.neighbor_radius, attention_tile_size(grid.window_size)
-    num_block_rows = _per_image([rows for rows, _ in grid.block_counts], device)
-    num_block_columns = _per_image([columns for _, columns in grid.block_counts], device)
-    image_offsets = _starts(_per_image(grid.counts, device) + grid.num_global_tokens)
+    num_block_rows = per_image([rows for rows, _ in grid.block_counts], device)
+    num_block_columns = per_image([columns for _, columns in grid.block_counts], device)
+    image_offsets = _starts(per_image(grid.counts, device) + grid.num_global_tokens)
 
     # One element per block row of the batch.
     total_block_rows = sum(rows for rows, _ in grid.block_counts)
@@ -162,13 +161,6 @@ def _most_tiles(grid: TokenGrid, tile_size: int) -> int:
         most += full_rows * -(-window * columns // tile_size) - (-last_rows * columns // tile_size)
         total_block_rows += block_rows
     return min(most, (sum(grid.counts) + total_block_rows * (tile_size - 1)) // tile_size)
-
-
-def _per_image(values: Sequence[int], device: torch.device) -> torch.Tensor:
-    """(batch,) int64 on the device; filled there, because a copy from the host cannot be captured in a CUDA graph."""
-    if all(value == values[0] for value in values):
-        return torch.full((len(values),), values[0], dtype=torch.int64, device=device)
-    return torch.cat([torch.full((1,), value, dtype=torch.int64, device=device) for value in values])
 
 
 def _starts(sizes: torch.Tensor) -> torch.Tensor:

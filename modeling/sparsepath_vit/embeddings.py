@@ -9,7 +9,7 @@ from torch import nn
 from transformers.utils.generic import maybe_autocast
 
 from .configuration_sparsepath_vit import SparsePathViTConfig
-from .token_grid import TokenGrid
+from .token_grid import TokenGrid, per_image
 
 # At inference a larger image is embedded in strips of this many token rows, so that neither its patches nor its
 # position map are in memory at once beside the tokens themselves.
@@ -187,9 +187,12 @@ class SparsePathViTEmbeddings(nn.Module):
             ValueError: strips that do not fit the grid, or pixels the model would misread.
         """
         size = grid.grid_sizes[0]
-        order = torch.argsort(grid.rows, stable=True)
-        ordered_rows = grid.rows[order]
-        patch_tokens = self.cls_token.new_empty(len(order), self.config.hidden_size)
+        num_tokens = grid.counts[0]
+        # Where the patch of each row and column goes; absent ones share a last place, which is dropped in the end:
+        # asking the device which are present would stall it.
+        places = torch.full(size, num_tokens, device=grid.device)
+        places[grid.rows, grid.columns] = torch.arange(num_tokens, device=grid.device)
+        patch_tokens = self.cls_token.new_empty(num_tokens + 1, self.config.hidden_size)
         first_row = 0
         for strip in strips:
             self.patch_embeddings.check(strip)
@@ -199,15 +202,12 @@ class SparsePathViTEmbeddings(nn.Module):
                     f"strips hold {patches.shape[1]} token columns and at least {first_row + patches.shape[0]} token "
                     f"rows: the grid has {size[1]} columns and {size[0]} rows."
                 )
-            bounds = torch.tensor([first_row, first_row + patches.shape[0]], device=grid.device)
-            start, end = torch.searchsorted(ordered_rows, bounds).tolist()
-            tokens = order[start:end]
             patches = patches + self._position_map(size, first_row, patches.shape[0])
-            patch_tokens[tokens] = patches[grid.rows[tokens] - first_row, grid.columns[tokens]]
+            patch_tokens[places[first_row : first_row + patches.shape[0]]] = patches
             first_row += patches.shape[0]
         if first_row != size[0]:
             raise ValueError(f"strips hold {first_row} token rows: the grid has {size[0]}.")
-        return self.dropout(self._with_global_tokens(patch_tokens, grid))
+        return self.dropout(self._with_global_tokens(patch_tokens[:num_tokens], grid))
 
     def _position_map(self, size: tuple[int, int], first_row: int, num_rows: int) -> torch.Tensor:
         """Position embeddings of some rows of a grid, resampled bicubically: (num_rows, columns, hidden_size)."""
@@ -239,8 +239,8 @@ class SparsePathViTEmbeddings(nn.Module):
         ]
         starts = [first_entries[distinct_sizes.index(size)] for size in grid.grid_sizes]
         images = grid.images()
-        columns_of_image = torch.tensor([columns for _, columns in grid.grid_sizes], device=grid.device)
-        starts_of_image = torch.tensor(starts, device=grid.device)
+        columns_of_image = per_image([columns for _, columns in grid.grid_sizes], grid.device)
+        starts_of_image = per_image(starts, grid.device)
         return position_table[starts_of_image[images] + grid.rows * columns_of_image[images] + grid.columns]
 
     def _with_global_tokens(self, patch_tokens: torch.Tensor, grid: TokenGrid) -> torch.Tensor:

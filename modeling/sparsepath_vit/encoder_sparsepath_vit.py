@@ -12,7 +12,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .block_attention import ATTENTION_NAME
 from .block_attention_reference import dense_attention_mask, eager_attention_forward
 from .configuration_sparsepath_vit import SparsePathViTConfig
-from .token_grid import TokenGrid
+from .token_grid import TokenGrid, per_image
 from .token_pruning import kept_tokens, prune_scores, select_tokens
 
 # Called with the number of layers run so far, from 0, and the tokens; returns them, changed or not.
@@ -42,7 +42,7 @@ class SparsePathViTDropPath(nn.Module):
             return hidden_states
         keep_prob = 1.0 - self.drop_prob
         factors = torch.rand(grid.batch_size, device=hidden_states.device).lt(keep_prob).to(hidden_states) / keep_prob
-        tokens = torch.tensor([grid.num_global_tokens + count for count in grid.counts], device=hidden_states.device)
+        tokens = per_image([grid.num_global_tokens + count for count in grid.counts], hidden_states.device)
         factors = torch.repeat_interleave(factors, tokens, output_size=grid.num_tokens)
         return hidden_states * factors.view(*grid.batch_shape, 1)
 

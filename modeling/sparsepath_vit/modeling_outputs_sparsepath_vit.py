@@ -9,7 +9,7 @@ from torch import nn
 from transformers.utils import ModelOutput
 
 from .encoder_sparsepath_vit import EncoderOutput
-from .token_grid import TokenGrid
+from .token_grid import TokenGrid, per_image
 
 
 @dataclasses.dataclass
@@ -111,7 +111,7 @@ def public_outputs(encoded: EncoderOutput) -> dict[str, Any]:
         attentions = tuple(_attentions_in_raster(*weights_and_grid) for weights_and_grid in encoded.attentions)
     return {
         "patch_positions": nn.utils.rnn.pad_sequence(list(positions), batch_first=True, padding_value=-1),
-        "grid_sizes": torch.tensor(grid.grid_sizes, device=grid.device),
+        "grid_sizes": torch.stack([per_image(sides, grid.device) for sides in zip(*grid.grid_sizes, strict=True)], 1),
         "prune_scores": scores,
         "hidden_states": hidden_states,
         "attentions": attentions,

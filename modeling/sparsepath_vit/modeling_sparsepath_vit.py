@@ -21,7 +21,7 @@ from .modeling_outputs_sparsepath_vit import (
     SparsePathViTModelOutput,
     public_outputs,
 )
-from .token_grid import TokenGrid
+from .token_grid import TokenGrid, per_image
 from .token_pruning import restore_tokens, scatter_to_map
 
 logger = logging.get_logger(__name__)

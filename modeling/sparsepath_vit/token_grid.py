@@ -213,7 +213,7 @@ class TokenGrid:
 
     def global_indices(self) -> torch.Tensor:
         """(batch * G,) int64, where the global tokens lie among the M packed tokens."""
-        starts = torch.tensor(self.image_offsets[:-1], device=self.device)
+        starts = per_image(self.image_offsets[:-1], self.device)
         return (starts[:, None] + torch.arange(self.num_global_tokens, device=self.device)).reshape(-1)
 
     def canvas_indices(self) -> torch.Tensor:
@@ -246,6 +246,13 @@ class TokenGrid:
             return in_raster.view(*self.batch_shape, -1)
         images = in_raster.split([self.num_global_tokens + count for count in self.counts])
         return torch.nn.utils.rnn.pad_sequence(list(images), batch_first=True)
+
+
+def per_image(values: Sequence[int], device: torch.device) -> torch.Tensor:
+    """(batch,) int64 on the device; filled there, because a copy from the host stalls it and breaks a CUDA graph."""
+    if all(value == values[0] for value in values):
+        return torch.full((len(values),), values[0], dtype=torch.int64, device=device)
+    return torch.cat([torch.full((1,), value, dtype=torch.int64, device=device) for value in values])
 
 
 def _block_major(
