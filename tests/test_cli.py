@@ -14,11 +14,13 @@ from sparsepath_vit.conversion import known_architectures
 runner = CliRunner()
 
 
-def test_every_known_model_is_listed(monkeypatch):
-    monkeypatch.setattr(cli, "console", Console(width=250))  # names are not to be broken over lines
+def test_every_known_model_is_listed_by_its_whole_name(monkeypatch):
+    """A terminal of 80 columns cut the names off that --architecture takes."""
+    monkeypatch.setattr(cli, "console", Console(width=80))
     result = runner.invoke(cli.app, ["models"])
     assert result.exit_code == 0
     assert all(known.name in result.output for known in known_architectures())
+    assert "\u2026" not in result.output, "nothing is cut off"
 
 
 @pytest.mark.parametrize("command", ["demo", "convert", "models", "doctor", "embed", "heatmap", "estimate"])

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 from huggingface_hub.errors import StrictDataclassError
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -132,7 +133,10 @@ def models() -> None:
     """List the known foundation models: name, Hub id, shape, licence."""
     from .conversion import known_architectures
 
-    table = Table("name", "Hub id", "width x depth", "heads", "patch", "registers", "pooling", "mpp", "licence")
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("name", no_wrap=True)  # what --architecture takes: never cut off
+    for title in ("Hub id", "width x depth", "heads", "patch", "registers", "pooling", "mpp", "licence"):
+        table.add_column(title, overflow="fold")
     for known in known_architectures():
         config = known.build_config()
         table.add_row(
