@@ -23,9 +23,12 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
 
 import sparsepath_vit  # noqa: F401  registers the Auto classes
-from sparsepath_vit.analysis.fidelity import DenseDoesNotFit, Fidelity, compare_to_dense
-from sparsepath_vit.analysis.results import write_table
-from sparsepath_vit.analysis.study_figures import plot_fidelity
+from sparsepath_vit.extras import imports_of_extra
+
+with imports_of_extra("train", "matplotlib"):
+    from sparsepath_vit.analysis.fidelity import DenseDoesNotFit, Fidelity, compare_to_dense
+    from sparsepath_vit.analysis.results import write_table
+    from sparsepath_vit.analysis.study_figures import plot_fidelity
 
 logger = logging.getLogger("fidelity")
 

@@ -22,10 +22,14 @@ from pathlib import Path
 
 import torch
 
-from sparsepath_vit.analysis.long_range import LongRangeResult, LongRangeSettings, TissueStrips, run_long_range
-from sparsepath_vit.analysis.measure import describe_run
-from sparsepath_vit.analysis.results import ResultsTable
-from sparsepath_vit.analysis.study_figures import plot_long_range
+from sparsepath_vit.extras import imports_of_extra
+
+with imports_of_extra("train", "matplotlib"):
+    from sparsepath_vit.analysis.long_range import LongRangeResult, LongRangeSettings, TissueStrips, run_long_range
+    from sparsepath_vit.analysis.measure import describe_run
+    from sparsepath_vit.analysis.results import ResultsTable
+    from sparsepath_vit.analysis.study_figures import plot_long_range
+
 
 logger = logging.getLogger("long_range_check")
 

@@ -11,8 +11,12 @@ import argparse
 import logging
 from pathlib import Path
 
-from sparsepath_vit.analysis.figures import block_pattern_figure, save_image
-from sparsepath_vit.analysis.plots import plot_attention, plot_models, read_rows
+from sparsepath_vit.extras import imports_of_extra
+
+with imports_of_extra("train", "matplotlib"):
+    from sparsepath_vit.analysis.figures import block_pattern_figure, save_image
+    from sparsepath_vit.analysis.plots import plot_attention, plot_models, read_rows
+
 
 logger = logging.getLogger("make_figures")
 

@@ -15,8 +15,12 @@ import argparse
 import logging
 from pathlib import Path
 
-from sparsepath_vit.analysis.training_plots import plot_losses
-from sparsepath_vit.tasks.pretraining_run import LOG_FILE, PretrainingRecipe, PretrainingRun
+from sparsepath_vit.extras import imports_of_extra
+
+with imports_of_extra("train", "matplotlib"):
+    from sparsepath_vit.analysis.training_plots import plot_losses
+    from sparsepath_vit.tasks.pretraining_run import LOG_FILE, PretrainingRecipe, PretrainingRun
+
 
 logger = logging.getLogger("pretrain_tiny")
 

@@ -22,12 +22,15 @@ import torch
 from transformers import AutoImageProcessor, AutoModel
 
 import sparsepath_vit  # noqa: F401  registers the Auto classes
-from sparsepath_vit.analysis.agreement_figures import plot_agreement, slide_figure
-from sparsepath_vit.analysis.figures import save_image
-from sparsepath_vit.analysis.prune_agreement import measure_agreement, summarise_agreement
-from sparsepath_vit.analysis.results import write_table
-from sparsepath_vit.tasks.roi_files import load_roi_dataset, write_problems
-from sparsepath_vit.tasks.rois import SPLITS, count_problems
+from sparsepath_vit.extras import imports_of_extra
+
+with imports_of_extra("train", "matplotlib", "skimage"):
+    from sparsepath_vit.analysis.agreement_figures import plot_agreement, slide_figure
+    from sparsepath_vit.analysis.figures import save_image
+    from sparsepath_vit.analysis.prune_agreement import measure_agreement, summarise_agreement
+    from sparsepath_vit.analysis.results import write_table
+    from sparsepath_vit.tasks.roi_files import load_roi_dataset, write_problems
+    from sparsepath_vit.tasks.rois import SPLITS, count_problems
 
 logger = logging.getLogger("prune_agreement")
 

@@ -27,21 +27,24 @@ import torch
 from transformers import AutoImageProcessor, AutoModel, set_seed
 
 import sparsepath_vit  # noqa: F401  registers the Auto classes
-from sparsepath_vit.analysis.resolution_sweep import (
-    FAILED,
-    KEYS,
-    OK,
-    OUT_OF_MEMORY,
-    VALUES,
-    resolution_shares,
-    run_sweep,
-)
-from sparsepath_vit.analysis.results import ResultsTable, write_table
-from sparsepath_vit.analysis.study_figures import plot_sweep
-from sparsepath_vit.analysis.sweep_plan import PARTS, VARIANTS, VIEWS, SweepSettings
-from sparsepath_vit.tasks.features import FeatureSettings
-from sparsepath_vit.tasks.linear_probe import ProbeSettings
-from sparsepath_vit.tasks.roi_files import load_labelled_rois
+from sparsepath_vit.extras import imports_of_extra
+
+with imports_of_extra("train", "matplotlib"):
+    from sparsepath_vit.analysis.resolution_sweep import (
+        FAILED,
+        KEYS,
+        OK,
+        OUT_OF_MEMORY,
+        VALUES,
+        resolution_shares,
+        run_sweep,
+    )
+    from sparsepath_vit.analysis.results import ResultsTable, write_table
+    from sparsepath_vit.analysis.study_figures import plot_sweep
+    from sparsepath_vit.analysis.sweep_plan import PARTS, VARIANTS, VIEWS, SweepSettings
+    from sparsepath_vit.tasks.features import FeatureSettings
+    from sparsepath_vit.tasks.linear_probe import ProbeSettings
+    from sparsepath_vit.tasks.roi_files import load_labelled_rois
 
 logger = logging.getLogger("resolution_sweep")
 

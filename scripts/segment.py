@@ -28,18 +28,21 @@ from transformers import AutoConfig, AutoImageProcessor
 
 from sparsepath_vit import SparsePathViTUniversalSegmentationConfig
 from sparsepath_vit.analysis.figures import save_image
+from sparsepath_vit.extras import imports_of_extra
 from sparsepath_vit.slides import Slide, SlideError
 from sparsepath_vit.slides.store import write_atomically
-from sparsepath_vit.tasks.segmentation_regions import (
-    RegionSegmenter,
-    compare_attention,
-    label_map,
-    load_segmenter,
-    mask_image,
-    overlay,
-    to_geojson,
-)
-from sparsepath_vit.tasks.sliding_window import SEAM_BAND, WindowGrid, seam_report
+
+with imports_of_extra("train"):
+    from sparsepath_vit.tasks.segmentation_regions import (
+        RegionSegmenter,
+        compare_attention,
+        label_map,
+        load_segmenter,
+        mask_image,
+        overlay,
+        to_geojson,
+    )
+    from sparsepath_vit.tasks.sliding_window import SEAM_BAND, WindowGrid, seam_report
 
 logger = logging.getLogger("segment")
 

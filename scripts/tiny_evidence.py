@@ -28,13 +28,16 @@ from PIL import Image
 from tqdm import tqdm
 
 from sparsepath_vit import SparsePathViTImageProcessor, SparsePathViTModel, tiny_checkpoint
-from sparsepath_vit.analysis import evidence
-from sparsepath_vit.analysis.evidence_figures import plot_fidelity_by_window, plot_probe, prune_maps_figure
-from sparsepath_vit.analysis.fidelity import compare_to_dense
-from sparsepath_vit.analysis.figures import save_image
-from sparsepath_vit.analysis.results import ResultsTable
 from sparsepath_vit.configuration_sparsepath_vit import PRUNE_SCORES
-from sparsepath_vit.tasks.metrics import bootstrap_interval, evaluate_predictions
+from sparsepath_vit.extras import imports_of_extra
+
+with imports_of_extra("train", "matplotlib", "skimage", "sklearn"):
+    from sparsepath_vit.analysis import evidence
+    from sparsepath_vit.analysis.evidence_figures import plot_fidelity_by_window, plot_probe, prune_maps_figure
+    from sparsepath_vit.analysis.fidelity import compare_to_dense
+    from sparsepath_vit.analysis.figures import save_image
+    from sparsepath_vit.analysis.results import ResultsTable
+    from sparsepath_vit.tasks.metrics import bootstrap_interval, evaluate_predictions
 
 logger = logging.getLogger("tiny_evidence")
 

@@ -4,6 +4,8 @@
 import importlib
 from types import ModuleType
 
+from ..extras import install_command
+
 
 def require(module: str) -> ModuleType:
     """Imports `module`, which the `slides` extra installs.
@@ -16,5 +18,5 @@ def require(module: str) -> ModuleType:
     except (ImportError, OSError) as error:  # openslide raises OSError-like errors where its library is missing
         raise ImportError(
             f"{module} is needed to work on slides and cannot be imported ({error}). "
-            'Install it with: pip install "sparsepath-vit[slides]"'
+            f"Install it with: {install_command('slides')}"
         ) from error
