@@ -2,10 +2,11 @@
 """Time and peak memory of a piece of work, and the machine they were measured on."""
 
 import platform
+import statistics
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,6 +67,47 @@ def measured(device: torch.device | str = "cpu") -> Iterator[Measurement]:
         result.seconds = time.perf_counter() - start
         finished.set()
         sampler.join()
+
+
+def process_peak_bytes() -> int:
+    """Largest resident size of this process so far, everything included."""
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def matrix_flops_per_second(
+    rows: int, inner: int, columns: int, dtype: torch.dtype, device: torch.device | str, repeats: int = 5
+) -> float:
+    """What the machine reaches in a matrix product of (rows, inner) and (inner, columns): the ceiling of a network.
+
+    Args:
+        rows, inner, columns: sizes of the product.
+        dtype: of both factors.
+        device: where it runs.
+        repeats: measurements of ten products each; the median counts.
+    """
+    left = torch.randn(rows, inner, device=device).to(dtype)
+    right = torch.randn(columns, inner, device=device).to(dtype)
+    seconds = []
+    for index in range(repeats + 1):  # the first warms up
+        with measured(device) as measurement:
+            for _ in range(10):
+                torch.nn.functional.linear(left, right)
+        if index > 0:
+            seconds.append(measurement.seconds / 10)
+    return 2.0 * rows * inner * columns / statistics.median(seconds)
+
+
+def describe_seconds(seconds: Sequence[float]) -> dict[str, float | int]:
+    """Median and quartiles of repeated measurements, as every recorded timing carries them."""
+    quartiles = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else [*seconds] * 3
+    return {
+        "seconds_median": round(statistics.median(seconds), 6),
+        "seconds_lower_quartile": round(quartiles[0], 6),
+        "seconds_upper_quartile": round(quartiles[2], 6),
+        "repeats": len(seconds),
+    }
 
 
 def describe_run(device: torch.device | str = "cpu") -> dict[str, str]:

@@ -15,6 +15,7 @@ COLORS = {
     "block_sparse": "#2c6fb0",
     "sdpa_dense": "#8a8f98",
     "flex_attention": "#e9a33b",
+    "natten": "#4f9d69",
     "reference": "#b9bec7",
 }
 

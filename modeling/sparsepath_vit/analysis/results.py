@@ -73,6 +73,30 @@ def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     write_atomically(path, text.getvalue())
 
 
+def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Adds rows to a CSV; earlier rows stay empty in columns that are new.
+
+    Args:
+        path: the file; it and its folder are made where they are missing.
+        rows: at least one; all have the columns of the first.
+
+    Raises:
+        ValueError: the file has a column that the rows lack.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    earlier: list[dict[str, str]] = []
+    if path.exists():
+        with path.open(newline="", encoding="utf-8") as file:
+            earlier = list(csv.DictReader(file))
+    unknown = sorted(set(earlier[0] if earlier else ()) - set(rows[0]))
+    if unknown:
+        raise ValueError(
+            f"{path} has the columns {unknown}, which the new rows lack: it was written by another version or for "
+            "something else. Move it away, or choose another file."
+        )
+    write_table(path, [*({name: row.get(name) for name in rows[0]} for row in earlier), *rows])
+
+
 def _cell(value: Any) -> str:
     """A value as it stands in the file; numbers with six digits, nothing for None."""
     if value is None:
