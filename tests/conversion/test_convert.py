@@ -109,6 +109,38 @@ def test_dtype(small_file, small_state, tmp_path, dtype):
     assert SparsePathViTModel.from_pretrained(tmp_path / "out", dtype="auto").dtype == wanted
 
 
+def test_of_mixed_types_the_config_states_the_widest(small_state, tmp_path):
+    """Regression: the patch embedding's type was stated, and loading rounded the LayerNorms kept in float32."""
+    mixed = {name: tensor if "norm" in name else tensor.bfloat16() for name, tensor in small_state.items()}
+    save_file(mixed, tmp_path / "mixed.safetensors")
+    report = convert_checkpoint(tmp_path / "mixed.safetensors", tmp_path / "out", num_attention_heads=4)
+    assert report.dtype == torch.float32
+    assert torch.equal(SparsePathViTModel.from_pretrained(tmp_path / "out").norm.weight, small_state["norm.weight"])
+
+
+@pytest.mark.parametrize(("number", "dtype"), [(float("nan"), None), (float("-inf"), None), (1e6, "float16")])
+def test_numbers_that_are_not_finite_are_refused(small_state, tmp_path, number, dtype):
+    """Regression: they were converted in silence, and every feature became NaN."""
+    small_state["norm.bias"] = torch.full((96,), number)
+    save_file(small_state, tmp_path / "broken.safetensors")
+    with pytest.raises(ValueError, match=f"norm.bias holds NaN or infinite numbers as {dtype or 'float32'}"):
+        convert_checkpoint(tmp_path / "broken.safetensors", tmp_path / "out", num_attention_heads=4, dtype=dtype)
+    assert [path.name for path in tmp_path.iterdir()] == ["broken.safetensors"]
+
+
+@pytest.mark.parametrize("tensor", [torch.zeros(96).to_sparse(), torch.zeros(96, device="meta")])
+def test_tensors_that_are_not_plain_are_refused(small_state, tmp_path, tensor):
+    torch.save({**small_state, "norm.bias": tensor}, tmp_path / "odd.pth")
+    with pytest.raises(ValueError, match=r"norm.bias: sparse or without content"):
+        convert_checkpoint(tmp_path / "odd.pth", tmp_path / "out", num_attention_heads=4)
+
+
+def test_fields_of_the_wrong_type_are_refused_by_name(small_file, tmp_path):
+    """Regression: the configuration's own error ended in a traceback on the command line."""
+    with pytest.raises(ValueError, match=r"(?s)configuration of model.safetensors.*'window_size'.*got str"):
+        convert_checkpoint(small_file, tmp_path / "out", num_attention_heads=4, window_size="eight")
+
+
 def test_half_precision_source_stays_as_it_is(small_state, tmp_path):
     save_file({name: tensor.half() for name, tensor in small_state.items()}, tmp_path / "half.safetensors")
     report = convert_checkpoint(tmp_path / "half.safetensors", tmp_path / "out", num_attention_heads=4)

@@ -33,7 +33,7 @@ def test_timm_names(shapes):
     assert (config.mlp_type, config.intermediate_size, config.num_hidden_layers) == ("swiglu", 256, 3)
 
 
-@pytest.mark.parametrize("prefix", ["module.", "backbone.", "model.", "teacher.backbone.", "module.model."])
+@pytest.mark.parametrize("prefix", ["module.", "backbone.", "model.", "teacher.backbone.", "_orig_mod.module."])
 def test_prefixes_are_unwrapped(shapes, prefix):
     plan, _ = check({prefix + name: shape for name, shape in shapes.items()})
     assert plan.prefix == prefix
@@ -46,6 +46,11 @@ def test_teacher_is_taken_and_the_student_reported(shapes):
     assert plan.prefix == "teacher.backbone."
     assert plan.ignored["student.backbone.pos_embed"] == "the student beside the teacher"
     assert plan.ignored["teacher.dino_head.mlp.0.weight"] == "head or loss of self-supervised training"
+
+
+def test_a_network_inside_another_is_named_by_its_prefix(shapes):
+    with pytest.raises(ValueError, match=r"holds a vision transformer under 'visual.trunk.'.*without this prefix"):
+        plan_mapping({f"visual.trunk.{name}": shape for name, shape in shapes.items()} | {"text.bias": (3,)})
 
 
 def test_two_networks_are_refused(shapes):

@@ -35,6 +35,38 @@ def test_timm_config_that_does_not_say_the_heads(small_file, tmp_path, architect
         convert_with({"architecture": architecture}, small_file, tmp_path / "out")
 
 
+def test_config_that_says_more_layers_than_there_are(small_file, tmp_path):
+    """Regression: a checkpoint that lacks its last layers was converted to a shallower model."""
+    wanted = r"num_hidden_layers: the tensors say 3, the config.json of model.safetensors says 24. Tensors are missing"
+    with pytest.raises(ValueError, match=wanted):
+        convert_with({"model_args": {"num_heads": 4, "depth": 24, "embed_dim": 96}}, small_file, tmp_path / "out")
+    assert (
+        convert_with({"model_args": {"num_heads": 4, "depth": 3}}, small_file, tmp_path / "out").num_hidden_layers == 3
+    )
+
+
+def test_transformers_config_of_another_model(tmp_path):
+    randomize(transformers_network("phikon-v2", **SMALL_TRANSFORMERS)).save_pretrained(tmp_path / "in")
+    stated = json.loads((tmp_path / "in" / "config.json").read_text())
+    (tmp_path / "in" / "config.json").write_text(json.dumps({**stated, "num_hidden_layers": 24}))
+    with pytest.raises(ValueError, match=r"num_hidden_layers: the tensors say 3, the config.json of in says 24"):
+        convert_checkpoint(tmp_path / "in", tmp_path / "out")
+
+
+def test_parts_of_a_config_that_are_null_say_nothing(small_file, tmp_path):
+    config = {"model_args": None, "pretrained_cfg": None}
+    assert convert_with(config, small_file, tmp_path / "out", num_attention_heads=4).num_attention_heads == 4
+
+
+@pytest.mark.parametrize(
+    ("mean", "message"),
+    [(0.5, r"The mean beside the weights of model.safetensors is 0.5"), ([0.5], r"has 1 values: give one per RGB")],
+)
+def test_normalisation_that_is_not_one_number_per_channel(small_file, tmp_path, mean, message):
+    with pytest.raises(ValueError, match=message):
+        convert_with({"pretrained_cfg": {"mean": mean}}, small_file, tmp_path / "out", num_attention_heads=4)
+
+
 def test_transformers_config(tmp_path):
     randomize(transformers_network("phikon", **SMALL_TRANSFORMERS, layer_norm_eps=1e-5)).save_pretrained(
         tmp_path / "in"

@@ -66,6 +66,36 @@ def test_shards(tmp_path, kind):
         open_source(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([1, 2], r"index.json beside the weights holds a JSON list, not an object"),
+        ({"weight_map": ["model.safetensors"]}, r"index.json has no weight_map \(tensor name -> file name\)"),
+        ({"weight_map": {"a": 3}}, r"index.json has no weight_map"),
+        ({"weight_map": {}}, r"index.json has no weight_map"),
+        (
+            {"weight_map": dict.fromkeys((*STATE, "blocks.1.a"), "shard.safetensors")},
+            r"index.json names 1 tensors that no shard holds: blocks.1.a. .*download them together",
+        ),
+    ],
+)
+def test_index_that_is_none_or_of_another_version(tmp_path, content, message):
+    """Regression: a layer that the index names and no shard holds was left out in silence."""
+    save_file(STATE, tmp_path / "shard.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message):
+        open_source(tmp_path)
+
+
+def test_index_that_points_outside_its_folder(tmp_path):
+    (tmp_path / "in").mkdir()
+    save_file(STATE, tmp_path / "shard.safetensors")
+    index = {"weight_map": dict.fromkeys(STATE, "../shard.safetensors")}
+    (tmp_path / "in" / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"shard.safetensors is missing"):
+        open_source(tmp_path / "in")
+
+
 def test_safetensors_is_preferred_to_a_pickle(tmp_path):
     save_file(STATE, tmp_path / "model.safetensors")
     (tmp_path / "pytorch_model.bin").write_bytes(b"not read")
@@ -127,6 +157,24 @@ def test_truncated_file(tmp_path, name, keep):
         open_source(path).tensors["a"]
 
 
+def test_file_that_only_looks_like_a_pickle_by_its_name(tmp_path):
+    """Regression: a downloaded error page was said to want to run code."""
+    (tmp_path / "weights.pth").write_text("<!DOCTYPE html><html>404: not found</html>")
+    with pytest.raises(ValueError, match=r"weights.pth is no PyTorch file: it begins with b'<!DOCTYPE html><'"):
+        open_source(tmp_path / "weights.pth")
+    save_file(STATE, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"no PyTorch file.*let its name end in .safetensors"):
+        open_source(tmp_path / "pytorch_model.bin")
+
+
+def test_damaged_file_is_not_read_with_torchs_own_advice(tmp_path):
+    """Regression: the message went on with torch's, which may advise weights_only=False."""
+    torch.save(STATE, tmp_path / "weights.pth")
+    (tmp_path / "weights.pth").write_bytes((tmp_path / "weights.pth").read_bytes()[:900])
+    with pytest.raises(ValueError, match=r"truncated or damaged \(900 bytes; [^.;]*\)\. Compare"):
+        open_source(tmp_path / "weights.pth")
+
+
 def test_git_lfs_pointer(tmp_path):
     (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n")
     with pytest.raises(ValueError, match=r"Git LFS pointer.*git lfs pull"):
@@ -147,6 +195,10 @@ def test_config_that_is_no_json(tmp_path):
     (tmp_path / "config.json").write_text("{oops")
     with pytest.raises(ValueError, match=r"config.json beside the weights is not valid JSON"):
         open_source(tmp_path)
+    for content in ("null", "[1]"):
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(ValueError, match=r"config.json beside the weights holds a JSON \w+, not an object"):
+            open_source(tmp_path)
 
 
 @pytest.mark.parametrize("source", ["no/such/folder", "missing.safetensors", "folder/missing.pth", "word"])

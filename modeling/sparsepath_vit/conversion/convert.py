@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.utils import logging
 
@@ -21,7 +22,12 @@ from .architectures import Architecture
 from .architectures import architecture as find_architecture
 from .mapping import MappingPlan, check_parameters, infer_structure, plan_mapping
 from .model_card import write_model_card
-from .source_config import read_resampling, read_source_config, read_source_normalisation
+from .source_config import (
+    read_resampling,
+    read_source_config,
+    read_source_normalisation,
+    read_source_structure,
+)
 from .sources import CheckpointSource, open_source
 from .weights import SAFETENSORS_TYPES, StackedTensor, write_safetensors
 
@@ -118,7 +124,8 @@ def convert_checkpoint(
     check_parameters(plan, config)
     parameters = _stack_parameters(opened, plan, wanted_dtype)
     config.architectures = ["SparsePathViTModel"]
-    config.dtype = parameters["embeddings.patch_embeddings.projection.weight"].dtype
+    # Of mixed types the widest, since loading casts all parameters to it.
+    config.dtype = reduce(torch.promote_types, (parameter.dtype for parameter in parameters.values()))
     processor = _image_processor(opened, known, config, image_mean, image_std)
     with _folder_when_complete(output_dir) as folder:
         write_safetensors(folder / WEIGHTS_FILE, parameters)
@@ -152,6 +159,10 @@ def build_config(
     if known is not None:
         theirs = {name: value for name, value in known.config.items() if name not in _FIELDS_OF_THE_FILE}
         _refuse_contradictions(structure, theirs, f"architecture={known.name!r} says", "Leave the architecture out.")
+    else:
+        theirs = read_source_structure(opened, plan)
+        remedy = "Tensors are missing, or it belongs to another model: then remove it."
+        _refuse_contradictions(structure, theirs, f"the config.json of {opened.label} says", remedy)
     _refuse_contradictions(structure, overrides, "the argument says", "Leave it out.")
     known_fields = {} if known is None else {k: v for k, v in known.config.items() if k not in structure}
     source_fields = {} if known is not None else read_source_config(opened, plan, structure)
@@ -161,7 +172,10 @@ def build_config(
             f"The head count of {opened.label} is not known: tensors do not say it. Pass architecture=... (`sparsepath "
             "models` lists the known ones), num_attention_heads=..., or put the model's config.json beside the weights."
         )
-    return SparsePathViTConfig(**values)
+    try:
+        return SparsePathViTConfig(**values)
+    except StrictDataclassFieldValidationError as error:
+        raise ValueError(f"The configuration of {opened.label} is not possible. {error}") from error
 
 
 def _refuse_contradictions(structure: dict[str, Any], values: dict[str, Any], who: str, remedy: str) -> None:
@@ -224,6 +238,9 @@ def _stack_parameters(
             f"{quantised[0]}{more} is {opened.tensors[quantised[0]].dtype}: quantised weights cannot be converted. "
             "Take the original ones."
         )
+    absent = [name for name in used if opened.tensors[name].layout != torch.strided or opened.tensors[name].is_meta]
+    if absent:
+        raise ValueError(f"{', '.join(absent[:20])}: sparse or without content, not plain tensors of weights.")
     parameters = {}
     for target, names in plan.sources.items():
         parts = tuple(opened.tensors[name] for name in names)

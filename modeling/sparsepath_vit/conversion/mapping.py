@@ -77,7 +77,7 @@ _ANCHORS = {
     "timm": (re.compile(r"(.*?)patch_embed\.proj\.weight"), TIMM_RULES),
     "transformers": (re.compile(r"(.*?)embeddings\.patch_embeddings\.projection\.weight"), TRANSFORMERS_RULES),
 }
-_PREFIX = re.compile(r"(?:(?:module|model|backbone|teacher|student|vit|dinov2|dinov2_with_registers)\.)*")
+_PREFIX = re.compile(r"(?:(?:module|model|_orig_mod|backbone|teacher|student|vit|dinov2|dinov2_with_registers)\.)*")
 
 # Tensors that a checkpoint may hold and the backbone has no use for. Anything else without a home is an error.
 IGNORABLE = (
@@ -166,6 +166,7 @@ def plan_mapping(shapes: Mapping[str, tuple[int, ...]]) -> MappingPlan:
 
 
 def _find_style(shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, str, tuple[Rule, ...]]:
+    foreign = []
     for style, (anchor, rules) in _ANCHORS.items():
         prefixes = [match.group(1) for name in shapes if (match := anchor.fullmatch(name))]
         teachers = [prefix for prefix in prefixes if "teacher." in prefix]
@@ -176,6 +177,12 @@ def _find_style(shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, str, tuple[
             )
         if candidates:
             return style, candidates[0], rules
+        foreign += prefixes
+    if foreign:
+        raise ValueError(
+            f"The checkpoint holds a vision transformer under {', '.join(map(repr, foreign))}, as a part of another "
+            "network: save the tensors of one without this prefix, and convert that file."
+        )
     raise ValueError(
         "The checkpoint is no vision transformer in a known naming: looked for patch_embed.proj.weight (timm, DINOv2) "
         "and embeddings.patch_embeddings.projection.weight (Transformers ViT, Dinov2, Dinov2WithRegisters). Its "

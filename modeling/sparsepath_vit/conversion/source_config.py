@@ -15,6 +15,10 @@ DINOV2_LAYER_NORM_EPS = 1e-6
 TRANSFORMERS_VIT_LAYER_NORM_EPS = 1e-12
 DINOV2_INTERPOLATION_OFFSET = 0.1
 
+# What a config.json says that the tensors say too: its name -> ours.
+_TIMM_STRUCTURE = {"embed_dim": "hidden_size", "depth": "num_hidden_layers", "patch_size": "patch_size"}
+_TRANSFORMERS_STRUCTURE = {name: name for name in _TIMM_STRUCTURE.values()}
+
 Normalisation = tuple[tuple[float, ...] | None, tuple[float, ...] | None]
 
 
@@ -45,8 +49,24 @@ def read_source_config(opened: CheckpointSource, plan: MappingPlan, structure: d
     return values
 
 
+def read_source_structure(opened: CheckpointSource, plan: MappingPlan) -> dict[str, Any]:
+    """Width, depth and patch size by the source's config.json, as far as it states them, to compare with the tensors.
+
+    Args:
+        opened: the checkpoint with its config.json.
+        plan: the mapping of its tensors.
+
+    Returns:
+        `dict[str, Any]`: fields of `SparsePathViTConfig`.
+    """
+    is_timm = plan.style == "timm"
+    stated = (opened.config.get("model_args") or {}) if is_timm else opened.config
+    names = _TIMM_STRUCTURE if is_timm else _TRANSFORMERS_STRUCTURE
+    return {ours: stated[theirs] for theirs, ours in names.items() if isinstance(stated.get(theirs), int)}
+
+
 def _read_timm_config(config: dict[str, Any], structure: dict[str, Any]) -> dict[str, Any]:
-    arguments = config.get("model_args", {})
+    arguments = config.get("model_args") or {}
     _check_activation(arguments.get("act_layer"), structure["mlp_type"])
     values: dict[str, Any] = {"layer_norm_eps": TIMM_LAYER_NORM_EPS}
     heads = arguments.get("num_heads") or _heads_of_timm_model(config.get("architecture"))
@@ -84,10 +104,19 @@ def read_source_normalisation(opened: CheckpointSource) -> Normalisation:
 
     Returns:
         `tuple`: (mean, std); `None` for what is not stated.
+
+    Raises:
+        ValueError: one of them is no list.
     """
-    timm_fields = opened.config.get("pretrained_cfg", {})
+    timm_fields = opened.config.get("pretrained_cfg") or {}
     mean = opened.preprocessor.get("image_mean") or timm_fields.get("mean")
     std = opened.preprocessor.get("image_std") or timm_fields.get("std")
+    for name, value in (("mean", mean), ("std", std)):
+        if value is not None and not isinstance(value, list):
+            raise ValueError(
+                f"The {name} beside the weights of {opened.label} is {value!r}: wanted a list with one number per "
+                "channel. Repair it, or remove it and pass image_mean and image_std."
+            )
     return (None if mean is None else tuple(mean), None if std is None else tuple(std))
 
 

@@ -26,6 +26,7 @@ from .architectures import Architecture, architecture_of_hub_id, known_architect
 
 SAFETENSORS_SUFFIX = ".safetensors"
 PICKLE_SUFFIXES = (".bin", ".pth", ".pt")
+PICKLE_STARTS = (b"PK", b"\x80")  # a zip archive, and the older bare pickle
 INDEX_SUFFIX = ".index.json"
 # Looked for in this order: safetensors before pickles, one file before shards.
 STANDARD_FILES = (
@@ -194,6 +195,13 @@ def _open_files(label: str, weights: Path, known: Architecture | None) -> Checkp
         if twice:
             raise ValueError(f"{file.name} repeats tensors of another shard: {', '.join(twice[:20])}.")
         tensors |= opened
+    if weights.name.endswith(INDEX_SUFFIX):
+        absent = sorted(_weight_map(weights).keys() - tensors.keys())
+        if absent:
+            raise ValueError(
+                f"{weights.name} names {len(absent)} tensors that no shard holds: {', '.join(absent[:20])}. The files "
+                "are not of one version: download them together."
+            )
     return CheckpointSource(
         label=label,
         tensors=tensors,
@@ -207,17 +215,30 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path.name} beside the weights is not valid JSON ({error}). Repair or remove it.") from error
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"{path.name} beside the weights holds a JSON {type(content).__name__}, not an object. Repair or remove it."
+        )
+    return content
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor name -> shard, of the index of a sharded checkpoint."""
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or {type(shard) for shard in weight_map.values()} != {str}:
+        raise ValueError(
+            f"{index.name} has no weight_map (tensor name -> file name), so it is not the index of a sharded "
+            "checkpoint."
+        )
+    return weight_map
 
 
 def _shards(index: Path) -> tuple[Path, ...]:
-    weight_map = _read_json(index).get("weight_map")
-    if not weight_map:
-        raise ValueError(f"{index.name} has no weight_map, so it is not the index of a sharded checkpoint.")
     # `Path(...).name`: an index may not point outside its own folder.
-    return tuple(index.parent / Path(name).name for name in sorted(set(weight_map.values())))
+    return tuple(index.parent / Path(name).name for name in sorted(set(_weight_map(index).values())))
 
 
 def _check_content(path: Path) -> None:
@@ -227,6 +248,12 @@ def _check_content(path: Path) -> None:
         start = file.read(64)
     if start.startswith(b"version ") and b"git-lfs" in start:
         raise ValueError(f"{path.name} is a Git LFS pointer, not weights. Fetch the content with `git lfs pull`.")
+    is_pickle = start.startswith(PICKLE_STARTS) or not start
+    if path.suffix in PICKLE_SUFFIXES and not is_pickle:
+        raise ValueError(
+            f"{path.name} is no PyTorch file: it begins with {start[:16]!r}. Look at what was downloaded, a web page "
+            f"perhaps; if it is in the safetensors format, let its name end in {SAFETENSORS_SUFFIX}."
+        )
 
 
 def _open_safetensors(path: Path) -> dict[str, torch.Tensor]:
@@ -276,7 +303,7 @@ def _unwrap(loaded: Any, path: Path) -> dict[str, torch.Tensor]:
 
 
 def _damaged(path: Path, error: Exception) -> ValueError:
-    reason = next(iter(str(error).splitlines()), type(error).__name__)
+    reason = next(iter(str(error).splitlines()), type(error).__name__).split(". ")[0]  # torch goes on with its advice
     return ValueError(
         f"{path.name} is truncated or damaged ({path.stat().st_size:,} bytes; {reason}). "
         "Compare its size with the publisher's and download it again."

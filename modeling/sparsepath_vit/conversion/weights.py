@@ -45,6 +45,9 @@ def write_safetensors(path: Path, tensors: Mapping[str, StackedTensor]) -> None:
     Args:
         path: the file to write.
         tensors: name -> tensor of one of `SAFETENSORS_TYPES`.
+
+    Raises:
+        ValueError: a tensor holds NaN or infinite numbers, of itself or in the type wanted.
     """
     order = list(SAFETENSORS_TYPES)
     names = sorted(tensors, key=lambda name: (order.index(tensors[name].dtype), name))
@@ -65,4 +68,9 @@ def write_safetensors(path: Path, tensors: Mapping[str, StackedTensor]) -> None:
         for name in tqdm(names, desc="converting", unit="tensor", leave=False):
             for part in tensors[name].parts:
                 part = part.detach().to(tensors[name].dtype).contiguous()
+                if not part.isfinite().all():
+                    raise ValueError(
+                        f"{name} holds NaN or infinite numbers as {str(part.dtype).removeprefix('torch.')}: the "
+                        "checkpoint is damaged, or its numbers are too large for float16 (bfloat16 takes them)."
+                    )
                 file.write(part.view(-1).view(torch.uint8).numpy())
