@@ -7,7 +7,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from sparsepath_vit import TokenGrid
 from sparsepath_vit.analysis import attention_peers
-from sparsepath_vit.analysis.attention_peers import attention_peer, block_pattern
+from sparsepath_vit.analysis.attention_peers import DoesNotApplyError, attention_peer, block_pattern
 from sparsepath_vit.analysis.cost import attention_pairs
 from sparsepath_vit.block_attention_reference import attention_pattern
 
@@ -88,12 +88,12 @@ class TestNatten:
         assert torch.equal(pattern[:, order], block_pattern(grid, queries))
 
     def test_where_it_does_not_apply(self, natten):
-        with pytest.raises(ValueError, match="no form for absent tokens"):
+        with pytest.raises(DoesNotApplyError, match="no form for absent tokens"):
             attention_peer("natten", pruned_grid(side=12, window_size=4))
-        with pytest.raises(ValueError, match="an image of 3 x 3 blocks or more"):
+        with pytest.raises(DoesNotApplyError, match="an image of 3 x 3 blocks or more"):
             attention_peer("natten", full_grid(8, 4))
 
     def test_where_it_is_not_installed(self, monkeypatch):
         monkeypatch.setattr(attention_peers, "natten", None)
-        with pytest.raises(ValueError, match="NATTEN is not installed"):
+        with pytest.raises(DoesNotApplyError, match="NATTEN is not installed"):
             attention_peer("natten", full_grid(12, 4))

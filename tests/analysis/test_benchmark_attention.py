@@ -4,6 +4,7 @@ import dataclasses
 import pytest
 import torch
 
+from sparsepath_vit.analysis import attention_peers
 from sparsepath_vit.analysis.attention_peers import attention_peer
 from sparsepath_vit.analysis.benchmark_attention import AttentionCase, check, time_case
 
@@ -29,6 +30,17 @@ def test_peers_that_do_not_apply_are_left_out_and_the_log_says_why(caplog):
         rows = time_case(large, ["reference", "block_sparse"], repeats=1, with_backward=False)
     assert [row["attention"] for row in rows] == ["block_sparse"]
     assert "reference left out at 4,909 tokens: it keeps all logits" in caplog.text
+
+
+def test_a_peer_that_runs_out_of_memory_does_not_end_the_others(caplog, monkeypatch):
+    def full(*states, **options):
+        raise torch.OutOfMemoryError("the GPU is full")
+
+    monkeypatch.setattr(attention_peers, "scaled_dot_product_attention", full)
+    with caplog.at_level("INFO"):
+        rows = time_case(CASE, ["sdpa_dense", "block_sparse"], repeats=1, with_backward=False)
+    assert [row["attention"] for row in rows] == ["block_sparse"]
+    assert "sdpa_dense left out at 409 tokens: the GPU is full" in caplog.text
 
 
 def test_useful_work_counts_pairs_and_five_more_products_in_the_backward():

@@ -25,6 +25,10 @@ MOST_TOKENS_OF_ALL_LOGITS = 4096
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
+class DoesNotApplyError(ValueError):
+    """An attention cannot be asked for this grid, or is not installed; the message says why."""
+
+
 @dataclasses.dataclass(frozen=True)
 class AttentionPeer:
     """One way to compute attention of one grid.
@@ -48,7 +52,7 @@ def attention_peer(name: str, grid: TokenGrid) -> AttentionPeer:
     """The attention of that name for the one image of a grid.
 
     Raises:
-        ValueError: it does not apply to the grid or is not installed; the message says why.
+        DoesNotApplyError: it cannot be asked for this grid, or is not installed.
     """
     if name == "sdpa_dense":
         pairs = grid.num_tokens**2
@@ -122,13 +126,13 @@ def _natten(grid: TokenGrid) -> AttentionPeer:
     tokens in raster order; global keys go in as additional ones, global queries are a dense attention of their own.
     """
     if natten is None:
-        raise ValueError("NATTEN is not installed")
+        raise DoesNotApplyError("NATTEN is not installed")
     rows, columns = grid.grid_sizes[0]
     window, num_globals = grid.window_size, grid.num_global_tokens
     if window is None or 3 * window > min(rows, columns) or grid.neighbor_radius != 1:
-        raise ValueError("NATTEN needs an image of 3 x 3 blocks or more, and neighbor_radius 1")
+        raise DoesNotApplyError("NATTEN needs an image of 3 x 3 blocks or more, and neighbor_radius 1")
     if grid.counts[0] != rows * columns:
-        raise ValueError("NATTEN has no form for absent tokens")
+        raise DoesNotApplyError("NATTEN has no form for absent tokens")
     if not natten.HAS_LIBNATTEN:  # it then runs uncompiled FlexAttention
         _check_all_logits_fit(grid)
     backend = None if natten.HAS_LIBNATTEN else "flex-fna"
@@ -172,4 +176,4 @@ def _is_in_window(queries: torch.Tensor, keys: torch.Tensor, window: int, size: 
 
 def _check_all_logits_fit(grid: TokenGrid) -> None:
     if grid.num_tokens > MOST_TOKENS_OF_ALL_LOGITS:
-        raise ValueError(f"it keeps all logits, which is done up to {MOST_TOKENS_OF_ALL_LOGITS:,} tokens")
+        raise DoesNotApplyError(f"it keeps all logits, which is done up to {MOST_TOKENS_OF_ALL_LOGITS:,} tokens")

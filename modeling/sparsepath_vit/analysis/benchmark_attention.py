@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from ..block_attention import block_attention_backend
 from ..token_grid import TokenGrid
-from .attention_peers import PEERS, AttentionPeer, attention_peer
+from .attention_peers import PEERS, AttentionPeer, DoesNotApplyError, attention_peer
 from .measure import describe_run, describe_seconds, measured
 
 logger = logging.getLogger(__name__)
@@ -65,9 +65,9 @@ class AttentionCase:
 
     def states(self, grid: TokenGrid) -> list[torch.Tensor]:
         """Query, key and value, (1, heads, tokens, head_dim): views of one projection, as in the model."""
-        generator = torch.Generator().manual_seed(1)
+        generator = torch.Generator(self.device).manual_seed(1)
         shape = (1, grid.num_tokens, 3, self.heads, self.head_dim)
-        qkv = torch.randn(shape, generator=generator, dtype=torch.float32).to(self.device, self.dtype)
+        qkv = torch.randn(shape, generator=generator, dtype=self.dtype, device=self.device)
         return [states.transpose(1, 2) for states in qkv.unbind(2)]
 
 
@@ -121,14 +121,21 @@ def time_case(case: AttentionCase, names: list[str], repeats: int, with_backward
     rows: list[dict[str, object]] = []
     for name in tqdm(names, desc=f"{grid.num_tokens:,} tokens, w = {case.window_size}", leave=False):
         try:
-            peer = attention_peer(name, grid)
-        except ValueError as reason:
+            rows.extend(_time_peer(attention_peer(name, grid), case, grid, repeats, with_backward))
+        except (DoesNotApplyError, torch.OutOfMemoryError) as reason:
             logger.info("%s left out at %s tokens: %s", name, f"{grid.num_tokens:,}", reason)
-            continue
-        difference = check(peer, case, grid)
-        for direction in ("forward", "forward+backward") if with_backward and peer.has_backward else ("forward",):
-            seconds, peak = _time(peer, case, grid, repeats, direction != "forward")
-            rows.append(_row(case, grid, peer, direction, seconds, peak, difference))
+    return rows
+
+
+def _time_peer(
+    peer: AttentionPeer, case: AttentionCase, grid: TokenGrid, repeats: int, with_backward: bool
+) -> list[dict[str, object]]:
+    """One row per direction."""
+    difference = check(peer, case, grid)
+    rows = []
+    for direction in ("forward", "forward+backward") if with_backward and peer.has_backward else ("forward",):
+        seconds, peak = _time(peer, case, grid, repeats, direction != "forward")
+        rows.append(_row(case, grid, peer, direction, seconds, peak, difference))
     return rows
 
 
