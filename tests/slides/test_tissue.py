@@ -119,6 +119,19 @@ def test_token_grid_of_a_whole_slide_reaches_its_edges(slide_of):
     assert not everywhere.token_grid(slide, 14, x=1000, y=700, width=28, height=28, minimum_share=0).any()
 
 
+@pytest.mark.parametrize("mpp", [0.5, 0.77, 1.3])
+def test_regions_agree_with_the_slide_on_tokens_that_are_exactly_half_tissue(slide_of, mpp):
+    """Edges are rounded differently in a region: a token could be tissue on the slide and not in its region."""
+    slide = slide_of(np.zeros((60, 900, 3), np.uint8))
+    half = 14 * slide.scale(mpp)[0] / 2
+    tissue = TissueMask(np.random.default_rng(0).random((4, 400)) < 0.3, (half, half))
+    whole = tissue.token_grid(slide, 14, mpp)
+    for column in range(whole.shape[1] - 2):
+        x = column * 14 * slide.scale(mpp)[0]
+        region = tissue.token_grid(slide, 14, mpp, x, 0, 28, 14 * len(whole))
+        assert (region == whole[:, column : column + 2]).all()
+
+
 def test_mask_image_of_any_size_and_kind(slide_of, tmp_path):
     slide = slide_of(stained_image(SIDE, SIDE, []))
     mask = box_mask(*TISSUE)

@@ -2,6 +2,7 @@
 """Where the tissue is: found on a low-resolution overview, or read from a file, and asked for as a token grid."""
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ _GREEN_PEN = (0.22, 0.47)  # hues no histological stain of ours has
 _BLUE_PEN = (0.50, 0.66)  # haematoxylin lies above; a pen is also more saturated than any stain at low resolution
 _BLUE_PEN_SATURATION = 0.6
 _ASPECT_TOLERANCE = 0.03
+_ROUNDING = 1e-9  # of shares of a token's area
 
 
 @dataclass(frozen=True)
@@ -91,15 +93,23 @@ class TissueMask:
         edges_y = (y + token[1] * np.arange(rows + 1)) / self.scale[1]
         token_area = token[0] / self.scale[0] * token[1] / self.scale[1]
         share = self._areas(edges_x, edges_y) / token_area
-        return share >= minimum_share if minimum_share > 0 else share > 1e-9
+        # A token that is tissue by exactly the share stays so, however its edges were rounded: regions agree with the
+        # slide that they are cut from.
+        return share >= max(minimum_share, 2 * _ROUNDING) - _ROUNDING
 
     def _areas(self, edges_x: np.ndarray, edges_y: np.ndarray) -> np.ndarray:
         """Tissue area, in mask pixels, between neighbouring edges: (len(edges_y) - 1, len(edges_x) - 1)."""
-        cumulative = np.zeros((self.mask.shape[0] + 1, self.mask.shape[1] + 1))
-        cumulative[1:, 1:] = self.mask.cumsum(0, dtype=np.int64).cumsum(1)
-        for axis, edges in ((0, edges_y), (1, edges_x)):
-            position = edges.clip(0, self.mask.shape[axis])
-            below = np.minimum(position.astype(np.int64), self.mask.shape[axis] - 1)
+        mask, inside = self.mask, []
+        for axis, edges in ((0, edges_y), (1, edges_x)):  # a region of a large slide needs a small part of its mask
+            side = self.mask.shape[axis]
+            first = min(max(0, math.floor(edges[0])), side - 1)
+            last = min(max(first + 1, math.ceil(edges[-1])), side)
+            mask = mask.take(range(first, last), axis)
+            inside.append((edges - first).clip(0, last - first))
+        cumulative = np.zeros((mask.shape[0] + 1, mask.shape[1] + 1))
+        cumulative[1:, 1:] = mask.cumsum(0, dtype=np.int64).cumsum(1)
+        for axis, position in enumerate(inside):
+            below = np.minimum(position.astype(np.int64), mask.shape[axis] - 1)
             part = np.expand_dims(position - below, 1 - axis)
             cumulative = cumulative.take(below, axis) * (1 - part) + cumulative.take(below + 1, axis) * part
         return np.diff(np.diff(cumulative, axis=0), axis=1)
