@@ -74,7 +74,7 @@ def test_stacking_needs_no_second_copy_of_the_weights(tmp_path, monkeypatch):
     before = anonymous_memory()
     convert_checkpoint(tmp_path / "source", tmp_path / "out")
     assert size > 60e6 and len(used) > 60
-    assert max(used) - before < 0.1 * size
+    assert max(used) - before < 0.15 * size
 
 
 def test_separate_gate_and_value_give_the_packed_model(small_state, tmp_path):
