@@ -44,6 +44,19 @@ def resampling_weights(
     return resampled[0, 0]
 
 
+class SparsePathViTPatchProjection(nn.Conv2d):
+    """A convolution whose stride is its kernel, as the matrix product it is.
+
+    On a CPU torch's convolution took up to eight times as long (1536 channels, bfloat16).
+    """
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        size = self.kernel_size[0]
+        # (batch, channels, rows, size, columns, size) -> (batch, rows, columns, channels * size * size)
+        patches = pixel_values.unflatten(3, (-1, size)).unflatten(2, (-1, size)).permute(0, 2, 4, 1, 3, 5).flatten(3)
+        return nn.functional.linear(patches, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+
+
 class SparsePathViTPatchEmbeddings(nn.Module):
     """Patches of (batch, channels, height, width) pixels as (batch, rows, columns, hidden_size)."""
 
@@ -51,7 +64,7 @@ class SparsePathViTPatchEmbeddings(nn.Module):
         super().__init__()
         self.num_channels = config.num_channels
         self.patch_size = config.patch_size
-        self.projection = nn.Conv2d(
+        self.projection = SparsePathViTPatchProjection(
             config.num_channels, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size
         )
 
