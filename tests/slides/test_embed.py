@@ -7,6 +7,7 @@ import os
 import re
 import resource
 import signal
+import time
 
 import h5py
 import numpy as np
@@ -184,6 +185,38 @@ def test_slide_that_fails_is_on_record_and_the_others_go_on(slides, model_folder
     write_pyramid(slides / "short.tiff", stained_image(640, 512, [(64, 96, 384, 256)]))
     assert run(slides, model_folder, out).done == 1
     assert "short.tiff" not in (out / "failures.csv").read_text() and (out / "short.h5").exists()
+
+
+@pytest.mark.parametrize("failing", ["embedder.embed_regions", "embedder._write", "forward.forward_strips"])
+def test_no_thread_still_reads_when_a_slide_is_closed_after_an_error(
+    slides, model_folder, tmp_path, monkeypatch, failing
+):
+    """OpenSlide crashes the process when a file is closed under a read."""
+    under_way, reads_at_closing = set(), []
+    read, close = Slide.read_region, Slide.close
+
+    def slow_read(self, x, y, *arguments, **options):
+        under_way.add((x, y))
+        time.sleep(0 if (x, y) == (0, 0) else 0.2)
+        pixels = read(self, x, y, *arguments, **options)
+        under_way.remove((x, y))
+        return pixels
+
+    def watched_close(self):
+        reads_at_closing.append(len(under_way))
+        close(self)
+
+    def fail(model, strips, *arguments):
+        if failing == "forward.forward_strips":
+            next(strips)
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr(Slide, "read_region", slow_read)
+    monkeypatch.setattr(Slide, "close", watched_close)
+    monkeypatch.setattr(f"sparsepath_vit.slides.{failing}", fail)
+    settings = EmbedSettings(region_size=256, whole_slide=failing.startswith("forward"))
+    report = run(slides / "slide1.tiff", model_folder, tmp_path / "out", settings)
+    assert len(report.failed) == 1 and reads_at_closing == [0]
 
 
 def test_resolution_of_slides_that_state_none_can_be_passed(slides, model_folder, tmp_path, caplog):

@@ -7,6 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -182,8 +183,8 @@ class SlideEmbedder:
         with open_slide(item.path, item.mpp or self.slide_mpp, self.settings.mpp) as slide:
             tissue = find_tissue(slide, mask_file)
             regions, blank = self._regions(slide, tissue, item)
-            with writer:
-                for region, embedding in self._embed(slide, tissue, regions, name):
+            with writer, closing(self._embed(slide, tissue, regions, name)) as embeddings:
+                for region, embedding in embeddings:
                     _write(writer, slide, region, embedding, self.mpp, self.patch_size)
                     self.report.regions += 1
                     self.report.tokens += len(embedding.token_positions)
@@ -270,9 +271,10 @@ class SlideEmbedder:
             return region, image, self._tissue_tokens(slide, tissue, region)
 
         progress = tqdm(total=len(regions), desc=name, unit="region", leave=False, disable=not self.show_progress)
-        with progress:
-            read_regions = reading.watch(read_ahead(read, regions, self._workers_for(regions)))
-            while batch := list(islice(read_regions, self.batch_size)):
+        # Closed with the last region or the first error: no thread may still read when the slide is closed.
+        with progress, closing(read_ahead(read, regions, self._workers_for(regions))) as read_regions:
+            waited_for = reading.watch(read_regions)
+            while batch := list(islice(waited_for, self.batch_size)):
                 batch_regions, images, tokens = zip(*batch, strict=True)
                 start = time.perf_counter()
                 embeddings = embed_regions(self.model, self.processor, images, tokens, dense)

@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -155,10 +156,11 @@ def embed_slide(
     present = tissue.token_grid(slide, patch_size, mpp)
     if not present.any():
         raise SlideError(f"{slide.path}: the tissue is smaller than half a patch token at {mpp} micrometres per pixel.")
-    strips = slide_strips(slide, present, patch_size, mpp)
-    strips = strips if reading is None else reading.watch(strips)
-    pixels = (prepare(processor, [strip], model.device)["pixel_values"] for strip in strips)
-    return forward_strips(model, pixels, present, dense)
+    # Closed also after an error: the slide may be closed next, and no thread may still read it then.
+    with closing(slide_strips(slide, present, patch_size, mpp)) as strips:
+        waited_for = strips if reading is None else reading.watch(strips)
+        pixels = (prepare(processor, [strip], model.device)["pixel_values"] for strip in waited_for)
+        return forward_strips(model, pixels, present, dense)
 
 
 @torch.no_grad()
