@@ -94,7 +94,9 @@ def _tokens_at(positions, runs, NUM_RUNS: tl.constexpr):
 def _is_near(columns, column_ptr, tokens, is_token, NUM_RUNS: tl.constexpr):
     """(columns, tokens) whether the block columns are neighbours; absent tokens are near to none."""
     other_columns = tl.load(column_ptr + tokens, mask=is_token, other=_FAR_COLUMN)
-    return tl.abs(columns[:, None] - other_columns[None, :]) <= NUM_RUNS // 2
+    # One comparison without an absolute value: what is negative is large without its sign.
+    distances = (columns + NUM_RUNS // 2)[:, None] - other_columns[None, :]
+    return distances.to(tl.uint32) <= 2 * (NUM_RUNS // 2)
 
 
 @triton.jit
