@@ -12,7 +12,7 @@ from tqdm import tqdm
 from ..block_attention import block_attention_backend
 from ..token_grid import TokenGrid
 from .attention_peers import PEERS, AttentionPeer, DoesNotApplyError, attention_peer
-from .measure import describe_run, describe_seconds, measured
+from .measure import describe_run, describe_seconds, repeatedly_measured
 
 logger = logging.getLogger(__name__)
 
@@ -20,8 +20,6 @@ logger = logging.getLogger(__name__)
 TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 CHECKED_QUERIES = 64
 BACKWARD_FACTOR = 2.5  # five matrix products against two
-# Calls follow each other for at least so long, so that launching one hides behind the one before, as in a model.
-MEASURED_SECONDS = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,18 +149,7 @@ def _time(
             torch.autograd.grad(output, states, torch.ones_like(output))
 
     with torch.set_grad_enabled(with_backward):
-        call()  # compiles
-        with measured(case.device) as warm_up:
-            call()
-        num_calls = max(1, math.ceil(MEASURED_SECONDS / warm_up.seconds))
-        seconds, peak = [], warm_up.peak_bytes
-        for _ in range(repeats):
-            with measured(case.device) as measurement:
-                for _ in range(num_calls):
-                    call()
-            seconds.append(measurement.seconds / num_calls)
-            peak = max(peak, measurement.peak_bytes)
-    return seconds, peak
+        return repeatedly_measured(call, case.device, repeats)
 
 
 def _row(

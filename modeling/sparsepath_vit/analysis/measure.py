@@ -1,12 +1,13 @@
 # Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
 """Time and peak memory of a piece of work, and the machine they were measured on."""
 
+import math
 import platform
 import statistics
 import subprocess
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ import transformers
 from ..version import __version__
 
 SAMPLING_INTERVAL_SECONDS = 0.005
+CALLING_SECONDS = 0.1  # how long short work is called in a row, at least
 
 
 @dataclass
@@ -76,8 +78,35 @@ def process_peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def repeatedly_measured(
+    call: Callable[[], object], device: torch.device | str, repeats: int
+) -> tuple[list[float], int]:
+    """Times a short piece of work, called once before to compile and once to see how long it takes.
+
+    Args:
+        call: the work; called so often in a row that launching one hides behind the one before, as in a model.
+        device: where it runs.
+        repeats: measurements.
+
+    Returns:
+        Seconds of one call, once per measurement, and the peak memory in bytes.
+    """
+    call()
+    with measured(device) as warm_up:
+        call()
+    num_calls = max(1, math.ceil(CALLING_SECONDS / warm_up.seconds))
+    seconds, peak = [], warm_up.peak_bytes
+    for _ in range(repeats):
+        with measured(device) as measurement:
+            for _ in range(num_calls):
+                call()
+        seconds.append(measurement.seconds / num_calls)
+        peak = max(peak, measurement.peak_bytes)
+    return seconds, peak
+
+
 def matrix_flops_per_second(
-    rows: int, inner: int, columns: int, dtype: torch.dtype, device: torch.device | str, repeats: int = 5
+    rows: int, inner: int, columns: int, dtype: torch.dtype, device: torch.device | str, repeats: int = 3
 ) -> float:
     """What the machine reaches in a matrix product of (rows, inner) and (inner, columns): the ceiling of a network.
 
@@ -85,17 +114,12 @@ def matrix_flops_per_second(
         rows, inner, columns: sizes of the product.
         dtype: of both factors.
         device: where it runs.
-        repeats: measurements of ten products each; the median counts.
+        repeats: measurements; the median counts.
     """
     left = torch.randn(rows, inner, device=device).to(dtype)
     right = torch.randn(columns, inner, device=device).to(dtype)
-    seconds = []
-    for index in range(repeats + 1):  # the first warms up
-        with measured(device) as measurement:
-            for _ in range(10):
-                torch.nn.functional.linear(left, right)
-        if index > 0:
-            seconds.append(measurement.seconds / 10)
+    with torch.inference_mode():
+        seconds, _ = repeatedly_measured(lambda: torch.nn.functional.linear(left, right), device, repeats)
     return 2.0 * rows * inner * columns / statistics.median(seconds)
 
 
