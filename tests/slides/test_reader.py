@@ -183,15 +183,19 @@ def test_name_drops_the_suffix(tmp_path, small_slide, name):
     assert Slide(path).name == {"a.b.svs": "a.b", "A.OME.TIFF": "A"}.get(name, "a")
 
 
-def test_damaged_level_is_replaced_by_a_finer_one(tmp_path, small_image, caplog):
-    path = write_pyramid(tmp_path / "damaged.tiff", small_image)
+def damage(path, level, tiles=slice(None)):
+    """Overwrites the compressed bytes of some tiles."""
     with tifffile.TiffFile(path) as file:
-        offsets, sizes = file.pages[1].dataoffsets, file.pages[1].databytecounts
+        offsets, sizes = file.pages[level].dataoffsets[tiles], file.pages[level].databytecounts[tiles]
     content = bytearray(path.read_bytes())
     for offset, size in zip(offsets, sizes, strict=True):
         content[offset : offset + size] = b"\xff" * size
     path.write_bytes(content)
-    slide = Slide(path)
+    return path
+
+
+def test_damaged_level_is_replaced_by_a_finer_one(tmp_path, small_image, caplog):
+    slide = Slide(damage(write_pyramid(tmp_path / "damaged.tiff", small_image), 1))
     region = slide.read_region(0, 0, 160, 128, mpp=2.0)
     undamaged = Slide(write_pyramid(tmp_path / "one_level.tiff", small_image, factors=()))
     assert (region == undamaged.read_region(0, 0, 160, 128, mpp=2.0)).all()
@@ -199,15 +203,30 @@ def test_damaged_level_is_replaced_by_a_finer_one(tmp_path, small_image, caplog)
     assert (slide.read_region(0, 0, 640, 512) == small_image).all()
 
 
+def test_damage_in_one_place_does_not_change_what_is_read_elsewhere(tmp_path, small_image):
+    """Regions after a damaged one used to come from a finer level: their pixels depended on the order of reading."""
+    whole = Slide(write_pyramid(tmp_path / "whole.tiff", small_image))
+    slide = Slide(damage(write_pyramid(tmp_path / "damaged.tiff", small_image), 1, slice(1)))
+    elsewhere = (256, 256, 96, 64, 2.0)
+    slide.read_region(0, 0, 64, 64, 2.0)
+    assert (slide.read_region(*elsewhere) == whole.read_region(*elsewhere)).all()
+
+
+def test_threads_do_not_suffer_from_the_damage_that_another_meets(tmp_path, small_image):
+    """OpenSlide refuses every read of a handle after a failed one: undamaged regions came from a finer level too."""
+    whole = Slide(write_pyramid(tmp_path / "whole.tiff", small_image))
+    slide = Slide(damage(write_pyramid(tmp_path / "damaged.tiff", small_image), 1, slice(1)))
+    places = [(0, 0, 32, 32, 2.0), (256, 256, 96, 64, 2.0)] * 40
+    with ThreadPoolExecutor(8) as pool:
+        regions = list(pool.map(lambda place: slide.read_region(*place), places))
+    expected = whole.read_region(*places[1])
+    assert all((region == expected).all() for region in regions[1::2])
+    assert all((region == regions[0]).all() for region in regions[::2])
+
+
 def test_damaged_pixels_name_the_slide_and_do_not_spoil_the_next_read(tmp_path, small_image):
     """OpenSlide refuses every read of a handle after the first failed one."""
-    path = write_pyramid(tmp_path / "damaged.tiff", small_image, factors=())
-    with tifffile.TiffFile(path) as file:
-        offset, size = file.pages[0].dataoffsets[0], file.pages[0].databytecounts[0]
-    content = bytearray(path.read_bytes())
-    content[offset : offset + size] = b"\xff" * size
-    path.write_bytes(content)
-    slide = Slide(path)
+    slide = Slide(damage(write_pyramid(tmp_path / "damaged.tiff", small_image, factors=()), 0, slice(1)))
     with pytest.raises(SlideError, match=r"damaged.tiff: pixels of the region at x=0, y=0.*copy it again"):
         slide.read_region(0, 0, 64, 64)
     assert (slide.read_region(64, 64, 576, 448) == small_image[64:, 64:]).all()

@@ -111,15 +111,20 @@ class OpenSlideBackend:
 
     def __init__(self, path: Path, cache_bytes: int) -> None:
         self._openslide = require("openslide")
-        try:
-            self._slide = self._openslide.OpenSlide(path)
-        except self._openslide.OpenSlideError as error:
-            raise SlideError(str(error)) from error
-        self._slide.set_cache(self._openslide.OpenSlideCache(cache_bytes))
-        self.level_dimensions = self._slide.level_dimensions
+        self._path, self._cache_bytes = path, cache_bytes
+        self._slide = self._open()
+        self.level_dimensions, self._downsamples = self._slide.level_dimensions, self._slide.level_downsamples
         self.objective_power = self._slide.properties.get("openslide.objective-power")
         self.is_ome_tiff = "<OME" in self._slide.properties.get("tiff.ImageDescription", "")
         self.stated_mpp = self._find_mpp()
+
+    def _open(self) -> Any:
+        try:
+            slide = self._openslide.OpenSlide(self._path)
+        except self._openslide.OpenSlideError as error:
+            raise SlideError(str(error)) from error
+        slide.set_cache(self._openslide.OpenSlideCache(self._cache_bytes))
+        return slide
 
     def _find_mpp(self) -> MppXY | None:
         properties = self._slide.properties
@@ -131,12 +136,25 @@ class OpenSlideBackend:
 
     def read(self, level: int, x: int, y: int, width: int, height: int) -> np.ndarray:
         """See `Backend.read`."""
-        downsample = self._slide.level_downsamples[level]
+        slide, downsample = self._slide, self._downsamples[level]
+        where = (round(x * downsample), round(y * downsample))
         try:
-            region = self._slide.read_region((round(x * downsample), round(y * downsample)), level, (width, height))
+            region = slide.read_region(where, level, (width, height))
+        except self._openslide.OpenSlideError:
+            region = self._read_again(slide, where, level, (width, height))
+        return _on_white(region)
+
+    def _read_again(self, refused: Any, where: tuple[int, int], level: int, size: tuple[int, int]) -> Image.Image:
+        """A file refuses every read after a failed one, also what other threads ask of it: only a new one can tell."""
+        if self._slide is refused:
+            self._slide = self._open()  # the refused file is closed when the last thread lets go of it
+        slide = self._open()
+        try:
+            return slide.read_region(where, level, size)
         except self._openslide.OpenSlideError as error:
             raise SlideError(str(error)) from error
-        return _on_white(region)
+        finally:
+            slide.close()
 
     def close(self) -> None:
         """See `Backend.close`."""

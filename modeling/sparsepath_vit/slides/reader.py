@@ -65,7 +65,6 @@ class Slide:
         self._handle: Backend | None = None
         self._process: int | None = None
         self._lock = threading.Lock()
-        self._damaged_levels: set[int] = set()
 
     def _open(self) -> Backend:
         if self._process not in (None, os.getpid()):
@@ -235,24 +234,28 @@ class Slide:
         return self._read((0, 0), size, tuple(side / out for side, out in zip(self.dimensions, size, strict=True)))
 
     def _read(self, origin: tuple[float, float], size: tuple[int, int], scale: tuple[float, float]) -> np.ndarray:
-        """Tries the best level, then finer ones where it turns out damaged."""
+        """Tries the best level, then finer ones where it turns out damaged.
+
+        Every region tries anew: what is read does not depend on the regions read before.
+        """
         downsamples = self._downsamples()
         fine_enough = [
             level for level, downsample in enumerate(downsamples)
             if all(own <= asked * (1 + 1e-6) for own, asked in zip(downsample, scale, strict=True))
         ] or [0]  # fmt: skip
-        for level in sorted(set(fine_enough) - self._damaged_levels, reverse=True) or [0]:
+        for level in reversed(fine_enough):
             try:
                 return self._read_from(level, downsamples[level], origin, size, scale)
             except SlideError as error:
-                self._handle = None  # OpenSlide refuses every read after a failed one
                 if level == 0:
                     raise SlideError(
                         f"{self.path}: pixels of the region at x={origin[0]:g}, y={origin[1]:g} cannot be decoded "
                         f"({error}). {DAMAGED}"
                     ) from error
-                logger.warning("%s: level %d is damaged (%s); reading a finer one instead.", self.path, level, error)
-                self._damaged_levels.add(level)
+                logger.warning(
+                    "%s: level %d is damaged at x=%g, y=%g (%s); reading a finer one instead.",
+                    self.path, level, *origin, error,
+                )  # fmt: skip
         raise AssertionError("level 0 returns or raises")
 
     def _read_from(
