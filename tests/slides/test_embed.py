@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import re
 import resource
+import shutil
 import signal
 import time
 
@@ -147,6 +148,15 @@ def test_settings_are_not_mixed_in_a_folder(slides, model_folder, tmp_path, chan
     with pytest.raises(StoreError, match=f"{named}: .* there, .* now"):
         run(slides, model_folder, tmp_path / "out", EmbedSettings(**{"region_size": 256, "dense": True, **change}))
     assert contents(tmp_path / "out") == before
+
+
+def test_same_weights_with_another_epsilon_are_other_settings(slides, model_folder, tmp_path):
+    run(slides, model_folder, tmp_path / "out")
+    other = shutil.copytree(model_folder, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "layer_norm_eps": 1e-3}))
+    with pytest.raises(StoreError, match=r"layer_norm_eps: 1e-06 there, 0\.001 now"):
+        run(slides, other, tmp_path / "out")
 
 
 def test_other_weights_are_other_settings(model_and_processor):
@@ -349,6 +359,8 @@ def test_masks_are_given_per_slide_or_all(slides, model_folder, tmp_path):
     assert report.done == 1 and report.tokens == 16
     assert "holds no tissue mask slide1" in report.failed[0][1]
     assert run(slides, model_folder, tmp_path / "all", tissue_mask="all").tokens > 2500
+    with pytest.raises(ValueError, match=r"tissue_mask='gone\.png' does not exist"):
+        run(slides, model_folder, tmp_path / "gone", tissue_mask="gone.png")
     with pytest.raises(ValueError, match="one file for 3 slides"):
         run(slides, model_folder, tmp_path / "one", tissue_mask=masks / "slide0.png")
 

@@ -4,6 +4,7 @@ import json
 import h5py
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image
 from slide_files import stained_image, write_pyramid
 
@@ -25,7 +26,7 @@ def embedded(model_folder, tmp_path_factory):
 
 
 def tokens_of(values, corners, size=PATCH, name="value"):
-    return TokenValues(name, np.asarray(corners), np.asarray(values, float), size, (640, 512))
+    return TokenValues(name, np.asarray(corners), np.asarray(values, float), (size, size), (640, 512))
 
 
 def test_scores_and_kept_tokens_lie_on_the_tissue(embedded):
@@ -170,3 +171,19 @@ def test_what_is_missing_is_named_with_the_way_to_get_it(embedded, model_folder,
         del file["prune_scores"]
     with pytest.raises(SlideError, match="does not prune"):
         read_token_values(without)
+
+
+def test_tokens_of_a_slide_with_oblong_pixels_keep_their_rows(model_folder, tmp_path):
+    """The height of a token was taken for its width, and the resolution for the mean of both axes."""
+    path = tmp_path / "oblong.tiff"
+    options = {"tile": (64, 64), "photometric": "rgb", "resolutionunit": "CENTIMETER"}
+    tifffile.imwrite(path, stained_image(640, 512, [(0, 0, 640, 512)]), resolution=(1e4 / 0.25, 1e4 / 0.5), **options)
+    settings = EmbedSettings(mpp=0.5, region_size=512, dense=True)
+    embed_slides([path], model_folder, tmp_path / "out", settings, device="cpu", tissue_mask="all")
+    tokens = read_token_values(tmp_path / "out/oblong.h5")
+    assert tokens.token_size == pytest.approx((32, 16))
+    grid, _ = tokens.grid()
+    assert grid.shape == (32, 20) and not np.isnan(grid).any()
+    with h5py.File(tmp_path / "out/oblong.h5") as file:
+        assert file["coords"].attrs["mpp"] == pytest.approx(0.5)
+        assert file["coords"].attrs["target_magnification"] == 20

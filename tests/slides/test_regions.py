@@ -105,6 +105,12 @@ def test_manifest_rows_are_read_in_full(tmp_path):
     ]
 
 
+def test_whole_numbers_as_pandas_writes_them(tmp_path):
+    """A column with empty cells holds floats there, and was refused."""
+    (tmp_path / "list.csv").write_text("slide,x,y,width,height\na.svs,10.0,20.0,300.0,400.0\nb.svs,,,,\n")
+    assert [item.boxes for item in read_inputs([tmp_path / "list.csv"])] == [(Box(10, 20, 300, 400),), ()]
+
+
 def test_unused_columns_are_named(tmp_path, caplog):
     (tmp_path / "list.csv").write_text("slide,widht\na.svs,7\n")
     read_inputs([tmp_path / "list.csv"])
@@ -122,7 +128,7 @@ def test_unused_columns_are_named(tmp_path, caplog):
         ("slide,mpp\na.svs,20\n", "line 2: mpp=20.0 is not the micrometres"),
         ("slide,x,y,width,height\na.svs,1,2,3,4\nb.svs,1,2,,4\n", "line 3: a region needs x, y, width and height"),
         ("slide,x,y,width,height\na.svs,1,2,0,4\n", "line 2: the region is 0 x 4"),
-        ("slide,x,y,width,height\na.svs,1.5,2,3,4\n", "line 2: x='1.5' is not a number"),
+        ("slide,x,y,width,height\na.svs,1.5,2,3,4\n", "line 2: x='1.5' is not a whole number"),
         ("slide,x,y,width,height\na.svs,1,2,3,4\na.svs,,,,\n", "line 3: a.svs stands in several rows"),
         ("slide,mpp,x,y,width,height\na.svs,0.5,1,2,3,4\na.svs,0.4,1,2,3,4\n", "line 3: a.svs stands in several"),
         ("slide\n", "no slides were given"),

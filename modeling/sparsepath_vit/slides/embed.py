@@ -105,6 +105,10 @@ def _check_arguments(
             raise ValueError(f"{name}={given} is not a resolution in micrometres per pixel (0.25 at 40x, 0.5 at 20x).")
     if settings.whole_slide and any(item.boxes for item in slides.values()):
         raise ValueError("whole_slide embeds all tissue at once, but the manifest gives regions: use one of them.")
+    if tissue_mask not in (None, "all") and not Path(tissue_mask).exists():
+        raise ValueError(
+            f"tissue_mask={str(tissue_mask)!r} does not exist: give an image, GeoJSON, a folder, or 'all'."
+        )
     if tissue_mask not in (None, "all") and len(slides) > 1 and not Path(tissue_mask).is_dir():
         raise ValueError(
             f"tissue_mask={str(tissue_mask)!r} is one file for {len(slides)} slides: give a folder of masks."
@@ -164,6 +168,7 @@ def _model_settings(model: "SparsePathViTModel", processor: "SparsePathViTImageP
     """The model as far as its numbers depend on it: weights, pattern, pruning, normalisation."""
     config = model.config
     fields = ("window_size", "neighbor_radius", "prune_after_layer", "prune_ratio", "prune_score", "pooling")
+    fields += ("num_attention_heads", "layer_norm_eps", "position_antialias")
     normalisation = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std", "min_patch_coverage")
     return {
         "weights": fingerprint(model),

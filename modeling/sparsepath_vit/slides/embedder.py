@@ -296,11 +296,12 @@ class SlideEmbedder:
 
     def _describe(self, writer: SlideWriter, slide: Slide, name: str, item: SlideInput) -> None:
         """Attributes under the names that slide toolkits read, sizes in level-0 pixels beside those at `mpp`."""
-        scale, own_mpp = slide.scale(self.mpp)[0], slide.mpp
+        (scale, scale_y), own_mpp = slide.scale(self.mpp), slide.mpp
         sizes = slide.size_at(self.mpp) if self.settings.whole_slide else [self.settings.region_size]
         if item.boxes:
-            sizes = [side / scale for box in item.boxes for side in (box.width, box.height)]
+            sizes = [side for box in item.boxes for side in (box.width / scale, box.height / scale_y)]
         patch_size = -(-int(max(sizes)) // self.patch_size) * self.patch_size
+        mpp = slide.mpp_xy[0] * scale  # the same along y, also where the slide's own pixels are oblong
         attributes = {
             "name": name,
             "patch_size": patch_size,
@@ -308,16 +309,17 @@ class SlideEmbedder:
             "patch_level": 0,
             "custom_downsample": scale,
             "overlap": self.settings.overlap,
-            "mpp": own_mpp * scale,
+            "mpp": mpp,
             "level0_mpp": own_mpp,
             "level0_magnification": round(10 / own_mpp),
-            "target_magnification": round(10 / (own_mpp * scale)),
+            "target_magnification": round(10 / mpp),
             "level0_width": slide.dimensions[0],
             "level0_height": slide.dimensions[1],
         }
         writer.describe("coords", attributes)
         writer.describe("features", {"name": name, **({"label": item.label} if item.label else {})})
-        token_attributes = {"token_size": self.patch_size, "token_size_level0": self.patch_size * scale}
+        level0_size = (self.patch_size * scale, self.patch_size * scale_y)
+        token_attributes = {"token_size": self.patch_size, "token_size_level0": level0_size}
         for dataset in ("patch_coords", "token_coords"):
             if self.settings.dense:
                 writer.describe(dataset, token_attributes)

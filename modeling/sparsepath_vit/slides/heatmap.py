@@ -30,14 +30,14 @@ class TokenValues:
         name: what the numbers are.
         corners: (N, 2) x and y of the tokens' top left corners in level-0 pixels.
         values: (N,) float.
-        token_size: side of a token in level-0 pixels.
+        token_size: (width, height) of a token in level-0 pixels.
         dimensions: (width, height) of the slide in level-0 pixels.
     """
 
     name: str
     corners: np.ndarray
     values: np.ndarray
-    token_size: float
+    token_size: tuple[float, float]
     dimensions: tuple[int, int]
 
     def grid(self) -> tuple[np.ndarray, np.ndarray]:
@@ -78,7 +78,7 @@ def read_token_values(file: str | os.PathLike[str], value: str = "prune_scores")
             corners, values = _values(stored, value, tissue, kept)
             coords = stored["coords"].attrs
             dimensions = (int(coords["level0_width"]), int(coords["level0_height"]))
-            token_size = float(stored["token_coords"].attrs["token_size_level0"])
+            token_size = tuple(stored["token_coords"].attrs["token_size_level0"].tolist())
     except OSError as error:
         raise SlideError(f"{file} cannot be read as an HDF5 file of `sparsepath embed`: {error}.") from error
     return TokenValues(Path(value).stem, corners, values.astype(float), token_size, dimensions)
@@ -159,7 +159,7 @@ def overlay(slide: Slide, tokens: TokenValues, max_size: int = 2048, opacity: fl
     colors[present, 3] = round(255 * opacity)
     scale = overview.width / slide.dimensions[0]
     rows, columns = grid.shape
-    size = [max(1, round(count * tokens.token_size * scale)) for count in (columns, rows)]
+    size = [max(1, round(count * side * scale)) for count, side in zip((columns, rows), tokens.token_size, strict=True)]
     larger = size[0] >= columns and size[1] >= rows
     heat = Image.fromarray(colors).resize(size, Image.Resampling.NEAREST if larger else Image.Resampling.BOX)
     layer = Image.new("RGBA", overview.size)

@@ -5,7 +5,7 @@ import csv
 import logging
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -203,18 +203,19 @@ def read_manifest(path: Path) -> list[SlideInput]:
 
 
 def _manifest_row(slide: Path, row: dict[str, str | None], place: str) -> SlideInput:
-    def number(column: str, kind: type) -> float | None:
+    def number(column: str, kind: Callable[[str], float]) -> float | None:
         text = (row.get(column) or "").strip()
         try:
             return kind(text) if text else None
         except ValueError as error:
-            raise ValueError(f"{place}: {column}={text!r} is not a number.") from error
+            kind_name = "number" if kind is float else "whole number"
+            raise ValueError(f"{place}: {column}={text!r} is not a {kind_name}.") from error
 
     mpp = number("mpp", float)
     if mpp is not None and not is_credible(mpp):
         raise ValueError(f"{place}: mpp={mpp} is not the micrometres per pixel of a slide (0.25 at 40x, 0.5 at 20x).")
     label = (row.get("label") or "").strip() or None
-    box = [number(column, int) for column in ("x", "y", "width", "height")]
+    box = [number(column, _whole_number) for column in ("x", "y", "width", "height")]
     if all(value is None for value in box):
         return SlideInput(slide, mpp, label=label)
     if any(value is None for value in box):
@@ -222,3 +223,11 @@ def _manifest_row(slide: Path, row: dict[str, str | None], place: str) -> SlideI
     if box[2] < 1 or box[3] < 1:
         raise ValueError(f"{place}: the region is {box[2]} x {box[3]} pixels; both are at least 1.")
     return SlideInput(slide, mpp, (Box(*box, label=label),))
+
+
+def _whole_number(text: str) -> int:
+    """Also of "100.0", which pandas writes where a column has empty cells."""
+    number = float(text)
+    if not number.is_integer():
+        raise ValueError(text)
+    return int(number)
