@@ -1,6 +1,7 @@
 # Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
 """Embeddings against patch-by-patch arithmetic in float64 and timm's resampling of position embeddings."""
 
+import numpy as np
 import pytest
 import torch
 from plain_vit import cubic_weights
@@ -222,7 +223,7 @@ class TestBadInput:
         with pytest.raises(ValueError, match=message):
             embed(small_embeddings(), pixels, patch_mask, image_sizes)
 
-    @pytest.mark.parametrize("shape", [(3, 12, 20), (1, 1, 12, 20), (1, 4, 12, 20), (1, 12, 20, 3)])
+    @pytest.mark.parametrize("shape", [(3, 12, 20), (0, 3, 12, 20), (1, 1, 12, 20), (1, 4, 12, 20), (1, 12, 20, 3)])
     def test_channels_or_axes(self, shape):
         self.refuse(r"pixel_values has shape .*\(batch, 3, height, width\).*ImageProcessor", torch.zeros(shape))
 
@@ -239,6 +240,9 @@ class TestBadInput:
         pixels = random_pixels(2, 3, 5)
         pixels[1, 2, 3, 4] = number
         self.refuse("pixel_values holds NaN or infinite numbers.*check the image", pixels)
+
+    def test_pixels_that_are_no_tensor(self):
+        self.refuse(r"pixel_values is a ndarray: it takes a torch.Tensor.*return_tensors", np.zeros((1, 3, 8, 8)))
 
     def test_raw_pixels(self):
         """Regression: uint8 pixels in 0..255 were taken as they are."""

@@ -78,10 +78,15 @@ class SparsePathViTPatchEmbeddings(nn.Module):
         Raises:
             ValueError: names the shape and the remedy.
         """
-        if pixel_values.ndim != 4 or pixel_values.shape[1] != self.num_channels:
+        if not isinstance(pixel_values, torch.Tensor):
+            raise ValueError(
+                f"pixel_values is a {type(pixel_values).__name__}: it takes a torch.Tensor. "
+                'SparsePathViTImageProcessor makes one with return_tensors="pt".'
+            )
+        if pixel_values.ndim != 4 or pixel_values.shape[0] == 0 or pixel_values.shape[1] != self.num_channels:
             raise ValueError(
                 f"pixel_values has shape {tuple(pixel_values.shape)}: it takes (batch, {self.num_channels}, height, "
-                "width). SparsePathViTImageProcessor converts images of any mode."
+                "width) of at least one image. SparsePathViTImageProcessor converts images of any mode."
             )
         if not pixel_values.is_floating_point():
             raise ValueError(
