@@ -226,3 +226,18 @@ class TestFailureSignatures:
     )
     def test_recommended_and_borderline_settings_are_silent(self, settings):
         assert failure_signatures(small_config(**settings)) == []
+
+
+class TestMisspeltFields:
+    def test_a_name_that_is_almost_a_field_is_warned_of(self, warnings_said):
+        said = warnings_said(lambda: SparsePathViTConfig(prune_ration=0.5))
+        assert said == ["prune_ration is no field of SparsePathViTConfig and does nothing: is prune_ratio meant?"]
+
+    def test_names_of_transformers_and_of_others_are_not(self, warnings_said):
+        names = {
+            "transformers_version": "5.17.0",
+            "architectures": ["A"],
+            "hospital": "Basel",
+            "torch_dtype": "float32",
+        }
+        assert warnings_said(lambda: SparsePathViTConfig(**names)) == []

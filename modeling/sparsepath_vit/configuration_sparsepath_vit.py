@@ -1,12 +1,17 @@
 # Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
 """`SparsePathViTConfig`: everything that decides what the network computes, typed and checked."""
 
-from collections.abc import Callable
+import dataclasses
+import difflib
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 MLP_TYPES = ("gelu", "swiglu")
 POOLINGS = ("cls", "cls_mean")
@@ -206,6 +211,7 @@ class SparsePathViTConfig(BackboneConfigMixin, PreTrainedConfig):
             out_indices=kwargs.pop("out_indices", None), out_features=kwargs.pop("out_features", None)
         )
         kwargs.setdefault("auto_map", dict(AUTO_MAP))
+        self._warn_of_misspelt_fields(kwargs)
         super().__post_init__(**kwargs)
         self._check_consistency()
         self._is_consistent = True
@@ -221,6 +227,13 @@ class SparsePathViTConfig(BackboneConfigMixin, PreTrainedConfig):
             except ValueError:
                 super().__setattr__(name, previous)
                 raise
+
+    def _warn_of_misspelt_fields(self, names: Iterable[str]) -> None:
+        """Says where a name that Transformers would keep as an attribute is almost one of the fields."""
+        fields = [field.name for field in dataclasses.fields(self)]
+        for name in names:
+            for field in difflib.get_close_matches(name, fields, n=1, cutoff=0.85):
+                logger.warning_once(f"{name} is no field of {type(self).__name__} and does nothing: is {field} meant?")
 
     def _make_stage_names(self) -> list[str]:
         """What `out_features` chooses from: here the embeddings and each layer."""

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -106,9 +107,11 @@ def _finish(report: "EmbedReport", out: Path, console: Console) -> None:
 
     if not PartialState().is_main_process:
         return
-    console.print(str(report), highlight=False, soft_wrap=True)
+    console.print(str(report), markup=False, highlight=False, soft_wrap=True)
     if report.failed:
-        console.print(f"[bold red]{len(report.failed)} failed:[/] see {out / FAILURES_FILE}", soft_wrap=True)
+        console.print(
+            f"[bold red]{len(report.failed)} failed:[/] see {escape(str(out / FAILURES_FILE))}", soft_wrap=True
+        )
         raise typer.Exit(1)
 
 
@@ -134,7 +137,7 @@ def _add_heatmap(app: typer.Typer, console: Console) -> None:
 
         tokens = read_token_values(embeddings, value)
         for file in write_heatmap(Slide(slide), tokens, out, max_size, opacity, classes):
-            console.print(f"wrote {file}", highlight=False, soft_wrap=True)
+            console.print(f"wrote {file}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _add_estimate(app: typer.Typer, console: Console) -> None:

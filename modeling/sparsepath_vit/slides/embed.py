@@ -14,6 +14,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object, parse_flag_from_env
 from transformers import AutoImageProcessor, AutoModel
 
+from .compute import torch_device, weight_dtype
 from .embedder import DEFAULT_MPP, EmbedReport, EmbedSettings, SlideEmbedder, default_workers
 from .reader import Slide
 from .regions import SlideInput, read_inputs
@@ -70,7 +71,7 @@ def embed_slides(
     slides = _by_name(read_inputs(paths))
     _check_arguments(slides, settings, slide_mpp, tissue_mask)
     state = _process_state(device)
-    chosen = torch.device(device) if device is not None and state.num_processes == 1 else state.device
+    chosen = torch_device(device) if device is not None and state.num_processes == 1 else state.device
     model, processor = load_model(model_source, chosen, dtype)
     embedder = SlideEmbedder(
         model,
@@ -134,9 +135,11 @@ def load_model(
         source: folder or Hub id of a converted checkpoint.
         device: where the weights go.
         dtype: of the weights; by default bfloat16 on CUDA, else float32.
+
+    Raises:
+        ValueError: an unknown dtype, or a processor that does not fit the model.
     """
-    dtype = dtype or ("bfloat16" if device.type == "cuda" else "float32")
-    model = AutoModel.from_pretrained(source, dtype=dtype)
+    model = AutoModel.from_pretrained(source, dtype=weight_dtype(dtype, device))
     processor = AutoImageProcessor.from_pretrained(source)
     if processor.patch_size != model.config.patch_size:
         raise ValueError(

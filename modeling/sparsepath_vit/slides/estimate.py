@@ -18,6 +18,7 @@ from ..analysis.measure import measured
 from ..configuration_sparsepath_vit import SparsePathViTConfig
 from ..token_grid import TokenGrid
 from ..token_pruning import num_kept
+from .compute import torch_device, weight_dtype
 from .embedder import DEFAULT_MPP, EmbedSettings, default_workers, open_slide
 from .forward import forward_strips, strip_rows
 from .reader import Slide
@@ -80,12 +81,12 @@ def estimate_for(
     """`estimate_slide` of a file or `estimate_size` of a square, with the defaults of `embed`.
 
     Raises:
-        ValueError: both or neither of `slide` and `size`.
+        ValueError: both or neither of `slide` and `size`, an unknown device or dtype.
     """
     if (slide is None) == (size is None):
         raise ValueError("pass either a slide or --size PIXELS, and not both.")
-    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    number_type = getattr(torch, dtype or ("bfloat16" if chosen.type == "cuda" else "float32"))
+    chosen = torch_device(device)
+    number_type = weight_dtype(dtype, chosen)
     if size is not None:
         return estimate_size(config, size, size, chosen, number_type)
     workers = workers or default_workers()

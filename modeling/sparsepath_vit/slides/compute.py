@@ -1,0 +1,41 @@
+# Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
+"""Where a model runs on slides and in which numbers, from what a user wrote."""
+
+import torch
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def torch_device(device: str | None) -> torch.device:
+    """The device of that name; by default CUDA where there is one, else the CPU.
+
+    Raises:
+        ValueError: there is no such device, here or at all.
+    """
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(
+            f"device={device!r} is unknown: it takes cpu, cuda, or one of several GPUs (cuda:1)."
+        ) from error
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device={device!r} is not there: torch finds {torch.cuda.device_count()} CUDA devices. Use cpu, or see "
+            "`sparsepath doctor`."
+        )
+    return chosen
+
+
+def weight_dtype(dtype: str | None, device: torch.device) -> torch.dtype:
+    """The type of the weights by its name; by default bfloat16 on CUDA, else float32.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if dtype is None:
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r} is unknown: it takes {', '.join(DTYPES)}.")
+    return getattr(torch, dtype)
