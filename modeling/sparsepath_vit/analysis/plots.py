@@ -2,10 +2,12 @@
 """Curves from the recorded benchmarks; needs matplotlib (extras `train` and `dev`)."""
 
 import csv
+import math
 import os
 from collections import defaultdict
 from pathlib import Path
 
+PANELS_PER_ROW = 3
 COLORS = {
     "timm": "#8a8f98",
     "transformers": "#b9bec7",
@@ -69,12 +71,19 @@ def _plot_panels(panels: dict[str, dict[str, dict[int, float]]], path: Path, x_l
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(5 * len(panels), 4), squeeze=False)
-    for axis, (title, curves) in zip(axes[0], panels.items(), strict=True):
+    columns = min(len(panels), PANELS_PER_ROW)
+    rows = math.ceil(len(panels) / columns)
+    figure, axes = pyplot.subplots(rows, columns, figsize=(5 * columns, 4 * rows), squeeze=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    for axis, (title, curves) in zip(axes.flat, panels.items(), strict=False):
         for name, points in curves.items():
             x_values = sorted(points)
             axis.plot(x_values, [points[x] for x in x_values], marker="o", label=name, color=COLORS.get(name))
         axis.set(title=title, xlabel=x_label, ylabel=y_label, xscale="log", yscale="log")
+        measured = sorted({x for points in curves.values() for x in points})
+        axis.set_xticks(measured, [f"{x:,}" for x in measured], minor=False)
+        axis.set_xticks([], minor=True)
         axis.title.set_fontsize(9)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
