@@ -217,6 +217,21 @@ class TestStrips:
             embeddings.embed_strips([random_pixels(1, *strip) for strip in strips], grid)
 
 
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 1e-2), (torch.float16, 1e-3)])
+def test_the_patch_projection_in_16_bits_is_the_convolution(dtype, tolerance):
+    projection = small_embeddings().patch_embeddings.projection.to(dtype)
+    pixels = random_pixels(2, 3, 5).to(dtype).requires_grad_()
+    weights = torch.randn(2, 32, 3, 5)
+    exact = [states.detach().double().requires_grad_() for states in (pixels, projection.weight, projection.bias)]
+    expected = torch.nn.functional.conv2d(*exact, stride=PATCH)
+    gradients = torch.autograd.grad((expected * weights).sum(), exact)
+    found = projection(pixels)
+    found_gradients = torch.autograd.grad((found * weights.to(dtype)).sum(), (pixels, *projection.parameters()))
+    for actual, wanted in zip((found, *found_gradients), (expected, *gradients), strict=True):
+        assert actual.dtype == dtype
+        assert (actual.double() - wanted).abs().max() <= tolerance * wanted.abs().max()
+
+
 class TestBadInput:
     def refuse(self, message, pixels=None, patch_mask=None, image_sizes=None):
         pixels = random_pixels(2, 3, 5) if pixels is None else pixels

@@ -6,6 +6,7 @@ every dtype of the model: in bfloat16 a coordinate of a large map moves by a pix
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -17,7 +18,8 @@ try:
     from transformers.integrations import use_kernel_forward_from_hub
 except ImportError:  # an optional integration: without it the code below runs everywhere
 
-    def use_kernel_forward_from_hub(layer_name: str):  # noqa: ANN201, D103
+    def use_kernel_forward_from_hub(layer_name: str) -> Callable[[type], type]:
+        """Leaves the layer as it is."""
         return lambda layer: layer
 
 
