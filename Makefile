@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-SOURCES := modeling scripts tests configuration
+SOURCES := modeling scripts studies tests configuration
 
 .PHONY: demo test lint format figures benchmark clean
 
@@ -29,7 +29,7 @@ format: $(INSTALLED)
 	$(BIN)/ruff format $(SOURCES)
 
 figures: $(INSTALLED)  ## the pictures of README and model card
-	$(BIN)/python scripts/make_figures.py
+	$(BIN)/python -m studies.make_figures
 
 benchmark: $(INSTALLED)  ## the README's table, measured on this machine
 	$(BIN)/python scripts/benchmark.py model

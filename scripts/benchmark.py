@@ -19,14 +19,18 @@ On a GPU:
 
 import argparse
 import logging
+import sys
 from pathlib import Path
 
 import torch
 
-from sparsepath_vit.analysis import attention_peers, benchmark_model
-from sparsepath_vit.analysis.benchmark_attention import AttentionCase, time_case
-from sparsepath_vit.analysis.benchmark_model import ModelBenchmark
-from sparsepath_vit.analysis.results import append_rows
+sys.path.insert(0, str(Path(__file__).parents[1]))  # `studies` lies beside this folder and is not installed
+
+from studies.benchmarks import attention_peers
+from studies.benchmarks import model as benchmark_model
+from studies.benchmarks.attention import AttentionCase, time_case
+from studies.benchmarks.model import ModelBenchmark
+from studies.results import append_rows
 
 logger = logging.getLogger("benchmark")
 

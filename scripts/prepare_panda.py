@@ -16,11 +16,11 @@ import argparse
 import logging
 from pathlib import Path
 
-from sparsepath_vit.extras import imports_of_extra
+from sparsepath_vit.runtime.extras import imports_of_extra
 
 with imports_of_extra("train"):
-    from sparsepath_vit.tasks.panda import TASKS
-    from sparsepath_vit.tasks.panda_rois import SUMMARY_FILE, PandaSettings, prepare_panda
+    from sparsepath_vit.tasks.panda.dataset import TASKS
+    from sparsepath_vit.tasks.panda.rois import SUMMARY_FILE, PandaSettings, prepare_panda
 
 
 logger = logging.getLogger("prepare_panda")

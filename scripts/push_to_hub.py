@@ -24,8 +24,8 @@ from huggingface_hub import HfApi
 from transformers import AutoConfig, AutoImageProcessor
 
 import sparsepath_vit
-from sparsepath_vit.configuration_sparsepath_vit import AUTO_MAP
-from sparsepath_vit.remote_code import export_remote_code
+from sparsepath_vit.model.configuration_sparsepath_vit import AUTO_MAP
+from sparsepath_vit.model.remote_code import export_remote_code
 
 logger = logging.getLogger("push_to_hub")
 
@@ -55,7 +55,7 @@ def main() -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Prepares what was asked for, and uploads it with --push."""
     if arguments.kernel:
-        from sparsepath_vit.kernel_export import export_kernel
+        from sparsepath_vit.conversion.kernel_export import export_kernel
 
         logger.info("wrote %s", export_kernel(arguments.output_dir))
         return

@@ -27,13 +27,13 @@ import torch
 from transformers import AutoConfig, AutoImageProcessor
 
 from sparsepath_vit import SparsePathViTUniversalSegmentationConfig
-from sparsepath_vit.analysis.figures import save_image
-from sparsepath_vit.extras import imports_of_extra
+from sparsepath_vit.runtime.atomic_files import write_atomically
+from sparsepath_vit.runtime.extras import imports_of_extra
+from sparsepath_vit.runtime.figures import save_image
 from sparsepath_vit.slides import Slide, SlideError
-from sparsepath_vit.slides.store import write_atomically
 
 with imports_of_extra("train"):
-    from sparsepath_vit.tasks.segmentation_regions import (
+    from sparsepath_vit.tasks.segmentation.regions import (
         RegionSegmenter,
         compare_attention,
         label_map,
@@ -42,7 +42,7 @@ with imports_of_extra("train"):
         overlay,
         to_geojson,
     )
-    from sparsepath_vit.tasks.sliding_window import SEAM_BAND, WindowGrid, seam_report
+    from sparsepath_vit.tasks.segmentation.sliding_window import SEAM_BAND, WindowGrid, seam_report
 
 logger = logging.getLogger("segment")
 

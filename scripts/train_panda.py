@@ -39,18 +39,18 @@ from transformers import (
 )
 
 import sparsepath_vit  # noqa: F401  registers the Auto classes
-from sparsepath_vit.extras import imports_of_extra
-from sparsepath_vit.remote_code import export_remote_code
-from sparsepath_vit.slides.store import write_atomically
+from sparsepath_vit.model.remote_code import export_remote_code
+from sparsepath_vit.runtime.atomic_files import write_atomically
+from sparsepath_vit.runtime.extras import imports_of_extra
 
 with imports_of_extra("train"):
-    from sparsepath_vit.tasks.features import FeatureSettings
-    from sparsepath_vit.tasks.finetune import RoiCollator, RoiImages, RoiTrainer, with_lora
-    from sparsepath_vit.tasks.linear_probe import ProbeSettings, merge_head, probe
-    from sparsepath_vit.tasks.metrics import METRICS
+    from sparsepath_vit.tasks.classification.features import FeatureSettings
+    from sparsepath_vit.tasks.classification.finetune import RoiCollator, RoiImages, RoiTrainer, with_lora
+    from sparsepath_vit.tasks.classification.linear_probe import ProbeSettings, merge_head, probe
+    from sparsepath_vit.tasks.classification.metrics import METRICS
+    from sparsepath_vit.tasks.classification.roi_files import load_labelled_rois, write_rows
+    from sparsepath_vit.tasks.classification.rois import RoiDataset, count_problems
     from sparsepath_vit.tasks.recipes import parse_recipe_and_flags
-    from sparsepath_vit.tasks.roi_files import load_labelled_rois, write_rows
-    from sparsepath_vit.tasks.rois import RoiDataset, count_problems
 
 logger = logging.getLogger("train_panda")
 

@@ -31,20 +31,24 @@ from transformers import AutoConfig, AutoImageProcessor, HfArgumentParser, Train
 from transformers.trainer_utils import get_last_checkpoint
 
 from sparsepath_vit import SparsePathViTForUniversalSegmentation
-from sparsepath_vit.analysis.figures import save_image
-from sparsepath_vit.configuration_segmentation_sparsepath_vit import HEADS, SparsePathViTUniversalSegmentationConfig
-from sparsepath_vit.extras import imports_of_extra
-from sparsepath_vit.remote_code import export_remote_code
-from sparsepath_vit.slides.store import write_atomically
+from sparsepath_vit.model.configuration_segmentation_sparsepath_vit import (
+    HEADS,
+    SparsePathViTUniversalSegmentationConfig,
+)
+from sparsepath_vit.model.remote_code import export_remote_code
+from sparsepath_vit.runtime.atomic_files import write_atomically
+from sparsepath_vit.runtime.extras import imports_of_extra
+from sparsepath_vit.runtime.figures import save_image
 
 with imports_of_extra("train"):
     from sparsepath_vit.tasks.recipes import parse_recipe_and_flags
-    from sparsepath_vit.tasks.segmentation_data import SegmentationCollator, SegmentationImages, augmentation
-    from sparsepath_vit.tasks.segmentation_figures import evenly_spaced, example_figure
-    from sparsepath_vit.tasks.segmentation_metrics import METRICS
-    from sparsepath_vit.tasks.segmentation_regions import RegionSegmenter
-    from sparsepath_vit.tasks.segmentation_training import INDEPENDENT_LABELS, SegmentationTrainer
-    from sparsepath_vit.tasks.segpath import SegmentationPairs, read_pairs, read_segpath
+    from sparsepath_vit.tasks.segmentation.data import SegmentationCollator, SegmentationImages, augmentation
+    from sparsepath_vit.tasks.segmentation.figures import evenly_spaced, example_figure
+    from sparsepath_vit.tasks.segmentation.metrics import METRICS
+    from sparsepath_vit.tasks.segmentation.pairs import SegmentationPairs, read_pairs
+    from sparsepath_vit.tasks.segmentation.regions import RegionSegmenter
+    from sparsepath_vit.tasks.segmentation.training import INDEPENDENT_LABELS, SegmentationTrainer
+    from sparsepath_vit.tasks.segpath.dataset import read_segpath
 
 logger = logging.getLogger("train_segpath")
 
@@ -276,7 +280,7 @@ def run(
     results |= {"eval_images": sorted({pair.name for pair in reported.pairs})} if data.pairs_dir else {}
     if data.baselines and training.should_save:
         with imports_of_extra("train"):
-            from sparsepath_vit.tasks.segmentation_baselines import evaluate_baselines
+            from sparsepath_vit.tasks.segmentation.baselines import evaluate_baselines
 
         results["baselines"] = evaluate_baselines(
             trainer.train_dataset, reported, pairs.label_names, data.bootstrap_samples, training.seed

@@ -12,12 +12,13 @@ from pathlib import Path
 import numpy as np
 import tifffile
 from PIL import Image
+from places import SHARED_DATA
 
 sys.path.append(str(Path(__file__).parent / "slides"))
 
 from slide_files import stained_image
 
-REAL_TISSUE = Path(__file__).parents[1] / "../shared/data/rois/cmu1_1120x1120.png"
+REAL_TISSUE = SHARED_DATA / "rois/cmu1_1120x1120.png"
 PROVIDER_MPP = {"radboud": 0.5, "karolinska": 0.5}
 FACTORS = (4, 16)
 GLEASON = {0: "0+0", 1: "3+3", 2: "3+4", 3: "4+3", 4: "4+4", 5: "4+5"}

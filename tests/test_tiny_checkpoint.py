@@ -5,7 +5,6 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,21 +12,16 @@ import torch
 import yaml
 from bare_python import ABSENT_BESIDE_IMAGE_PROCESSOR, run_bare
 from PIL import Image
+from places import ROOT
 from safetensors import safe_open
 from skimage.data import immunohistochemistry
 from transformers import AutoImageProcessor, AutoModel
 
-from sparsepath_vit import (
-    SparsePathViTImageProcessor,
-    SparsePathViTModel,
-    copy_tiny_checkpoint,
-    tiny_checkpoint,
-)
-from sparsepath_vit.analysis import demo
-from sparsepath_vit.analysis.evidence import area_under_roc, run_model, untrained_twin
-from sparsepath_vit.remote_code import remote_code_files
+from sparsepath_vit import SparsePathViTImageProcessor, SparsePathViTModel, copy_tiny_checkpoint, tiny_checkpoint
+from sparsepath_vit.comparison import demo
+from sparsepath_vit.model.remote_code import remote_code_files
+from studies.tiny_evidence.evidence import area_under_roc, run_model, untrained_twin
 
-ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "configuration" / "recipes" / "pretrain_tiny.yaml"
 
 LOAD_WITHOUT_THE_PACKAGE = """

@@ -10,24 +10,24 @@ from transformers import (
     AutoModelForUniversalSegmentation,
 )
 
-from .adapter_sparsepath_vit import SparsePathViTAdapterBackbone
-from .block_attention import block_attention, set_block_attention_backend
 from .checkpoints import copy_tiny_checkpoint, tiny_checkpoint
-from .configuration_segmentation_sparsepath_vit import (
+from .model.adapter_sparsepath_vit import SparsePathViTAdapterBackbone
+from .model.attention_operator import block_attention, set_block_attention_backend
+from .model.configuration_segmentation_sparsepath_vit import (
     SparsePathViTAdapterConfig,
     SparsePathViTUniversalSegmentationConfig,
 )
-from .configuration_sparsepath_vit import SparsePathViTConfig
-from .image_processing_sparsepath_vit import SparsePathViTImageProcessor, SparsePathViTImageProcessorPil
-from .modeling_sparsepath_vit import (
+from .model.configuration_sparsepath_vit import SparsePathViTConfig
+from .model.image_processing_sparsepath_vit import SparsePathViTImageProcessor, SparsePathViTImageProcessorPil
+from .model.modeling_sparsepath_vit import (
     SparsePathViTBackbone,
     SparsePathViTForImageClassification,
     SparsePathViTModel,
     SparsePathViTPreTrainedModel,
 )
-from .segmentation_postprocessing import post_process_semantic_segmentation, semantic_probabilities
-from .segmentation_sparsepath_vit import SparsePathViTForUniversalSegmentation
-from .token_grid import TokenGrid
+from .model.segmentation_postprocessing import post_process_semantic_segmentation, semantic_probabilities
+from .model.segmentation_sparsepath_vit import SparsePathViTForUniversalSegmentation
+from .model.token_grid import TokenGrid
 from .version import __version__
 
 AutoConfig.register("sparsepath_vit", SparsePathViTConfig, exist_ok=True)

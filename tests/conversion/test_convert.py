@@ -10,7 +10,7 @@ from source_networks import SMALL_TRANSFORMERS, randomize, transformers_network
 
 from sparsepath_vit import SparsePathViTConfig, SparsePathViTForImageClassification, SparsePathViTModel
 from sparsepath_vit.conversion import architecture, convert, convert_checkpoint, sources, weights
-from sparsepath_vit.image_processing_sparsepath_vit import SparsePathViTImageProcessor
+from sparsepath_vit.model.image_processing_sparsepath_vit import SparsePathViTImageProcessor
 
 OUTPUT_FILES = {"config.json", "model.safetensors", "preprocessor_config.json", "README.md"}
 

@@ -4,7 +4,7 @@ from huggingface_hub import ModelCard
 
 from sparsepath_vit.conversion import architecture, known_architectures
 from sparsepath_vit.conversion.model_card import write_model_card
-from sparsepath_vit.image_processing_sparsepath_vit import SparsePathViTImageProcessor
+from sparsepath_vit.model.image_processing_sparsepath_vit import SparsePathViTImageProcessor
 
 
 def card_of(name, folder, source="weights.pth", ignored=None, **fields):

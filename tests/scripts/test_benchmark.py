@@ -4,7 +4,7 @@ import csv
 import pytest
 from run_script import load_script
 
-from sparsepath_vit.analysis.benchmark_model import PEERS
+from studies.benchmarks.model import PEERS
 
 benchmark = load_script("benchmark")
 MODEL = ("model", "--architecture", "vit-tiny-14-reg4", "--repeats", "1", "--dtype", "float32", "--device", "cpu")

@@ -23,7 +23,7 @@ def test_a_dry_run_prepares_everything_a_hub_user_needs(tmp_path, checkpoint, ru
     run_script(push_to_hub, str(checkpoint), "--output_dir", str(out))
     names = {path.name for path in out.iterdir()}
     assert {"config.json", "model.safetensors", "preprocessor_config.json", "README.md"} <= names
-    assert {"modeling_sparsepath_vit.py", "token_grid.py", "block_attention_cpu.py"} <= names
+    assert {"modeling_sparsepath_vit.py", "token_grid.py", "attention_sdpa_tiles.py"} <= names
     auto_map = json.loads((out / "config.json").read_text())["auto_map"]
     assert {"AutoConfig", "AutoModel", "AutoModelForImageClassification", "AutoBackbone"} <= set(auto_map)
     card = (out / "README.md").read_text()

@@ -8,17 +8,18 @@ import pytest
 import torch
 import yaml
 from panda_files import small_panda
-from run_script import SCRIPTS, load_script
+from places import SCRIPTS, SHARED_DATA
+from run_script import load_script
 from small_models import small_model
 from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification, Trainer
 
 from sparsepath_vit import SparsePathViTImageProcessor, SparsePathViTModel
-from sparsepath_vit.tasks.metrics import METRICS
-from sparsepath_vit.tasks.panda_rois import PandaSettings, prepare_panda
-from sparsepath_vit.tasks.roi_files import load_roi_dataset
+from sparsepath_vit.tasks.classification.metrics import METRICS
+from sparsepath_vit.tasks.classification.roi_files import load_roi_dataset
+from sparsepath_vit.tasks.panda.rois import PandaSettings, prepare_panda
 
 train_panda = load_script("train_panda")
-OSTEOSARCOMA = Path(__file__).parents[2] / "../shared/data/classification/osteosarcoma_roi"
+OSTEOSARCOMA = SHARED_DATA / "classification/osteosarcoma_roi"
 NEEDED = {f"eval_{name}{ending}" for name in METRICS for ending in ("", "_low", "_high")} | {"eval_confusion_matrix"}
 
 

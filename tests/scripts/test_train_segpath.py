@@ -5,6 +5,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from places import ROOT
 from run_script import load_script
 from safetensors.torch import load_file
 from segpath_files import BOTH, small_pairs, small_segpath, two_tissues, write_pair
@@ -12,7 +13,7 @@ from small_models import small_config
 from transformers import AutoModelForUniversalSegmentation
 
 from sparsepath_vit import SparsePathViTImageProcessor, SparsePathViTModel
-from sparsepath_vit.tasks.segmentation_metrics import METRICS
+from sparsepath_vit.tasks.segmentation.metrics import METRICS
 
 train_segpath = load_script("train_segpath")
 SMALL_MASK2FORMER = {
@@ -162,7 +163,7 @@ def test_a_recipe_with_unknown_settings_is_refused(run_script, tmp_path):
 
 
 def test_recipes_are_known_to_the_script(backbone_dir, tmp_path):
-    recipes = sorted((train_segpath.Path(__file__).parents[2] / "configuration" / "recipes").glob("segpath_*.yaml"))
+    recipes = sorted((ROOT / "configuration" / "recipes").glob("segpath_*.yaml"))
     assert recipes
     for recipe in recipes:
         data = [] if "segpath_dir" in recipe.read_text() else ["--pairs_dir", "pairs"]

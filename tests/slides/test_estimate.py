@@ -7,8 +7,8 @@ from slide_files import stained_image, write_pyramid
 from small_models import small_config
 
 from sparsepath_vit import SparsePathViTConfig, SparsePathViTModel
-from sparsepath_vit.analysis.cost import forward_flops, token_grid_of_size
-from sparsepath_vit.image_processing_sparsepath_vit import SparsePathViTImageProcessor
+from sparsepath_vit.model.image_processing_sparsepath_vit import SparsePathViTImageProcessor
+from sparsepath_vit.runtime.cost import forward_flops, token_grid_of_size
 from sparsepath_vit.slides import EmbedSettings, Slide, TissueMask, embed_slides, find_tissue, tissue_regions
 from sparsepath_vit.slides.estimate import estimate_for, estimate_size, estimate_slide, release_unused
 

@@ -4,7 +4,7 @@
 import shutil
 from pathlib import Path
 
-from ..remote_code import export_remote_code
+from ..model.remote_code import export_remote_code
 
 
 def tiny_checkpoint() -> Path:

@@ -8,7 +8,7 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
-from ..configuration_sparsepath_vit import SparsePathViTConfig
+from ..model.configuration_sparsepath_vit import SparsePathViTConfig
 
 SOURCE_STYLES = ("timm", "transformers", "dinov2")
 CONFIG_FIELDS = frozenset(

@@ -15,19 +15,14 @@ from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.utils import logging
 
-from ..configuration_sparsepath_vit import SparsePathViTConfig
-from ..image_processing_sparsepath_vit import SparsePathViTImageProcessor
-from ..remote_code import export_remote_code
+from ..model.configuration_sparsepath_vit import SparsePathViTConfig
+from ..model.image_processing_sparsepath_vit import SparsePathViTImageProcessor
+from ..model.remote_code import export_remote_code
 from .architectures import Architecture
 from .architectures import architecture as find_architecture
 from .mapping import MappingPlan, check_parameters, infer_structure, plan_mapping
 from .model_card import write_model_card
-from .source_config import (
-    read_resampling,
-    read_source_config,
-    read_source_normalisation,
-    read_source_structure,
-)
+from .source_config import read_resampling, read_source_config, read_source_normalisation, read_source_structure
 from .sources import CheckpointSource, open_source
 from .weights import SAFETENSORS_TYPES, StackedTensor, write_safetensors
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from ..configuration_sparsepath_vit import SparsePathViTConfig
-from ..modeling_sparsepath_vit import SparsePathViTModel
+from ..model.configuration_sparsepath_vit import SparsePathViTConfig
+from ..model.modeling_sparsepath_vit import SparsePathViTModel
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@
 import json
 from pathlib import Path
 
-from ..configuration_sparsepath_vit import SparsePathViTConfig
-from ..image_processing_sparsepath_vit import SparsePathViTImageProcessor
+from ..model.configuration_sparsepath_vit import SparsePathViTConfig
+from ..model.image_processing_sparsepath_vit import SparsePathViTImageProcessor
 from .architectures import Architecture
 
 # Licences that the Hub knows by identifier; the others are declared as "other" with their name.

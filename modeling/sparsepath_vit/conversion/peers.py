@@ -16,7 +16,7 @@ from transformers import (
     ViTModel,
 )
 
-from ..configuration_sparsepath_vit import SparsePathViTConfig
+from ..model.configuration_sparsepath_vit import SparsePathViTConfig
 
 
 def timm_network(config: SparsePathViTConfig) -> nn.Module:

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from ..configuration_sparsepath_vit import SparsePathViTConfig
-from ..modeling_sparsepath_vit import SparsePathViTModel
+from ..model.configuration_sparsepath_vit import SparsePathViTConfig
+from ..model.modeling_sparsepath_vit import SparsePathViTModel
 from .architectures import architecture as find_architecture
 from .mapping import MappingPlan, plan_mapping
 from .peers import has_dinov2_positions, timm_network, transformers_form

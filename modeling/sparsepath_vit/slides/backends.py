@@ -15,8 +15,8 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image, ImageOps
 
+from ..runtime.extras import require
 from . import resolution
-from .extras import require
 from .resolution import MppXY
 
 _PLAIN_IMAGES = (b"\x89PNG", b"\xff\xd8\xff", b"BM", b"RIFF")

@@ -14,7 +14,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object, parse_flag_from_env
 from transformers import AutoImageProcessor, AutoModel
 
-from .compute import torch_device, weight_dtype
+from ..runtime.compute import torch_device, weight_dtype
 from .embedder import DEFAULT_MPP, EmbedReport, EmbedSettings, SlideEmbedder, default_workers
 from .reader import Slide
 from .regions import SlideInput, read_inputs
@@ -22,8 +22,8 @@ from .resolution import is_credible
 from .store import EmbeddingStore
 
 if TYPE_CHECKING:
-    from ..image_processing_sparsepath_vit import SparsePathViTImageProcessor
-    from ..modeling_sparsepath_vit import SparsePathViTModel
+    from ..model.image_processing_sparsepath_vit import SparsePathViTImageProcessor
+    from ..model.modeling_sparsepath_vit import SparsePathViTModel
 
 # The processes wait for each other at the end, and one may have hours of slides more.
 _LONGEST_WAIT = timedelta(days=30)

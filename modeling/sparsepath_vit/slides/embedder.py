@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ..analysis.measure import measured
-from ..patch_presence import covered_patches
+from ..model.patch_presence import covered_patches
+from ..runtime.measure import measured
 from .backends import SlideError
 from .forward import Embedding, Stopwatch, embed_regions, embed_slide, read_ahead
 from .reader import Slide
@@ -27,8 +27,8 @@ from .store import EmbeddingStore, SlideWriter
 from .tissue import TissueMask, find_tissue
 
 if TYPE_CHECKING:
-    from ..image_processing_sparsepath_vit import SparsePathViTImageProcessor
-    from ..modeling_sparsepath_vit import SparsePathViTModel
+    from ..model.image_processing_sparsepath_vit import SparsePathViTImageProcessor
+    from ..model.modeling_sparsepath_vit import SparsePathViTModel
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ class EmbedReport:
         seconds: wall time, the longest of the processes.
         model_seconds: share of it in the model, pixel values included.
         reading_seconds: share of it waiting for pixels.
-        peak_bytes: the largest of the processes, as `analysis.measure` defines it.
+        peak_bytes: the largest of the processes, as `runtime.measure` defines it.
     """
 
     done: int = 0

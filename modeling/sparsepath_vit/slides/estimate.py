@@ -13,12 +13,12 @@ import psutil
 import torch
 from transformers import AutoModel
 
-from ..analysis.cost import forward_flops
-from ..analysis.measure import measured
-from ..configuration_sparsepath_vit import SparsePathViTConfig
-from ..token_grid import TokenGrid
-from ..token_pruning import num_kept
-from .compute import torch_device, weight_dtype
+from ..model.configuration_sparsepath_vit import SparsePathViTConfig
+from ..model.token_grid import TokenGrid
+from ..model.token_pruning import num_kept
+from ..runtime.compute import torch_device, weight_dtype
+from ..runtime.cost import forward_flops
+from ..runtime.measure import measured
 from .embedder import DEFAULT_MPP, EmbedSettings, default_workers, open_slide
 from .forward import forward_strips, strip_rows
 from .reader import Slide
@@ -43,7 +43,7 @@ class Estimate:
         tissue_share: share of the slide's or image's tokens that is tissue.
         flops: floating point operations of all forwards.
         seconds: in the model; reading runs beside it.
-        peak_bytes: as `analysis.measure` defines it: on CUDA the device's memory, otherwise the whole process.
+        peak_bytes: as `runtime.measure` defines it: on CUDA the device's memory, otherwise the whole process.
     """
 
     forwards: int

@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import torch
 
-from ..token_grid import TokenGrid
+from ..model.token_grid import TokenGrid
 from .backends import SlideError
 from .reader import Slide
 from .tissue import TissueMask, find_tissue
 
 if TYPE_CHECKING:
-    from ..image_processing_sparsepath_vit import SparsePathViTImageProcessor
-    from ..modeling_sparsepath_vit import SparsePathViTModel
+    from ..model.image_processing_sparsepath_vit import SparsePathViTImageProcessor
+    from ..model.modeling_sparsepath_vit import SparsePathViTModel
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

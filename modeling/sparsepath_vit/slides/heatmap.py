@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from ..analysis.figures import heat_colors, save_image
+from ..runtime.atomic_files import write_atomically
+from ..runtime.extras import require
+from ..runtime.figures import heat_colors, save_image
 from .backends import SlideError
-from .extras import require
 from .outlines import outlines
 from .reader import Slide
-from .store import write_atomically
 
 KEPT_COLOR, REMOVED_COLOR = (44, 111, 176), (226, 229, 234)
 _TITLE_HEIGHT = 24

@@ -3,7 +3,7 @@
 
 import numpy as np
 
-from .extras import require
+from ..runtime.extras import require
 
 Ring = np.ndarray  # (points, 2) column and row of token corners, closed: the first point is also the last
 

@@ -9,8 +9,6 @@ import io
 import json
 import logging
 import os
-import re
-import socket
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
@@ -18,18 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from .extras import require
-
-try:
-    import fcntl
-except ImportError:  # Windows, where a file that is open cannot be removed anyway
-    fcntl = None
+from ..runtime.atomic_files import append_row, open_temporary, remove_stale_files, write_atomically
+from ..runtime.extras import require
 
 logger = logging.getLogger(__name__)
 
 SETTINGS_FILE = "settings.json"
 FAILURES_FILE = "failures.csv"
-_TEMPORARY_NAME = re.compile(r".+\.(h5|json|geojson|csv|png)\.[^.]+-\d+\.tmp")
 _CHUNK_BYTES = 2**19
 
 
@@ -111,13 +104,8 @@ class EmbeddingStore:
 
     def record_failure(self, slide: str | os.PathLike[str], reason: str) -> None:
         """Adds a row to `failures.csv`; safe with several processes."""
-        path = self.folder / FAILURES_FILE
         row = _csv_row(os.fspath(slide), " ".join(reason.split()))
-        with open(path, "a", encoding="utf-8") as file:
-            if fcntl is not None:
-                fcntl.flock(file, fcntl.LOCK_EX)
-            header = "" if os.fstat(file.fileno()).st_size else _csv_row("slide", "reason")
-            file.write(header + row)  # one write to a file opened for appending
+        append_row(self.folder / FAILURES_FILE, _csv_row("slide", "reason"), row)
 
     def skipped_regions(self, name: str) -> list[tuple[int, int, int, int]]:
         """(x, y, width, height) in level-0 pixels of the regions that the file of `name` says it does not hold."""
@@ -157,7 +145,7 @@ class SlideWriter:
 
     def __enter__(self) -> "SlideWriter":
         h5py = require("h5py")
-        self._temporary, descriptor = _open_temporary(self._path)
+        self._temporary, descriptor = open_temporary(self._path)
         self._disk = _DiskFile(descriptor, "r+")
         self._file = h5py.File(self._disk, "w")
         for key, value in self._attributes.items():
@@ -231,58 +219,6 @@ class _DiskFile(io.FileIO):
         """Raises the first error of a write."""
         if self._error is not None:
             raise self._error
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a small file so that it is either there in full or not at all."""
-    temporary, descriptor = _open_temporary(path)
-    try:
-        with open(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-            os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def remove_stale_files(folder: Path) -> None:
-    """Removes the temporary files of processes that are no more; a running one holds a lock on its own."""
-    for path in folder.iterdir():
-        if not _TEMPORARY_NAME.fullmatch(path.name):
-            continue
-        try:
-            descriptor = os.open(path, os.O_RDWR)
-        except FileNotFoundError:  # finished or removed by another process just now
-            continue
-        try:
-            if _lock(descriptor):
-                path.unlink(missing_ok=True)
-                logger.info("removed %s, which an interrupted run left behind", path)
-        except PermissionError:
-            logger.info("%s is in use", path)
-        finally:
-            os.close(descriptor)
-
-
-def _open_temporary(path: Path) -> tuple[Path, int]:
-    """A new locked file beside `path`, named after host and process: its path and descriptor."""
-    host = socket.gethostname().replace(".", "-")
-    temporary = path.with_name(f"{path.name}.{host}-{os.getpid()}.tmp")
-    descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
-    _lock(descriptor)
-    return temporary, descriptor
-
-
-def _lock(descriptor: int) -> bool:
-    """Takes the lock on a file without waiting; False where another process holds it."""
-    if fcntl is None:
-        return True
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _csv_row(*cells: str) -> str:

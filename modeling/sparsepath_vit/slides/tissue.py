@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ..runtime.extras import require
 from .backends import SlideError
-from .extras import require
 from .reader import Slide
 
 _OVERVIEW_MPP = 8.0

@@ -1,0 +1,126 @@
+# Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
+"""The attention kernel as a repository for the Hugging Face `kernels` library.
+
+The kernel is pure Triton, compiled where it runs, so there is one build for every version of torch:
+
+    build.toml, README.md                       what the repository is
+    torch-ext/sparsepath_block_attention/       the sources
+    build/torch-universal/metadata.json         the build that the library loads, and
+    build/torch-universal/sparsepath_block_attention/   its package, the sources once more
+
+`kernels.get_local_kernel(folder)` loads it from a folder, `kernels.get_kernel` from the Hub.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+KERNEL_NAME = "sparsepath-block-attention"
+KERNEL_VERSION = 1
+
+_PACKAGE_NAME = KERNEL_NAME.replace("-", "_")
+_SOURCES = (
+    "token_grid.py",
+    "attention_triton_tables.py",
+    "attention_triton_kernels.py",
+    "attention_triton.py",
+)
+_LICENCE_LINE = "# Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.\n"
+
+_PACKAGE_INIT = (
+    _LICENCE_LINE
+    + '''"""Block-local attention with fused global tokens, ragged after token pruning (arXiv 2601.12150)."""
+
+from .attention_triton import triton_block_attention as block_attention
+from .token_grid import TokenGrid
+
+__all__ = ["TokenGrid", "block_attention"]
+'''
+)
+
+_BUILD_TOML = f"""[general]
+edition = 5
+name = "{KERNEL_NAME}"
+version = {KERNEL_VERSION}
+license = "Apache-2.0"
+backends = ["cuda"]
+
+[torch-noarch]
+"""
+
+_README = f"""---
+license: apache-2.0
+tags:
+- kernels
+- kernel
+---
+
+# {KERNEL_NAME}
+
+Block-local attention for vision transformers on large images, in Triton: each patch token sees the global tokens (CLS
+and registers) and the blocks around its own, global tokens see everything, in one softmax (arXiv 2601.12150). Blocks
+may be ragged, as they are after token pruning. Forward and backward, bitwise reproducible, bfloat16, float16 and
+float32, head_dim 16, 32, 64, 80, 96 and 128, on NVIDIA GPUs.
+
+```python
+import torch
+from kernels import get_local_kernel
+
+kernel = get_local_kernel("path/to/this/folder")
+grid = kernel.TokenGrid.create([(245, 245)], num_global_tokens=9, window_size=8, device="cuda")
+query, key, value = torch.randn(3, 1, 24, grid.num_tokens, 64, dtype=torch.bfloat16, device="cuda")
+output = kernel.block_attention(query, key, value, grid)
+```
+"""
+
+
+def export_kernel(output_dir: str | os.PathLike) -> Path:
+    """Writes the kernel's repository.
+
+    Args:
+        output_dir: folder to write; must not exist yet, or be empty.
+
+    Returns:
+        The folder.
+
+    Raises:
+        FileExistsError: the folder holds something.
+    """
+    output_dir = Path(output_dir)
+    if output_dir.exists() and any(output_dir.iterdir()):
+        raise FileExistsError(f"output_dir={str(output_dir)!r} is not empty: remove it, or name another folder.")
+    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    # Written beside its destination and renamed, so that an interrupted export leaves no half repository.
+    with tempfile.TemporaryDirectory(dir=output_dir.parent) as temporary:
+        repository = Path(temporary) / output_dir.name
+        sources = repository / "torch-ext" / _PACKAGE_NAME
+        build = repository / "build" / "torch-universal"
+        sources.mkdir(parents=True)
+        (repository / "build.toml").write_text(_BUILD_TOML, encoding="utf-8")
+        (repository / "README.md").write_text(_README, encoding="utf-8")
+        (sources / "__init__.py").write_text(_PACKAGE_INIT, encoding="utf-8")
+        for name in _SOURCES:
+            shutil.copyfile(Path(__file__).parents[1] / "model" / name, sources / name)
+        shutil.copytree(sources, build / _PACKAGE_NAME)
+        metadata = json.dumps(_metadata(sources), indent=2) + "\n"
+        (build / "metadata.json").write_text(metadata, encoding="utf-8")
+        os.replace(repository, output_dir)
+    return output_dir
+
+
+def _metadata(sources: Path) -> dict[str, object]:
+    """What the library reads before it loads a build; the id tells builds with different sources apart."""
+    digest = hashlib.sha256()
+    for path in sorted(sources.iterdir()):
+        digest.update(path.name.encode() + path.read_bytes())
+    return {
+        "name": KERNEL_NAME,
+        "id": f"_{_PACKAGE_NAME}_universal_{digest.hexdigest()[:12]}",
+        "version": KERNEL_VERSION,
+        "license": "Apache-2.0",
+        "python-depends": [],
+        "backend": {"type": "cuda"},
+    }

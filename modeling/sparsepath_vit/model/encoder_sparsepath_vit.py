@@ -1,0 +1,240 @@
+# Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
+"""The layers of SparsePathViT and the encoder that runs them, with the pruning step between two of them."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .attention_operator import ATTENTION_NAME
+from .attention_specification import dense_attention_mask, eager_attention_forward
+from .configuration_sparsepath_vit import SparsePathViTConfig
+from .token_grid import TokenGrid, per_image
+from .token_pruning import kept_tokens, prune_scores, select_tokens
+
+# Called with the number of layers run so far, from 0, and the tokens; returns them, changed or not.
+AfterLayer = Callable[[int, torch.Tensor, TokenGrid], tuple[torch.Tensor, TokenGrid]]
+
+
+class SparsePathViTLayerScale(nn.Module):
+    """A learned factor per channel on a residual branch."""
+
+    def __init__(self, config: SparsePathViTConfig) -> None:
+        super().__init__()
+        self.lambda1 = nn.Parameter(torch.full((config.hidden_size,), float(config.layerscale_value)))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states * self.lambda1
+
+
+class SparsePathViTDropPath(nn.Module):
+    """Stochastic depth: drops a residual branch for whole images in training (arXiv 1603.09382)."""
+
+    def __init__(self, drop_prob: float) -> None:
+        super().__init__()
+        self.drop_prob = drop_prob
+
+    def forward(self, hidden_states: torch.Tensor, grid: TokenGrid) -> torch.Tensor:
+        if self.drop_prob == 0.0 or not self.training:
+            return hidden_states
+        keep_prob = 1.0 - self.drop_prob
+        factors = torch.rand(grid.batch_size, device=hidden_states.device).lt(keep_prob).to(hidden_states) / keep_prob
+        tokens = per_image([grid.num_global_tokens + count for count in grid.counts], hidden_states.device)
+        factors = torch.repeat_interleave(factors, tokens, output_size=grid.num_tokens)
+        return hidden_states * factors.view(*grid.batch_shape, 1)
+
+
+class SparsePathViTAttention(nn.Module):
+    """Multi-head attention over the pattern of a `TokenGrid`, by the implementation named in the config."""
+
+    def __init__(self, config: SparsePathViTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.num_heads = config.num_attention_heads
+        self.head_dim = config.head_dim
+        self.scaling = config.head_dim**-0.5
+        self.is_causal = False
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=config.qkv_bias)
+        self.projection = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        grid: TokenGrid,
+        attention_mask: Any = None,
+        score_tokens: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        batch, tokens, _ = hidden_states.shape
+        qkv = self.qkv(hidden_states).view(batch, tokens, 3, self.num_heads, self.head_dim)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (batch, heads, tokens, head_dim)
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        attended, weights = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            scaling=self.scaling,
+            dropout=self.config.attention_dropout if self.training else 0.0,
+            token_grid=grid,
+        )
+        scores = None
+        if score_tokens:
+            scores = prune_scores(query, key, value, grid, scale=self.scaling, kind=self.config.prune_score)
+        # (batch, tokens, heads, head_dim) -> (batch, tokens, hidden_size)
+        return self.projection(attended.reshape(batch, tokens, -1)), weights, scores
+
+
+class SparsePathViTMLP(nn.Module):
+    """Two linear layers with an exact GELU, or a SwiGLU whose gate and value share `fc1` (gate first, as in timm)."""
+
+    def __init__(self, config: SparsePathViTConfig) -> None:
+        super().__init__()
+        self.is_gated = config.mlp_type == "swiglu"
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size * (2 if self.is_gated else 1))
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        hidden_states = self.fc1(hidden_states)
+        if self.is_gated:
+            gate, hidden_states = hidden_states.chunk(2, dim=-1)
+            return self.fc2(nn.functional.silu(gate) * hidden_states)
+        return self.fc2(nn.functional.gelu(hidden_states))
+
+
+class SparsePathViTLayer(GradientCheckpointingLayer):
+    """Pre-norm attention and MLP, each scaled by LayerScale and added to the residual stream."""
+
+    def __init__(self, config: SparsePathViTConfig, drop_path: float) -> None:
+        super().__init__()
+        self.config = config
+        self.norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attention = SparsePathViTAttention(config)
+        self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = SparsePathViTMLP(config)
+        if config.use_layerscale:
+            self.layer_scale1 = SparsePathViTLayerScale(config)
+            self.layer_scale2 = SparsePathViTLayerScale(config)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.drop_path = SparsePathViTDropPath(drop_path)
+
+    def forward(
+        self, hidden_states: torch.Tensor, grid: TokenGrid, attention_mask: Any = None, score_tokens: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Returns the tokens, the attention probabilities (eager only) and the prune scores (where asked for)."""
+        branch, weights, scores = self.attention(self.norm1(hidden_states), grid, attention_mask, score_tokens)
+        if self.config.use_layerscale:
+            branch = self.layer_scale1(branch)
+        hidden_states = hidden_states + self.drop_path(self.dropout(branch), grid)
+        branch = self._feed_forward(hidden_states)
+        return hidden_states + self.drop_path(self.dropout(branch), grid), weights, scores
+
+    def _feed_forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The MLP branch, at inference in chunks of tokens: the wide activation exists for one chunk only."""
+
+        def branch(tokens: torch.Tensor) -> torch.Tensor:
+            tokens = self.mlp(self.norm2(tokens))
+            return self.layer_scale2(tokens) if self.config.use_layerscale else tokens
+
+        chunk_size = self.config.chunk_size_feed_forward
+        if not chunk_size or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return branch(hidden_states)
+        tokens = hidden_states.flatten(0, 1)  # (batch, tokens, hidden_size) -> (batch * tokens, hidden_size)
+        output = torch.empty_like(tokens)
+        for start in range(0, tokens.shape[0], chunk_size):
+            output[start : start + chunk_size] = branch(tokens[start : start + chunk_size])
+        return output.view(hidden_states.shape)
+
+
+class EncoderOutput(NamedTuple):
+    """What the encoder saw, in the grid's order.
+
+    Attributes:
+        states: tokens and their grid before the first layer and after each layer; empty unless asked for. After the
+            pruning layer the tokens are those before pruning.
+        last: tokens and grid after the last layer and pruning.
+        scored_grid: the grid before pruning, or `None`. Its tokens are not kept: at 60,000 tokens they would be a
+            sizeable part of the peak memory.
+        prune_scores: (T,) scores of the tokens before pruning, or `None`.
+        before_pruning: tokens and grid before pruning and what was kept of them, where `config.unprune` asks for them.
+        attentions: probabilities of each layer and their grid.
+    """
+
+    states: list[tuple[torch.Tensor, TokenGrid]]
+    last: tuple[torch.Tensor, TokenGrid]
+    scored_grid: TokenGrid | None
+    prune_scores: torch.Tensor | None
+    before_pruning: tuple[torch.Tensor, TokenGrid, torch.Tensor] | None
+    attentions: list[tuple[torch.Tensor, TokenGrid]]
+
+
+class SparsePathViTEncoder(nn.Module):
+    """The layers, and the one pruning step between two of them."""
+
+    def __init__(self, config: SparsePathViTConfig) -> None:
+        super().__init__()
+        self.config = config
+        depth = config.num_hidden_layers
+        self.layers = nn.ModuleList(
+            [SparsePathViTLayer(config, config.drop_path_rate * index / max(depth - 1, 1)) for index in range(depth)]
+        )
+        self.gradient_checkpointing = False
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        grid: TokenGrid,
+        output_hidden_states: bool,
+        output_attentions: bool,
+        after_layer: AfterLayer | None = None,
+        may_prune: bool = True,
+    ) -> EncoderOutput:
+        """Runs all layers.
+
+        Args:
+            hidden_states: (*grid.batch_shape, hidden_size).
+            grid: where the tokens are.
+            output_hidden_states: whether to keep the tokens after each layer.
+            output_attentions: whether to keep the attention probabilities.
+            after_layer: reads or changes the tokens before the first layer and after each, before any pruning there;
+                it may also bring global tokens in.
+            may_prune: `False` keeps all tokens, whatever the config says.
+        """
+        if after_layer is not None:
+            hidden_states, grid = after_layer(0, hidden_states, grid)
+        states, attentions = [(hidden_states, grid)] if output_hidden_states else [], []
+        scored_grid, scores, before_pruning = None, None, None
+        mask = self._attention_mask(grid, hidden_states.dtype)
+        for number, layer in enumerate(self.layers, start=1):
+            prunes_here = may_prune and self.config.prunes and number == self.config.prune_after_layer
+            hidden_states, weights, layer_scores = layer(hidden_states, grid, mask, prunes_here)
+            if output_attentions:
+                attentions.append((weights, grid))
+            if output_hidden_states:
+                states.append((hidden_states, grid))
+            grid = grid.to(hidden_states.device)  # the layers may lie on several devices
+            grid_before = grid
+            if after_layer is not None:
+                hidden_states, grid = after_layer(number, hidden_states, grid)
+            if prunes_here:
+                scored_grid, scores = grid, layer_scores
+                kept, counts = kept_tokens(scores, grid, self.config.prune_ratio)
+                if self.config.unprune is not None:
+                    before_pruning = (hidden_states, grid, kept)
+                kept_grid = grid.select(kept, counts)
+                hidden_states = select_tokens(hidden_states, grid, kept, kept_grid)
+                grid = kept_grid
+            if grid is not grid_before:
+                mask = self._attention_mask(grid, hidden_states.dtype)
+        return EncoderOutput(states, (hidden_states, grid), scored_grid, scores, before_pruning, attentions)
+
+    def _attention_mask(self, grid: TokenGrid, dtype: torch.dtype) -> Any:
+        implementation = self.config._attn_implementation
+        if implementation == ATTENTION_NAME:
+            return None
+        return dense_attention_mask(grid, implementation, self.config.num_attention_heads, dtype)

@@ -1,0 +1,63 @@
+# Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
+"""What a user reads where an extra of this package (`slides`, `train`) is not installed."""
+
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+
+
+def install_command(extra: str) -> str:
+    """The command that installs an extra.
+
+    Args:
+        extra: `"slides"` or `"train"`.
+    """
+    return f'pip install "sparsepath-vit[{extra}]"'
+
+
+@contextmanager
+def imports_of_extra(extra: str, *used_later: str) -> Iterator[None]:
+    """Around the imports of a script: where one fails, the script ends with the command that installs the extra.
+
+    Args:
+        extra: the extra that installs what is imported.
+        *used_later: modules that the script imports only when it comes to them, perhaps after hours.
+
+    Raises:
+        SystemExit: a module of the extra is missing; the message names it.
+
+    Example:
+    ```python
+    >>> from sparsepath_vit.runtime.extras import imports_of_extra
+
+    >>> with imports_of_extra("train", "matplotlib"):
+    ...     from sparsepath_vit.tasks.classification.roi_files import load_labelled_rois
+    ```
+    """
+    try:
+        yield
+        for module in used_later:
+            importlib.import_module(module)
+    except ImportError as error:
+        if (error.name or "").startswith("sparsepath_vit"):  # a fault of this package, which no extra mends
+            raise
+        raise SystemExit(
+            f"error: this script needs the extra '{extra}', and {error.name or 'a library of it'} cannot be imported "
+            f"({error}). Install it with: {install_command(extra)}"
+        ) from error
+
+
+def require(module: str) -> ModuleType:
+    """Imports `module`, which the `slides` extra installs.
+
+    Raises:
+        ImportError: it is missing or its shared library does not load; the message gives the install command.
+    """
+    try:
+        return importlib.import_module(module)
+    except (ImportError, OSError) as error:  # openslide raises OSError-like errors where its library is missing
+        raise ImportError(
+            f"{module} is needed to work on slides and cannot be imported ({error}). "
+            f"Install it with: {install_command('slides')}"
+        ) from error

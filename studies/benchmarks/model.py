@@ -1,0 +1,259 @@
+# Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
+"""Times whole forward passes: ours against timm and Transformers dense, checked to be the same network first."""
+
+import copy
+import dataclasses
+import logging
+import statistics
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from tqdm import tqdm
+
+from sparsepath_vit.conversion import architecture, convert_checkpoint
+from sparsepath_vit.conversion.peers import timm_network, transformers_form
+from sparsepath_vit.model.configuration_sparsepath_vit import SparsePathViTConfig
+from sparsepath_vit.model.modeling_sparsepath_vit import SparsePathViTModel
+from sparsepath_vit.runtime.cost import forward_flops, mean_keys_per_query, token_grid_of_size
+from sparsepath_vit.runtime.measure import (
+    describe_run,
+    describe_seconds,
+    matrix_flops_per_second,
+    measured,
+    process_peak_bytes,
+)
+
+logger = logging.getLogger(__name__)
+
+PEERS = ("timm", "transformers", "dense", "sparse", "pruned")
+DENSE_PEERS = ("timm", "transformers", "dense")
+# Largest difference to timm, relative to the output's scale, that is still the same network in that dtype.
+TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 6e-2, torch.float16: 1e-2}
+CHECKED_SIZE = 224
+# Rows of the matrix product that stands for what the machine can do: enough for any of them, few enough for a CPU.
+MATRIX_ROWS = 16384
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelBenchmark:
+    """What is run.
+
+    Attributes:
+        architecture: name of a known model; its weights are random.
+        sizes: pixels of a square image.
+        peers: of `PEERS`.
+        dtype: of weights and pixels.
+        device: where it runs.
+        window_size: tokens per block side of ours.
+        prune_ratio: of the pruned peer.
+        repeats: timed runs of each; after one that is not timed, where there are several or it compiles.
+        dense_up_to: pixels above which dense peers are left out.
+        compiles: whether `torch.compile` runs all peers.
+    """
+
+    architecture: str
+    sizes: tuple[int, ...]
+    peers: tuple[str, ...]
+    dtype: torch.dtype
+    device: str
+    window_size: int
+    prune_ratio: float
+    repeats: int
+    dense_up_to: int
+    compiles: bool
+
+
+@dataclasses.dataclass
+class Peer:
+    """One thing to time: `run` takes (1, 3, height, width) and returns (1, tokens, width) features."""
+
+    name: str
+    run: Callable[[torch.Tensor], torch.Tensor]
+    config: SparsePathViTConfig
+    seconds: list[float] = dataclasses.field(default_factory=list)
+    peak_bytes: int = 0
+    peak_growth_bytes: int = 0
+
+
+def benchmark_models(settings: ModelBenchmark) -> Iterator[list[dict[str, object]]]:
+    """Checks, then times the peers at each size; they take turns, so that a drifting machine drifts for all.
+
+    Yields:
+        One row per peer, size by size.
+
+    Raises:
+        ValueError: an unknown peer, or one that is not the same network; it is not timed.
+    """
+    unknown = set(settings.peers) - set(PEERS)
+    if unknown:
+        raise ValueError(f"peers holds {', '.join(sorted(unknown))}: it takes {', '.join(PEERS)}.")
+    all_peers = build_peers(settings)
+    for size in settings.sizes:
+        peers = [peer for peer in all_peers if peer.name not in DENSE_PEERS or size <= settings.dense_up_to]
+        if not peers:
+            logger.info("%s px is above dense_up_to=%s: no peer is left", size, settings.dense_up_to)
+            continue
+        pixel_values = torch.randn(1, 3, size, size, device=settings.device, dtype=settings.dtype)
+        for peer in peers:
+            peer.seconds, peer.peak_bytes, peer.peak_growth_bytes = [], 0, 0
+        num_runs = settings.repeats + (settings.repeats > 1 or settings.compiles)
+        with tqdm(total=num_runs * len(peers), desc=f"{size} px", unit="run", leave=False) as progress:
+            for index in range(num_runs):
+                for peer in peers:
+                    progress.set_postfix_str(peer.name)
+                    time_once(peer, pixel_values, settings.device, is_warm_up=index < num_runs - settings.repeats)
+                    progress.update()
+        yield _rows(settings, peers, size)
+
+
+def time_once(peer: Peer, pixel_values: torch.Tensor, device: str, is_warm_up: bool) -> None:
+    """One forward; growth counts from what was held before it."""
+    held = torch.cuda.memory_allocated() if device == "cuda" else psutil.Process().memory_info().rss
+    with torch.inference_mode(), measured(device) as measurement:
+        peer.run(pixel_values)
+    peer.peak_bytes = max(peer.peak_bytes, measurement.peak_bytes)
+    peer.peak_growth_bytes = max(peer.peak_growth_bytes, measurement.peak_bytes - held)
+    if not is_warm_up:
+        peer.seconds.append(measurement.seconds)
+
+
+def build_peers(settings: ModelBenchmark) -> list[Peer]:
+    """The models, all of one shape; timm's weights are converted into ours and compared before anything is timed."""
+    known = architecture(settings.architecture)
+    config = known.build_config(window_size=settings.window_size, prune_ratio=0.0)
+    pruned_config = known.build_config(window_size=settings.window_size, prune_ratio=settings.prune_ratio)
+    dense_config = known.build_config(window_size=None, prune_ratio=0.0)
+    logger.info("building %s in %s", known.title, settings.dtype)
+    runs = {}
+    if "timm" in settings.peers:
+        network = random_timm_network(config, settings.dtype)
+        ours = converted(network, config)
+        check_against_timm(ours, network, dense_config)
+        runs["timm"] = _compiled(network.to(settings.device).forward_features, settings)
+    else:
+        # The runs change the model's config; the peers' own must stay what they say.
+        ours = random_weights(SparsePathViTModel, copy.deepcopy(config), settings.dtype)
+    if "transformers" in settings.peers:
+        model_class, peer_config = transformers_form(config, is_vit=False)
+        peer = random_weights(model_class, peer_config, settings.dtype).to(settings.device)
+        runs["transformers"] = _features_of(_compiled(peer, settings))
+    features_of_ours = _features_of(_compiled(ours.to(settings.device), settings))
+
+    def run_ours(variant: SparsePathViTConfig) -> Callable[[torch.Tensor], torch.Tensor]:
+        def run(pixel_values: torch.Tensor) -> torch.Tensor:
+            ours.config.window_size, ours.config.prune_ratio = variant.window_size, variant.prune_ratio
+            return features_of_ours(pixel_values)
+
+        return run
+
+    peers = {
+        "dense": Peer("dense", run_ours(dense_config), dense_config),
+        "sparse": Peer("sparse", run_ours(config), config),
+        "pruned": Peer("pruned", run_ours(pruned_config), pruned_config),
+        **{name: Peer(name, run, dense_config) for name, run in runs.items()},
+    }
+    return [peers[name] for name in settings.peers]
+
+
+def _compiled(run: Callable, settings: ModelBenchmark) -> Callable:
+    return torch.compile(run) if settings.compiles else run
+
+
+def _features_of(model: Callable) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda pixel_values: model(pixel_values).last_hidden_state
+
+
+def random_weights(model_class: type, config: object, dtype: torch.dtype) -> nn.Module:
+    """A model with random weights, made in its final dtype without the slow initialisation."""
+    with torch.device("meta"):
+        model = model_class(config)
+    model = model.to(dtype).to_empty(device="cpu").eval()
+    return draw_weights(model)
+
+
+@torch.no_grad()
+def draw_weights(model: nn.Module) -> nn.Module:
+    """Weights large enough that attention is not uniform and residual branches count."""
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        values = torch.empty(parameter.shape)
+        is_scale = parameter.ndim == 1 and (
+            ("norm" in name and "weight" in name) or "gamma" in name or "lambda" in name
+        )
+        values.normal_(1.0 if is_scale else 0.0, 0.1 if is_scale else 0.04, generator=generator)
+        parameter.copy_(values)
+    return model
+
+
+def random_timm_network(config: SparsePathViTConfig, dtype: torch.dtype) -> nn.Module:
+    """timm's VisionTransformer of that shape with random weights."""
+    return draw_weights(timm_network(config).to(dtype).to_empty(device="cpu").eval())
+
+
+def converted(network: nn.Module, config: SparsePathViTConfig) -> SparsePathViTModel:
+    """Our model with timm's weights, through the conversion that users run."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "timm.safetensors"
+        save_file({name: tensor.contiguous() for name, tensor in network.state_dict().items()}, source)
+        overrides = {"num_attention_heads": config.num_attention_heads, "window_size": config.window_size}
+        convert_checkpoint(source, Path(folder) / "ours", layer_norm_eps=config.layer_norm_eps, **overrides)
+        return SparsePathViTModel.from_pretrained(Path(folder) / "ours", dtype="auto").eval()
+
+
+def check_against_timm(ours: SparsePathViTModel, network: nn.Module, dense: SparsePathViTConfig) -> None:
+    """Raises a ValueError where ours is not the same network as timm's, dense and (one neighbourhood) sparse."""
+    dtype = ours.dtype
+    pixel_values = torch.randn(1, 3, CHECKED_SIZE, CHECKED_SIZE, generator=torch.Generator().manual_seed(1)).to(dtype)
+    with torch.inference_mode():
+        expected = network.forward_features(pixel_values).float()
+        half_the_grid = -(-CHECKED_SIZE // dense.patch_size // 2)  # 2 x 2 blocks are one neighbourhood: sparse is dense
+        for window_size in (None, half_the_grid):
+            ours.config.window_size = window_size
+            difference = (ours(pixel_values).last_hidden_state.float() - expected).abs().max() / expected.abs().max()
+            logger.info("check against timm, window_size=%s: relative difference %.1e", window_size, difference)
+            if not difference <= TOLERANCES[dtype]:
+                raise ValueError(
+                    f"ours differs from timm by {difference:.1e}, more than {TOLERANCES[dtype]}: not timed."
+                )
+
+
+def _rows(settings: ModelBenchmark, peers: list[Peer], size: int) -> list[dict[str, object]]:
+    """One row per model."""
+    dense_seconds = [statistics.median(peer.seconds) for peer in peers if peer.name in ("timm", "transformers")]
+    config = peers[0].config
+    flops_per_second = matrix_flops_per_second(
+        MATRIX_ROWS, config.hidden_size, config.intermediate_size, settings.dtype, settings.device
+    )
+    rows = []
+    for peer in peers:
+        median = statistics.median(peer.seconds)
+        grid = token_grid_of_size(peer.config, size, size)
+        flops = forward_flops(peer.config, grid)
+        process_peak = peer.peak_bytes if settings.device == "cuda" else process_peak_bytes()
+        rows.append(
+            {
+                "architecture": settings.architecture,
+                "size": size,
+                "dtype": str(settings.dtype).removeprefix("torch."),
+                "model": peer.name,
+                "window_size": peer.config.window_size or "",
+                "prune_ratio": peer.config.prune_ratio,
+                "tokens": grid.num_tokens,
+                "keys_per_query": round(mean_keys_per_query(grid), 1),
+                "tflop": float(f"{flops / 1e12:.6g}"),
+                "compiled": settings.compiles,
+                **describe_seconds(peer.seconds),
+                "speedup_over_fastest_dense_peer": round(min(dense_seconds) / median, 2) if dense_seconds else "",
+                "matrix_tflop_per_second": float(f"{flops_per_second / 1e12:.4g}"),
+                "share_of_matrix_floor": round(flops / flops_per_second / median, 3),
+                "peak_growth_gib": round(peer.peak_growth_bytes / 2**30, 3),
+                "process_peak_gib": round(process_peak / 2**30, 3),
+                **describe_run(settings.device),
+            }
+        )
+    return rows

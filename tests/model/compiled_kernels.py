@@ -1,0 +1,87 @@
+# Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
+"""Compiles the Triton kernels for GPUs that need not be there, and prints what the assembler says of each as JSON.
+
+Run as a program, because Triton decides on import whether kernels are compiled or interpreted:
+
+    python tests/model/compiled_kernels.py '[["forward", "bfloat16", 64, 64, 90]]'
+
+takes (kernel, dtype, head_dim, tile size, compute capability) and prints a list of {"registers", "spilled_bytes",
+"shared_bytes", "matrix_products", "asynchronous_copies"}.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.compiler import ASTSource
+
+from sparsepath_vit.model import attention_triton_kernels as kernels
+from sparsepath_vit.model.attention_triton import launch_shape
+
+TRITON_TYPES = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
+INTEGER_TABLES = ("table_ptr", "column_ptr", "image_ptr")
+
+
+def source(kernel, dtype, constants):
+    """The kernel with the arguments of a fused projection: aligned pointers, strides divisible by 16."""
+    signature, hints = {}, {}
+    for index, parameter in enumerate(kernel.params):
+        name = parameter.name
+        if parameter.is_constexpr:
+            signature[name] = "constexpr"
+            continue
+        if name in INTEGER_TABLES:
+            signature[name] = "*i32"
+        elif name.startswith(("partial", "logsumexp", "delta")):
+            signature[name] = "*fp32"
+        elif name.endswith("_ptr"):
+            signature[name] = TRITON_TYPES[dtype]
+        else:
+            signature[name] = "fp32" if name.endswith("scale") else "i32"
+        if name.endswith(("_ptr", "stride")):
+            hints[(index,)] = [["tt.divisibility", 16]]
+    names = {parameter.name for parameter in kernel.params}
+    return ASTSource(kernel, signature, {name: value for name, value in constants.items() if name in names}, hints)
+
+
+def compile_kernel(name, dtype, head_dim, tile_size, capability):
+    shape = launch_shape(name, head_dim, getattr(torch, dtype), tile_size, capability // 10)
+    constants = {
+        "NUM_GLOBALS": 9,
+        "NUM_RUNS": 3,
+        "HEAD_DIM": head_dim,
+        "PARTS": tile_size // shape.block_m,
+        "BLOCK_G": 16,
+        "BLOCK_M": shape.block_m,
+        "BLOCK_N": shape.block_n,
+    }
+    compiled = triton.compile(
+        source(getattr(kernels, f"{name}_kernel"), dtype, constants),
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": shape.num_warps, "num_stages": shape.num_stages},
+    )
+    ptx = compiled.asm["ptx"]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.ptx"
+        path.write_text(ptx)
+        architecture = f"sm_{capability}{'a' if capability >= 90 else ''}"
+        command = [get_ptxas(capability).path, "-v", f"--gpu-name={architecture}", path, "-o", path.with_suffix(".o")]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return {
+        "registers": int(re.search(r"Used (\d+) registers", report)[1]),
+        "spilled_bytes": int(re.search(r"(\d+) bytes spill stores", report)[1]),
+        "shared_bytes": compiled.metadata.shared,
+        "matrix_products": ptx.count("wgmma.mma_async") + ptx.count("mma.sync"),
+        "asynchronous_copies": ptx.count("cp.async.c"),
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps([compile_kernel(*case) for case in json.loads(sys.argv[1])]))

@@ -1,0 +1,176 @@
+# Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
+"""Which backend runs `block_sparse`, and the operator that carries it through torch.compile."""
+
+import importlib
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from sparsepath_vit import TokenGrid, block_attention
+
+# The package's name `block_attention` is the function.
+operator = importlib.import_module("sparsepath_vit.model.attention_operator")
+
+
+def without_cuda(monkeypatch):
+    monkeypatch.setattr(operator, "_HAS_TRITON", True)
+    monkeypatch.setattr(operator, "IS_INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def with_cuda(monkeypatch, capability=(9, 0)):
+    monkeypatch.setattr(operator, "_HAS_TRITON", True)
+    monkeypatch.setattr(operator, "IS_INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+
+
+def random_states(grid, head_dim=16):
+    batch, tokens = grid.batch_shape
+    return torch.randn(batch, tokens, 3, 2, head_dim)
+
+
+class TestChoice:
+    def test_automatic_is_the_kernel_on_cuda_and_the_tiles_elsewhere(self, monkeypatch):
+        with_cuda(monkeypatch)
+        assert operator.block_attention_backend("cuda") == "triton"
+        assert operator.block_attention_backend("cpu") == "cpu"
+
+    @pytest.mark.parametrize("capability, backend", [((8, 0), "triton"), ((7, 5), "cpu")])
+    def test_automatic_leaves_old_gpus_to_the_tiles(self, capability, backend, monkeypatch):
+        with_cuda(monkeypatch, capability)
+        assert operator.block_attention_backend("cuda") == backend
+
+    def test_automatic_works_without_triton_and_the_doctor_says_why(self, monkeypatch):
+        with_cuda(monkeypatch)
+        monkeypatch.setattr(operator, "_HAS_TRITON", False)
+        assert operator.block_attention_backend("cuda") == "cpu"
+        described = operator.describe_block_attention_backend("cuda")
+        assert described.startswith("cpu") and "pip install triton" in described
+
+    def test_forcing_the_kernel_without_a_gpu_names_it(self, monkeypatch, block_attention_backend):
+        without_cuda(monkeypatch)
+        with pytest.raises(ValueError, match=r"backend='triton' is unavailable: .*there is no CUDA device"):
+            block_attention_backend("triton")
+        assert operator.block_attention_backend("cpu") == "cpu"
+
+    def test_forcing_the_kernel_without_triton_names_it(self, monkeypatch, block_attention_backend):
+        with_cuda(monkeypatch)
+        monkeypatch.setattr(operator, "_HAS_TRITON", False)
+        with pytest.raises(ValueError, match=r"backend='triton' is unavailable: Triton is not installed"):
+            block_attention_backend("triton")
+
+    def test_the_forced_kernel_refuses_tensors_on_the_cpu(self, monkeypatch, block_attention_backend):
+        with_cuda(monkeypatch)
+        block_attention_backend("triton")
+        grid = TokenGrid.create([(2, 2)], num_global_tokens=1, window_size=2)
+        with pytest.raises(ValueError, match=r"'triton' was chosen and cannot run on cpu: .*the tensors are on cpu"):
+            block_attention(*random_states(grid).permute(2, 0, 3, 1, 4), grid)
+
+    def test_the_environment_variable_chooses(self):
+        program = (
+            "import importlib; operator = importlib.import_module('sparsepath_vit.model.attention_operator');"
+            "print(operator.describe_block_attention_backend('cpu'))"
+        )
+        environment = {**os.environ, operator.BACKEND_VARIABLE: "reference"}
+        result = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+        assert result.stdout.startswith("reference (naive reference"), result.stderr
+
+    def test_the_environment_variable_is_named_where_it_holds_no_backend(self, monkeypatch):
+        monkeypatch.setattr(operator, "_chosen_backend", "flash")
+        with pytest.raises(ValueError, match=r"SPARSEPATH_ATTENTION_BACKEND='flash' is unknown: set it to one of auto"):
+            operator.block_attention_backend("cpu")
+
+
+@pytest.fixture
+def kernel(block_attention_backend):
+    """The kernel's module, with the kernel chosen; interpreted where there is no GPU."""
+    module = pytest.importorskip("sparsepath_vit.model.attention_triton")
+    if not (module.IS_INTERPRETED or torch.cuda.is_available()):
+        pytest.skip("needs a GPU, or TRITON_INTERPRET=1 before Triton is imported")
+    block_attention_backend("triton")
+    return module
+
+
+class TestKernelAsBackend:
+    def test_it_gives_the_numbers_of_the_tiles(self, kernel, block_attention_backend):
+        device = "cpu" if kernel.IS_INTERPRETED else "cuda"
+        grid = TokenGrid.create([(5, 4)], num_global_tokens=2, window_size=2, device=device)
+        fused = random_states(grid).to(device).requires_grad_()
+        results = []
+        for backend in ("triton", "cpu"):
+            block_attention_backend(backend)
+            output = block_attention(*fused.permute(2, 0, 3, 1, 4), grid)
+            results.append((output, *torch.autograd.grad(output.square().sum(), fused)))
+        torch.testing.assert_close(results[0], results[1])
+
+    def test_dropout_is_left_to_the_tiles_and_said(self, kernel, monkeypatch, warnings_said):
+        device = "cpu" if kernel.IS_INTERPRETED else "cuda"
+        grid = TokenGrid.create([(3, 3)], num_global_tokens=1, window_size=2, device=device)
+        states = random_states(grid).to(device).permute(2, 0, 3, 1, 4)
+        monkeypatch.setattr(operator, "launch_block_attention", lambda *rest: pytest.fail("the kernel has no dropout"))
+        said = warnings_said(lambda: block_attention(*states, grid, dropout=0.2))
+        assert said == ["block_sparse: the Triton kernel has no dropout; tiles of SDPA calls run instead."]
+
+    def test_a_head_dimension_it_lacks_is_refused_with_the_way_out(self, kernel):
+        device = "cpu" if kernel.IS_INTERPRETED else "cuda"
+        grid = TokenGrid.create([(2, 2)], num_global_tokens=1, window_size=2, device=device)
+        states = random_states(grid, head_dim=24).to(device).permute(2, 0, 3, 1, 4)
+        with pytest.raises(ValueError, match=r"query has head_dim 24: .*choose the backend 'cpu'"):
+            block_attention(*states, grid)
+
+
+def attend(fused, grid):
+    """Attention of all patch tokens twice, then of every second one."""
+    num_globals, count = grid.num_global_tokens, grid.counts[0]
+    query, key, value = fused.permute(2, 0, 3, 1, 4)
+    query = block_attention(block_attention(query, key, value, grid), key, value, grid)
+    kept = torch.arange(0, count - count % 2, 2, device=grid.device)
+    tokens = torch.cat([torch.arange(num_globals, device=grid.device), kept + num_globals])
+    pruned = grid.select(kept, [count // 2])
+    return block_attention(query[:, :, tokens], key[:, :, tokens], value[:, :, tokens], pruned)
+
+
+class TestOperator:
+    @pytest.mark.parametrize("backend, dropout", [("cpu", 0.0), ("cpu", 0.3), ("triton", 0.0)])
+    def test_torch_library_finds_no_fault(self, backend, dropout, request):
+        if backend == "triton":
+            request.getfixturevalue("kernel")
+        device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+        grid = TokenGrid.create([(3, 2)], num_global_tokens=1, window_size=2, device=device)
+        states = [torch.randn(grid.num_tokens, 1, 16, device=device).requires_grad_() for _ in range(3)]
+        seed = torch.tensor(5) if dropout else None
+        arguments = (*states, *operator._flatten_grid(grid, backend), 0.25, dropout, seed)
+        torch.library.opcheck(operator._block_attention, (*arguments, backend))
+
+    @pytest.mark.parametrize("backend", ["cpu", "triton"])
+    def test_one_graph_serves_every_image_size(self, backend, request, monkeypatch):
+        """Two compilations: the first for its size, the second with sizes as variables."""
+        if backend == "triton":
+            # Tables and operator are traced; what the kernel computes is tested elsewhere, and slow to interpret.
+            request.getfixturevalue("kernel")
+            monkeypatch.setattr(
+                operator,
+                "launch_block_attention",
+                lambda query, key, value, tiles, scale: (query + key, query.new_ones(query.shape[1::-1]).float()),
+            )
+            monkeypatch.setattr(
+                operator, "launch_block_attention_backward", lambda grad, *rest: (grad.clone(), grad.clone(), 2 * grad)
+            )
+        device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+        torch._dynamo.reset()
+        counter = CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(attend, fullgraph=True, backend=counter)
+        for side in (12, 16, 9, 20, 17):
+            grid = TokenGrid.create([(side, side + 1)], num_global_tokens=3, window_size=4, device=device)
+            fused = random_states(grid).to(device).requires_grad_()
+            output = compiled(fused, grid)
+            expected = attend(fused, grid)
+            torch.testing.assert_close(output, expected)
+            gradients = [torch.autograd.grad(result.square().sum(), fused)[0] for result in (output, expected)]
+            torch.testing.assert_close(*gradients)
+        assert counter.frame_count <= 2

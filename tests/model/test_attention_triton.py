@@ -1,0 +1,307 @@
+# Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
+"""The Triton kernels against the naive specification in float64: interpreted on a CPU, compiled on a GPU.
+
+The interpreter is slow, so the full product of grids, windows and masks is thinned to a selection that holds every pair
+of values; SPARSEPATH_ALL_KERNEL_CASES=1 runs the product.
+"""
+
+import itertools
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from small_models import random_mask
+
+from sparsepath_vit import TokenGrid
+from sparsepath_vit.model.attention_specification import naive_block_attention
+
+pytest.importorskip("triton")
+
+from sparsepath_vit.model import attention_triton as kernel
+from sparsepath_vit.model.attention_triton_tables import attention_tiles
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu" and not kernel.IS_INTERPRETED:
+    pytest.skip("needs a GPU, or TRITON_INTERPRET=1 before Triton is imported", allow_module_level=True)
+
+# Largest error relative to the largest number, against float64. The interpreter computes bfloat16 wrongly.
+TOLERANCES = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+DTYPES = [dtype for dtype in TOLERANCES if dtype != torch.bfloat16 or DEVICE == "cuda"]
+AXES = {
+    "size": [(1, 1), (7, 5), (16, 16), (33, 17)],
+    "window": [2, 3, 8, 16, 40],
+    "radius": [0, 1, 2],
+    "num_globals": [1, 5, 9],
+    "batch": [1, 3],
+    "kept": ["all", "random", "clusters", "empty blocks"],
+    "dtype": DTYPES,
+}
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """New tensors hold NaN, so that a number the kernels fail to write is seen."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(1).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def many_splits_and_large_tiles(monkeypatch):
+    """Splits small enough that these images have several; large float32 tiles save time in the interpreter."""
+    monkeypatch.setattr(kernel, "_TOKENS_PER_SPLIT", 200)
+    if kernel.IS_INTERPRETED:
+        monkeypatch.setattr(kernel, "_SHAPE_FLOAT32", kernel.LaunchShape(64, 64, 4, 1))
+
+
+def thinned(axes):
+    """Cases that together hold every pair of values of two axes, without those of many small tiles."""
+    cases = list(itertools.product(*axes.values()))
+    if os.environ.get("SPARSEPATH_ALL_KERNEL_CASES") == "1":
+        return cases
+    cases = [case for case in cases if math.prod(case[0]) * case[4] / case[1] < 250]
+
+    def pairs(case):
+        return set(itertools.combinations(enumerate(case), 2))
+
+    draw, chosen = random.Random(0), []
+    missing = set().union(*map(pairs, cases))
+    while missing:
+        chosen.append(max(draw.sample(cases, 100), key=lambda case: len(pairs(case) & missing)))
+        missing -= pairs(chosen[-1])
+    return chosen
+
+
+def case_id(case):
+    (rows, columns), window, radius, num_globals, batch, kept, dtype = case
+    return f"{batch}x{rows}x{columns}-w{window}-r{radius}-g{num_globals}-{kept.replace(' ', '_')}-{str(dtype)[6:]}"
+
+
+def present_tokens(kept, batch, size):
+    """(batch, rows, columns) of the tokens that are kept, or None; images keep different numbers of them."""
+    if kept == "all":
+        return None
+    present = torch.zeros(batch, *size, dtype=torch.bool)
+    if kept == "random":
+        present = random_mask(batch, *size, 0.4, seed=1)
+    elif kept == "clusters":
+        for image in range(batch):
+            present[image, size[0] // 4 : size[0] * 3 // 4, size[1] // 4 + image : size[1] * 3 // 4 + image] = True
+    elif size != (1, 1):
+        present[:, 0] = True
+        present[:, -(size[0] // 4) :, size[1] // 2 :] = random_mask(batch, size[0] // 4, size[1] - size[1] // 2, 0.7)
+    present[:, 0, 0] = True
+    return present
+
+
+def fused_states(grid, head_dim=16, heads=1, dtype=torch.float32, factor=2.0):
+    """Query, key and value, (batch, heads, tokens, head_dim) views of one projection with large random numbers."""
+    batch, tokens = grid.batch_shape
+    fused = factor * torch.randn(batch, tokens, 3, heads, head_dim, dtype=torch.float64)
+    return fused.to(DEVICE, dtype).requires_grad_()
+
+
+def split(fused):
+    return fused.permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def expected_attention(fused, grid, scale):
+    """Output (batch, heads, tokens, head_dim) of the specification in float64, and the states it depends on."""
+    fused = fused.detach().cpu().double().requires_grad_()
+    batch, heads, tokens, head_dim = split(fused)[0].shape
+    packed = [states.transpose(1, 2).reshape(-1, heads, head_dim) for states in split(fused)]
+    output = naive_block_attention(*packed, grid.to("cpu"), scale)
+    return output.view(batch, tokens, heads, head_dim).transpose(1, 2), fused
+
+
+def check_kernel(grid, fused, scale=None, factor=1.0):
+    """Output and the gradients of query, key and value, of patch and of global tokens."""
+    output = kernel.triton_block_attention(*split(fused), grid.to(DEVICE), scale=scale)
+    expected, expected_fused = expected_attention(fused, grid, scale or fused.shape[-1] ** -0.5)
+    # A gradient with the strides that the model's transpose leaves.
+    weights = torch.randn(expected.transpose(1, 2).shape).to(output).transpose(1, 2)
+    (gradient,) = torch.autograd.grad(output, fused, weights)
+    (expected_gradient,) = torch.autograd.grad(expected, expected_fused, weights.cpu().double())
+    assert output.dtype == gradient.dtype == fused.dtype
+    assert_close(output, expected, fused.dtype, factor)
+    # (batch, tokens, query key or value, heads, head_dim). Where the softmax is saturated the gradients of query and
+    # key are small differences of large numbers.
+    least = 0.1 * expected_gradient.abs().max()
+    for index in range(3):
+        assert_close(gradient[:, :, index], expected_gradient[:, :, index], fused.dtype, 2 * factor, least)
+
+
+def assert_close(actual, expected, dtype, factor=1.0, least=0.0):
+    error = (actual.detach().cpu().double() - expected.detach()).abs().max().item()
+    largest = max(expected.abs().max().item(), least)
+    assert error <= factor * TOLERANCES[dtype] * largest, f"error {error:.1e} where the largest number is {largest:.1e}"
+
+
+@pytest.mark.parametrize("case", thinned(AXES), ids=case_id)
+def test_output_and_gradients_are_those_of_the_specification(case):
+    size, window, radius, num_globals, batch, kept, dtype = case
+    grid = TokenGrid.create(
+        [size] * batch,
+        num_global_tokens=num_globals,
+        window_size=window,
+        neighbor_radius=radius,
+        present=present_tokens(kept, batch, size),
+    )
+    check_kernel(grid, fused_states(grid, dtype=dtype))
+
+
+@pytest.mark.parametrize("head_dim", kernel.KERNEL_HEAD_DIMS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_head_dimensions(head_dim, dtype):
+    grid = TokenGrid.create([(6, 5)], num_global_tokens=2, window_size=3)
+    check_kernel(grid, fused_states(grid, head_dim, heads=2, dtype=dtype, factor=1.5))
+
+
+@pytest.mark.parametrize("num_globals", [16, 17, 70])
+def test_many_global_tokens(num_globals):
+    grid = TokenGrid.create([(5, 5)], num_global_tokens=num_globals, window_size=2)
+    check_kernel(grid, fused_states(grid))
+
+
+def test_images_of_different_sizes_packed_into_one_row():
+    grid = TokenGrid.create([(9, 4), (1, 1), (3, 12)], num_global_tokens=2, window_size=4)
+    assert grid.batch_shape == (1, 79)
+    check_kernel(grid, fused_states(grid))
+
+
+def test_a_pruned_grid():
+    grid = TokenGrid.create([(16, 16)], num_global_tokens=3, window_size=8)
+    kept = torch.randperm(256)[:102].sort().values
+    check_kernel(grid.select(kept, [102]), fused_states(grid.select(kept, [102])))
+
+
+def test_dense_attention():
+    grid = TokenGrid.create([(9, 17)], num_global_tokens=3, window_size=None)
+    check_kernel(grid, fused_states(grid))
+
+
+def test_the_shapes_that_a_gpu_uses_for_float32(monkeypatch):
+    monkeypatch.undo()
+    grid = TokenGrid.create([(9, 8)], num_global_tokens=1, window_size=4)
+    check_kernel(grid, fused_states(grid))
+
+
+def test_a_scale_of_its_own():
+    grid = TokenGrid.create([(4, 5)], num_global_tokens=1, window_size=2)
+    check_kernel(grid, fused_states(grid), scale=0.7)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_extreme_logits_stay_finite(dtype):
+    """Logits of +-1e4: one key has all the probability, and for some queries it is a global token."""
+    grid = TokenGrid.create([(7, 5)], num_global_tokens=2, window_size=3)
+    fused = fused_states(grid, dtype=torch.float64).detach()
+    query, key, value = split(fused)
+    fused[:, :, :2] *= (1e4 / (query @ key.transpose(-1, -2)).abs().max()) ** 0.5
+    fused = fused.to(dtype).requires_grad_()
+    query, key, value = split(fused)
+    output = kernel.triton_block_attention(query, key, value, grid.to(DEVICE), scale=1.0)
+    output.sum().backward()
+    assert output.isfinite().all() and fused.grad.isfinite().all()
+    assert_close(output, expected_attention(fused, grid, 1.0)[0], dtype, factor=1e3 if dtype == torch.float32 else 5.0)
+
+
+def test_two_runs_are_bitwise_equal():
+    grid = TokenGrid.create([(16, 16)], num_global_tokens=5, window_size=8, present=random_mask(1, 16, 16, 0.5, 0))
+    fused = fused_states(grid, heads=2)
+    runs = []
+    for _ in range(2):
+        output = kernel.triton_block_attention(*split(fused), grid.to(DEVICE))
+        runs.append((output, *torch.autograd.grad(output.square().sum(), fused)))
+    assert all(torch.equal(first, second) for first, second in zip(*runs, strict=True))
+
+
+def test_a_gradient_that_is_one_number_expanded():
+    """The gradient of a sum has stride 0 everywhere."""
+    grid = TokenGrid.create([(4, 4)], num_global_tokens=1, window_size=2)
+    fused = fused_states(grid)
+    kernel.triton_block_attention(*split(fused), grid.to(DEVICE)).sum().backward()
+    expected, expected_fused = expected_attention(fused, grid, 0.25)
+    expected.sum().backward()
+    assert_close(fused.grad, expected_fused.grad, fused.dtype, factor=2.0)
+
+
+def test_a_fused_projection_is_read_in_place(monkeypatch):
+    """Copies of query, key and value would cost as much memory as the projection itself."""
+    grid = TokenGrid.create([(4, 5)] * 2, num_global_tokens=1, window_size=2)
+    fused = fused_states(grid)
+    read = []
+    launch = kernel.launch_block_attention
+    monkeypatch.setattr(
+        kernel, "launch_block_attention", lambda *arguments: read.append(arguments[:3]) or launch(*arguments)
+    )
+    kernel.triton_block_attention(*split(fused), grid.to(DEVICE))
+    assert [states.data_ptr() for states in read[0]] == [states.data_ptr() for states in split(fused)]
+
+
+def test_images_do_not_see_each_other_even_where_one_holds_infinities():
+    grid = TokenGrid.create([(5, 4)] * 2, num_global_tokens=2, window_size=2)
+    fused = fused_states(grid).detach()
+    alone = kernel.triton_block_attention(*split(fused), grid.to(DEVICE))
+    fused[1] = float("inf")
+    assert torch.equal(kernel.triton_block_attention(*split(fused), grid.to(DEVICE))[0], alone[0])
+
+
+class TestBadInput:
+    def test_head_dimension(self):
+        grid = TokenGrid.create([(2, 2)], num_global_tokens=1, window_size=2, device=DEVICE)
+        with pytest.raises(ValueError, match=r"query has head_dim 48: the Triton kernel takes one of \(16, .*'cpu'"):
+            kernel.triton_block_attention(*split(fused_states(grid, head_dim=48)), grid)
+
+    def test_dtype(self):
+        grid = TokenGrid.create([(2, 2)], num_global_tokens=1, window_size=2, device=DEVICE)
+        with pytest.raises(ValueError, match=r"query is torch.float64: the Triton kernel takes one of .*'cpu'"):
+            kernel.triton_block_attention(*split(fused_states(grid, dtype=torch.float64)), grid)
+
+    def test_grid_of_another_batch(self):
+        grid, other = (TokenGrid.create([(2, n)], num_global_tokens=1, window_size=2, device=DEVICE) for n in (2, 3))
+        with pytest.raises(ValueError, match=r"grid describes \(batch, tokens\) = \(1, 7\)"):
+            kernel.triton_block_attention(*split(fused_states(grid)), other)
+
+
+def test_launch_shapes_part_tiles_evenly():
+    for name, head_dim, dtype, tile_size, capability in itertools.product(
+        ("forward", "backward_query", "backward_key_value"), kernel.KERNEL_HEAD_DIMS, TOLERANCES, (64, 128), (8, 9, 12)
+    ):
+        shape = kernel.launch_shape(name, head_dim, dtype, tile_size, capability)
+        assert tile_size % shape.block_m == 0 and shape.block_n >= 16
+
+
+def test_empty_tiles_of_an_upper_bound_do_nothing():
+    """Masked and pruned grids get as many tiles as they could need at most."""
+    grid = TokenGrid.create([(32, 8)], num_global_tokens=1, window_size=8)
+    pruned = grid.select(torch.arange(60, 70), [10])
+    assert (attention_tiles(pruned).table[:, 0] == attention_tiles(pruned).table[:, 1]).any()
+    check_kernel(pruned, fused_states(pruned))
+
+
+def test_kernels_compile_for_gpus_that_are_not_there():
+    """The numbers are what `ptxas -v` reports. Interpreted kernels may use Python that the compiler does not take."""
+    cases = [
+        ("forward", "bfloat16", 64, 64, 90),
+        ("backward_query", "float16", 64, 128, 80),
+        ("backward_key_value", "bfloat16", 80, 64, 90),
+        ("forward", "float32", 16, 64, 80),
+    ]
+    program = Path(__file__).with_name("compiled_kernels.py")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, str(program), json.dumps(cases)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250)
+    assert result.returncode == 0, result.stderr
+    for case, report in zip(cases, json.loads(result.stdout), strict=True):
+        assert report["spilled_bytes"] == 0, case
+        assert report["shared_bytes"] < 96 * 1024, case
+        uses_matrix_units = report["matrix_products"] > 0 and report["asynchronous_copies"] > 0
+        assert uses_matrix_units or case[1] == "float32", case

@@ -1,0 +1,134 @@
+# Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
+"""The kernel's tables against the attention pattern: every query in one tile, and its keys those that it sees."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small_models import random_mask
+from token_batches import batches
+
+from sparsepath_vit import TokenGrid
+from sparsepath_vit.model.attention_specification import attention_pattern
+from sparsepath_vit.model.attention_triton_tables import attention_tile_size, attention_tiles, check_states
+
+
+def seen_by_tiles(grid):
+    """(M, M) bool, which patch key each patch query sees according to the tables, and how often each query occurs."""
+    tiles = attention_tiles(grid)
+    is_seen = torch.zeros(grid.num_tokens, grid.num_tokens, dtype=torch.bool)
+    occurrences = torch.zeros(grid.num_tokens, dtype=torch.int64)
+    for start, end, _, globals_before, is_one_block, *runs in tiles.table.tolist():
+        assert end - start <= tiles.tile_size
+        columns = tiles.block_columns[start - globals_before : end - globals_before]
+        position = 0
+        for run_end, shift in zip(runs[::2], runs[1::2], strict=True):
+            keys = torch.arange(position, run_end) + shift
+            near = columns[:, None] - tiles.block_columns[keys - globals_before]
+            near = near.abs() <= grid.neighbor_radius
+            assert near.all() or not is_one_block
+            is_seen[start:end, keys] = near
+            position = max(position, run_end)
+        occurrences[start:end] += 1
+    return is_seen, occurrences
+
+
+def patch_pattern(grid):
+    """(M, M) bool, which patch key each patch query sees by definition."""
+    pattern = torch.block_diag(*[image.float() for image in attention_pattern(grid)]).bool()
+    is_patch = torch.zeros(grid.num_tokens, dtype=torch.bool)
+    is_patch[grid.patch_indices()] = True
+    return pattern & is_patch[:, None] & is_patch, is_patch
+
+
+def check_tiles(grid):
+    is_seen, occurrences = seen_by_tiles(grid)
+    pattern, is_patch = patch_pattern(grid)
+    assert torch.equal(is_seen, pattern)
+    assert torch.equal(occurrences, is_patch.long())
+    tiles = attention_tiles(grid)
+    assert tiles.image_offsets.tolist() == list(grid.image_offsets)
+    for start, end, image_start, *_ in tiles.table.tolist():
+        assert start == end or image_start == max(offset for offset in grid.image_offsets if offset <= start)
+
+
+@settings(max_examples=60)
+@given(batches(max_side=12), st.sampled_from([3, 7, 64]))
+def test_tiles_hold_each_query_once_with_the_keys_it_sees(batch, tile_size):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sparsepath_vit.model.attention_triton_tables.attention_tile_size", lambda window: tile_size)
+        check_tiles(batch.grid())
+
+
+@pytest.mark.parametrize("window", [2, 8, 16, None])
+@pytest.mark.parametrize("radius", [0, 1, 2])
+def test_tiles_of_a_pruned_grid_with_empty_block_rows(window, radius):
+    present = random_mask(2, 33, 17, 0.4, seed=3)
+    present[0, 8:24] = False
+    present[1, :20] = False
+    grid = TokenGrid.create(
+        [(33, 17)] * 2, num_global_tokens=5, window_size=window, neighbor_radius=radius, present=present
+    )
+    check_tiles(grid)
+    counts = [count // 2 for count in grid.counts]
+    kept = torch.cat([torch.arange(counts[0]), grid.counts[0] + torch.arange(counts[1])])
+    check_tiles(grid.select(kept, counts))
+
+
+def test_without_masked_tokens_no_tile_is_empty():
+    grid = TokenGrid.create([(33, 17), (16, 16)], num_global_tokens=1, window_size=8)
+    table = attention_tiles(grid).table
+    assert (table[:, 0] < table[:, 1]).all()
+
+
+def test_the_number_of_tiles_never_exceeds_what_the_full_grid_needs():
+    full = TokenGrid.create([(33, 17)], num_global_tokens=1, window_size=8)
+    present = random_mask(1, 33, 17, 0.9, seed=0)
+    masked = TokenGrid.create([(33, 17)], num_global_tokens=1, window_size=8, present=present)
+    assert len(attention_tiles(masked).table) <= len(attention_tiles(full).table)
+
+
+def test_tiles_are_made_once_per_grid_and_anew_after_pruning():
+    grid = TokenGrid.create([(9, 9)], num_global_tokens=1, window_size=4)
+    assert attention_tiles(grid) is attention_tiles(grid)
+    pruned = grid.select(torch.arange(0, 81, 2), [41])
+    assert attention_tiles(pruned).table[:, 1].max() == 42
+
+
+def test_tiles_are_made_without_reading_the_device():
+    """A read of the device stalls it, and cannot be captured in a CUDA graph; on the meta device it raises."""
+    grid = TokenGrid.create([(33, 17), (16, 16)], num_global_tokens=5, window_size=8).to("meta")
+    assert attention_tiles(grid).table.device.type == "meta"
+
+
+def test_large_blocks_get_large_tiles():
+    assert [attention_tile_size(window) for window in (2, 8, 15, 16, 64, None)] == [64, 64, 64, 128, 128, 128]
+
+
+class TestBadInput:
+    def states(self, tokens=12):
+        return [torch.randn(1, 2, tokens, 16) for _ in range(3)]
+
+    def grid(self, rows=3):
+        return TokenGrid.create([(rows, 3)], num_global_tokens=3, window_size=2)
+
+    @pytest.mark.parametrize("index, name", [(0, "query"), (1, "key"), (2, "value")])
+    def test_last_dimension_that_is_not_contiguous(self, index, name):
+        states = self.states()
+        states[index] = torch.randn(1, 2, 16, 12).transpose(2, 3)
+        with pytest.raises(ValueError, match=rf"{name} has strides \(.*\): .*head_dim, must be contiguous"):
+            check_states(*states, self.grid(), None)
+
+    def test_grid_of_other_tokens(self):
+        with pytest.raises(ValueError, match=r"grid describes \(batch, tokens\) = \(1, 15\)"):
+            check_states(*self.states(), self.grid(rows=4), None)
+
+    def test_grid_with_wrong_counts(self):
+        pruned = self.grid(rows=4).select(torch.arange(5), [9])
+        with pytest.raises(ValueError, match=r"grid has 5 patch tokens, but its counts \(9,\) add up to 9"):
+            check_states(*self.states(), pruned, None)
+
+    @pytest.mark.parametrize("scale", [0.0, -1.0, float("nan")])
+    def test_scale_that_is_not_positive(self, scale):
+        with pytest.raises(ValueError, match=f"scale={scale} is not possible: it takes a positive number"):
+            check_states(*self.states(), self.grid(), scale)

@@ -1,0 +1,69 @@
+# Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
+"""A forward never waits for the device: it can be captured in a CUDA graph, and launches run ahead of the GPU.
+
+The tensors are fake ones that say they are on CUDA, so no GPU is needed: reading one raises, and so does an operation
+whose result has a size that only the device knows.
+"""
+
+import importlib
+
+import pytest
+import torch
+from small_models import small_config
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from sparsepath_vit import SparsePathViTModel
+
+# The package's name `block_attention` is the function.
+operator = importlib.import_module("sparsepath_vit.model.attention_operator")
+
+
+class NoTensorsOfTheHost(TorchDispatchMode):
+    """Raises where an operation takes a tensor of the host: a copy from pageable memory waits for the device."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        devices = {leaf.device.type for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor)}
+        assert devices <= {"cuda"} or devices <= {"cpu"}, f"{function} takes tensors of the host to the device"
+        return result
+
+
+def fake_cuda():
+    """Makes tensors that say they are on CUDA; the weights of a model on the meta device can become such."""
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pooling", ["cls", "cls_mean"])
+@pytest.mark.parametrize(
+    "batch, image_sizes",
+    [(1, None), (3, None), (2, [(60, 160), (160, 80)])],
+    ids=["one large image, embedded in strips", "batch", "images of two sizes"],
+)
+def test_a_forward_with_pruning_never_waits_for_the_device(batch, image_sizes, pooling, monkeypatch):
+    monkeypatch.setattr(operator, "_missing_for_kernel", lambda device: None)
+    monkeypatch.setattr(operator, "IS_INTERPRETED", False)
+    config = small_config(prune_ratio=0.5, pooling=pooling)
+    with torch.device("meta"):
+        model = SparsePathViTModel(config).eval()
+    with fake_cuda():
+        model.to_empty(device="cuda")
+        pixel_values = torch.empty(batch, 3, 160, 168, device="cuda")
+        with NoTensorsOfTheHost():
+            outputs = model(pixel_values, image_sizes=image_sizes)
+    assert outputs.last_hidden_state.device.type == "cuda"
+    counts = [40 * 42] * batch if image_sizes is None else [15 * 40, 40 * 20]
+    assert outputs.patch_positions.shape == (batch, max(counts) // 2, 2)
+
+
+def test_what_waits_is_found():
+    with fake_cuda():
+        states = torch.empty(3, device="cuda")
+        with pytest.raises(DataDependentOutputException):
+            states.sum().item()
+        with pytest.raises(DynamicOutputShapeException):
+            states[states > 0]
+        with pytest.raises(AssertionError, match="takes tensors of the host to the device"), NoTensorsOfTheHost():
+            torch.tensor([1, 2], device="cuda")

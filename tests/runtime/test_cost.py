@@ -1,0 +1,52 @@
+# Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from sparsepath_vit import SparsePathViTConfig, SparsePathViTModel, TokenGrid
+from sparsepath_vit.model.attention_specification import attention_pattern
+from sparsepath_vit.runtime.cost import attention_pairs, forward_flops, mean_keys_per_query, token_grid_of_size
+
+
+@pytest.mark.parametrize("window_size", [None, 1, 3, 8])
+@pytest.mark.parametrize("neighbor_radius", [0, 1, 2])
+def test_pairs_are_the_true_entries_of_the_pattern(window_size, neighbor_radius):
+    present = torch.rand(2, 11, 13) < 0.6
+    grid = TokenGrid.create(
+        [(11, 13), (7, 9)],
+        num_global_tokens=3,
+        window_size=window_size,
+        neighbor_radius=neighbor_radius,
+        present=present,
+    )
+    assert attention_pairs(grid) == attention_pattern(grid).sum()
+
+
+def test_flops_are_those_that_torch_counts():
+    config = SparsePathViTConfig(
+        hidden_size=64, num_hidden_layers=3, num_attention_heads=4, intermediate_size=96, window_size=None
+    )
+    pixel_values = torch.randn(1, 3, 140, 196)
+    model = SparsePathViTModel(config).eval()
+    model.set_attn_implementation("eager")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(pixel_values)
+    grid = token_grid_of_size(config, 140, 196)
+    # torch also counts the resampling of the 16 x 16 positions to 10 x 14, along the rows and then the columns.
+    resampling = 2 * 64 * (10 * 16 * 16 + 10 * 14 * 16)
+    assert forward_flops(config, grid) + resampling == counter.get_total_flops()
+
+
+@pytest.mark.parametrize(
+    ("window_size", "prune_ratio", "tflop"), [(None, 0.0, 613), (8, 0.0, 86.6), (8, 0.6, 42.3), (64, 0.0, 298)]
+)
+def test_uni2_h_at_3430_px_costs_what_the_method_says(window_size, prune_ratio, tflop):
+    config = SparsePathViTConfig(window_size=window_size, prune_ratio=prune_ratio)
+    grid = token_grid_of_size(config, 3430, 3430)
+    assert forward_flops(config, grid) / 1e12 == pytest.approx(tflop, rel=0.005)
+
+
+def test_mean_keys_per_query_of_one_neighbourhood_is_every_token():
+    config = SparsePathViTConfig(window_size=8)
+    grid = token_grid_of_size(config, 224, 224)
+    assert mean_keys_per_query(grid) == grid.num_tokens

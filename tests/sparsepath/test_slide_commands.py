@@ -1,0 +1,70 @@
+# Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
+import h5py
+import pytest
+import typer
+from accelerate import PartialState
+from rich.console import Console
+from slide_files import stained_image, write_pyramid
+from typer.testing import CliRunner
+
+from sparsepath.slide_commands import register
+
+runner = CliRunner()
+
+
+@pytest.fixture
+def invoke():
+    app = typer.Typer()
+    register(app, Console(width=200))
+    return lambda *arguments: runner.invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200"})
+
+
+@pytest.mark.parametrize("command", ["embed", "heatmap", "estimate"])
+def test_help_has_examples(invoke, command):
+    result = invoke(command, "--help")
+    assert result.exit_code == 0 and "Example" in result.output
+
+
+def test_embed_then_heatmap(invoke, small_slide, model_folder, tmp_path):
+    options = ("--model", model_folder, "--device", "cpu")
+    result = invoke("embed", small_slide, "--out", tmp_path / "out", "--region-size", 256, "--dense", *options)
+    assert result.exit_code == 0, result.output
+    assert "1 slides embedded" in result.output and "in the model" in result.output and "peak memory" in result.output
+    with h5py.File(tmp_path / "out/small.h5") as file:
+        assert len(file["features"]) > 1 and "patch_features" in file
+    result = invoke("heatmap", small_slide, tmp_path / "out/small.h5", "--value", "kept", "--out", tmp_path / "maps")
+    assert result.exit_code == 0, result.output
+    assert {path.name for path in (tmp_path / "maps").iterdir()} == {"small_kept.png", "small_kept.geojson"}
+
+
+def test_embed_says_by_its_exit_code_that_a_slide_failed(invoke, small_slide, model_folder, tmp_path):
+    (tmp_path / "notes.svs").write_text("only text")
+    options = ("--model", model_folder, "--out", tmp_path / "out", "--device", "cpu", "--whole-slide")
+    result = invoke("embed", small_slide, tmp_path / "notes.svs", *options)
+    assert result.exit_code == 1 and "1 failed" in result.output and "failures.csv" in result.output
+    assert (tmp_path / "out/small.h5").exists()
+
+
+def test_only_the_first_of_several_processes_ends_with_an_error(invoke, model_folder, tmp_path, monkeypatch):
+    """When another one ended first, torchrun stopped the first process, which had not printed its report yet."""
+    (tmp_path / "notes.svs").write_text("only text")
+    monkeypatch.setattr(PartialState, "is_main_process", False)
+    options = ("--model", model_folder, "--out", tmp_path / "out", "--device", "cpu")
+    result = invoke("embed", tmp_path / "notes.svs", *options)
+    assert (result.exit_code, result.stdout) == (0, "")
+
+
+def test_mpp_is_taken_where_the_slide_states_none(invoke, model_folder, tmp_path):
+    path = write_pyramid(tmp_path / "unstated.tiff", stained_image(640, 512, [(64, 96, 384, 256)]), mpp=None)
+    options = ("--model", model_folder, "--device", "cpu", "--region-size", 256)
+    assert invoke("embed", path, "--out", tmp_path / "without", *options).exit_code == 1
+    assert invoke("embed", path, "--out", tmp_path / "with", "--mpp", 0.5, *options).exit_code == 0
+
+
+def test_estimate_prints_tokens_flops_time_and_memory(invoke, small_slide, model_folder):
+    for subject in ((small_slide, "--whole-slide"), ("--size", 320)):
+        result = invoke("estimate", *subject, "--model", model_folder, "--device", "cpu", "--prune-ratio", 0.25)
+        assert result.exit_code == 0, result.output
+        for word in ("tissue tokens", "after pruning", "TFLOP", "time in the model", "peak memory"):
+            assert word in result.output
+    assert "400 (100% of all)" in result.output and "300" in result.output
