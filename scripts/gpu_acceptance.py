@@ -20,6 +20,7 @@ import csv
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -32,6 +33,7 @@ RECORDS = ROOT / "model_card" / "results"
 POLL_SECONDS = 0.2
 # A step may take this many times its declared cost, and so many seconds more, before it counts as hanging.
 PATIENCE, PATIENCE_SECONDS = 2.5, 60
+NO_DEVICE, BROKEN_DEVICE = 4, 3  # exit codes of a worker
 START_SECONDS = 15  # of a process: importing torch and starting the GPU
 
 
@@ -46,11 +48,12 @@ STEPS = {
     "environment": Step("gpu_timings", 5),
     "correctness": Step("gpu_checks", 75),
     "bitwise": Step("gpu_checks", 15),
-    "attention_speed": Step("gpu_timings", 90),
-    "cuda_graph": Step("gpu_checks", 15),
-    "model": Step("gpu_timings", 130),
+    "attention_speed": Step("gpu_timings", 60),
     "profile": Step("gpu_timings", 10),
     "compilations": Step("gpu_checks", 20),
+    "cuda_graph": Step("gpu_checks", 15),
+    "model": Step("gpu_timings", 130),
+    "attention_peers": Step("gpu_timings", 80),
     "tests": Step("", 150),
     "compiled_model": Step("gpu_timings", 120),
 }
@@ -62,8 +65,6 @@ def main() -> None:
         run_steps(arguments)
         return
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
-    if not arguments.rehearse and not has_gpu():
-        raise SystemExit("error: there is no CUDA device; --rehearse runs every step on the CPU with small sizes.")
     supervise(arguments)
     documents = read_documents(arguments)
     print(table(documents, arguments.steps))
@@ -93,11 +94,6 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def has_gpu() -> bool:
-    command = [sys.executable, "-c", "import torch, sys; sys.exit(not torch.cuda.is_available())"]
-    return subprocess.run(command, check=False).returncode == 0
-
-
 # The supervising process: starts workers, watches the clock, and imports nothing that a worker could break.
 
 
@@ -113,18 +109,24 @@ def supervise(arguments: argparse.Namespace) -> None:
             skip(arguments.output_dir, waiting.pop(0), left)
         if not waiting:
             break
-        process = subprocess.Popen(worker_command(arguments, waiting, left), env=worker_environment(arguments))
+        process = subprocess.Popen(
+            worker_command(arguments, waiting, left), env=worker_environment(arguments), start_new_session=True
+        )
         try:
             ending = watch(process, arguments.output_dir, waiting, deadline)
         finally:
-            process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # and the processes it started
             process.wait()
+        if process.returncode == NO_DEVICE:
+            raise SystemExit("error: there is no CUDA device; --rehearse runs every step on the CPU with small sizes.")
         waiting = after_worker(arguments.output_dir, waiting, ending)
 
 
 def worker_command(arguments: argparse.Namespace, steps: list[str], left: float) -> list[str]:
     command = [sys.executable, str(Path(__file__).resolve()), "--worker", "--output_dir", str(arguments.output_dir)]
-    command += ["--steps", ",".join(steps), "--budget", f"{left:.0f}", "--fail", arguments.fail]
+    command += ["--steps", ",".join(steps), "--budget", f"{left:.0f}"]
+    command += ["--fail", arguments.fail] if arguments.fail else []
     command += ["--rehearse"] if arguments.rehearse else []
     command += ["--sizes", arguments.sizes] if arguments.sizes else []
     command += ["--architectures", arguments.architectures] if arguments.architectures else []
@@ -180,6 +182,10 @@ def skip(folder: Path, name: str, left: float) -> None:
 
 def run_steps(arguments: argparse.Namespace) -> None:
     """Runs steps until one breaks the device; the supervisor starts another worker for the others."""
+    import torch
+
+    if not arguments.rehearse and not torch.cuda.is_available():
+        raise SystemExit(NO_DEVICE)
     deadline = time.monotonic() + arguments.budget
     for name in arguments.steps:
         left = deadline - time.monotonic()
@@ -187,7 +193,7 @@ def run_steps(arguments: argparse.Namespace) -> None:
             skip(arguments.output_dir, name, left)
             continue
         if not run_step(name, arguments, deadline) and not arguments.rehearse and not is_device_well():
-            raise SystemExit(3)
+            raise SystemExit(BROKEN_DEVICE)
 
 
 def run_step(name: str, arguments: argparse.Namespace, deadline: float) -> bool:
@@ -255,7 +261,7 @@ def kernel_tests(arguments: argparse.Namespace, log: TextIO) -> Any:
     """The kernel's tests, compiled on a GPU."""
     from sparsepath_vit.analysis.acceptance import Finding
 
-    command = [sys.executable, "-m", "pytest", "tests/test_block_attention_triton.py", "-q"]
+    command = [sys.executable, "-m", "pytest", "tests/test_block_attention_triton.py"]
     command += ["-k", "TestBadInput", "-p", "no:cacheprovider"] if arguments.rehearse else ["-n", "8", "-x"]
     limit = PATIENCE * STEPS["tests"].seconds
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit, check=False)

@@ -3,7 +3,6 @@
 
 import dataclasses
 import math
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -55,7 +54,7 @@ def environment(scale: Scale) -> Iterator[Finding]:
 
 
 def attention_speed(scale: Scale) -> Iterator[Finding]:
-    """Attention alone: ours, dense, and what else computes the pattern."""
+    """Attention alone, ours and dense."""
     window = scale.windows[0]
     problems = [(tokens, size, 1.0) for tokens in scale.tokens for size in scale.windows]
     problems += [(tokens, window, 0.4) for tokens in scale.tokens if tokens <= 240_100]
@@ -69,14 +68,24 @@ def attention_speed(scale: Scale) -> Iterator[Finding]:
             peers.append("sdpa_dense")
         for name in peers:
             yield _attention_finding(name, case, scale, with_backward=tokens < 500_000)
-    if scale.is_rehearsal:
-        return
-    # Compiling FlexAttention takes long: last, and one problem.
-    for name, kept_share in (("natten", 1.0), ("flex_attention", 1.0), ("flex_attention", 0.4)):
-        case = AttentionCase(
-            FLEX_TOKENS, window, kept_share, scale.heads, scale.head_dim, scale.dtype, scale.device, is_clustered=True
-        )
-        yield _attention_finding(name, case, scale, with_backward=kept_share == 1.0)
+
+
+def attention_peers(scale: Scale) -> Iterator[Finding]:
+    """Other ways to compute the pattern, where they are installed; compiling FlexAttention takes long."""
+    names = ("sdpa_dense",) if scale.is_rehearsal else ("natten", "flex_attention")
+    for kept_share in (1.0, 0.4):
+        for name in names:
+            case = AttentionCase(
+                min(FLEX_TOKENS, scale.tokens[-1]),
+                scale.windows[0],
+                kept_share,
+                scale.heads,
+                scale.head_dim,
+                scale.dtype,
+                scale.device,
+                is_clustered=True,
+            )
+            yield _attention_finding(name, case, scale, with_backward=kept_share == 1.0)
 
 
 def _attention_finding(name: str, case: AttentionCase, scale: Scale, with_backward: bool) -> Finding:
@@ -134,13 +143,22 @@ class Networks:
 
 
 def build_networks(name: str, scale: Scale) -> Networks:
-    """Random weights on the device, and the check that both are one network there."""
+    """timm's network and ours, random weights on the device."""
     layers = {} if scale.layers is None else {"num_hidden_layers": scale.layers, "prune_after_layer": 1}
     config = architecture(name).build_config(window_size=None, prune_ratio=0.0, **layers)
     network = random_timm_network(config, scale.dtype, scale.device)
-    networks = Networks(name, network, sharing_weights(network, config))
-    check_against_timm(networks.ours, network, config)
-    return networks
+    return Networks(name, network, sharing_weights(network, config))
+
+
+def _parity_finding(networks: Networks) -> Finding:
+    """Whether both are one network on this device, dense and sparse."""
+    title = f"{networks.name}, against timm"
+
+    def measure() -> Finding:
+        check_against_timm(networks.ours, networks.timm, networks.config(None, 0.0))
+        return Finding(title, "the same features", "the same features", True)
+
+    return or_failure(title, measure)
 
 
 def timed(call: Callable[[], object], scale: Scale) -> tuple[list[float], int]:
@@ -163,6 +181,7 @@ def model(scale: Scale) -> Iterator[Finding]:
     """Whole forward passes, and what users do today: the same pixels as tiles."""
     for name in scale.architectures:
         networks = build_networks(name, scale)
+        yield _parity_finding(networks)
         batch_size, finding = fastest_batch(networks, scale)
         yield finding
         for size in scale.sizes:
@@ -198,16 +217,11 @@ def _models_of_size(networks: Networks, size: int, batch_size: int, scale: Scale
     tile_seconds = tiles.rows[0]["seconds_median"] if tiles.rows else math.nan
     for name, config in variants.items():
 
-        def run(config: SparsePathViTConfig = config) -> object:
+        def measure(name: str = name, config: SparsePathViTConfig = config) -> Finding:
             networks.become(config)
-            return networks.ours(pixels)
+            return model_finding(networks, name, size, config, lambda: networks.ours(pixels), scale, tile_seconds)
 
-        yield or_failure(
-            f"{networks.name}, {size} px, {name}",
-            lambda name=name, run=run, config=config: model_finding(
-                networks, name, size, config, run, scale, tile_seconds
-            ),
-        )
+        yield or_failure(f"{networks.name}, {size} px, {name}", measure)
     if size <= DENSE_UP_TO:
         yield or_failure(
             f"{networks.name}, {size} px, timm",
@@ -349,9 +363,9 @@ def profiled_kernels(layer: nn.Module, tokens: torch.Tensor, grid: TokenGrid, sc
     layer(tokens, grid)
     layer(tokens, grid)
     wait(scale)
+    kind = torch.autograd.DeviceType.CUDA if scale.device == "cuda" else torch.autograd.DeviceType.CPU
     activities = [torch.profiler.ProfilerActivity.CPU]
-    if scale.device == "cuda":
-        activities = [torch.profiler.ProfilerActivity.CUDA]
+    activities += [torch.profiler.ProfilerActivity.CUDA] if scale.device == "cuda" else []
     with torch.profiler.profile(activities=activities) as profiler:
         for _ in range(scale.repeats):
             layer(tokens, grid)
@@ -364,11 +378,6 @@ def profiled_kernels(layer: nn.Module, tokens: torch.Tensor, grid: TokenGrid, sc
             "calls": event.count // scale.repeats,
         }
         for event in profiler.key_averages()
-        if getattr(event, field) > 0
+        if event.device_type == kind and getattr(event, field) > 0
     ]
     return sorted(rows, key=lambda row: -row["milliseconds"])
-
-
-def cpu_threads() -> int:
-    """Processors this process may use."""
-    return len(os.sched_getaffinity(0))
