@@ -38,24 +38,34 @@ START_SECONDS = 15  # of a process: importing torch and starting the GPU
 
 
 class Step(NamedTuple):
-    """A step: a generator of findings in a module of `sparsepath_vit.analysis`, and its rough cost on an H100."""
+    """A step: a generator of findings in a module of `sparsepath_vit.analysis`.
+
+    Attributes:
+        module: where it is.
+        seconds: its rough cost on an H100.
+        least_seconds: with which it is worth starting, since it keeps each finding; 0 where it is all or nothing.
+    """
 
     module: str
     seconds: int
+    least_seconds: int = 0
+
+    def fits(self, left: float) -> bool:
+        return (self.least_seconds or self.seconds) <= left
 
 
 STEPS = {
     "environment": Step("gpu_timings", 5),
     "correctness": Step("gpu_checks", 75),
     "bitwise": Step("gpu_checks", 15),
-    "attention_speed": Step("gpu_timings", 60),
+    "attention_speed": Step("gpu_timings", 60, 25),
     "profile": Step("gpu_timings", 10),
     "compilations": Step("gpu_checks", 20),
     "cuda_graph": Step("gpu_checks", 15),
-    "model": Step("gpu_timings", 130),
-    "attention_peers": Step("gpu_timings", 80),
+    "model": Step("gpu_timings", 130, 45),
+    "attention_peers": Step("gpu_timings", 80, 45),
     "tests": Step("", 150),
-    "compiled_model": Step("gpu_timings", 120),
+    "compiled_model": Step("gpu_timings", 120, 60),
 }
 
 
@@ -102,10 +112,12 @@ def supervise(arguments: argparse.Namespace) -> None:
     deadline = time.monotonic() + arguments.budget
     waiting = [name for name in arguments.steps if arguments.fresh or state_of(arguments.output_dir, name) != "done"]
     for name in waiting:  # an earlier run's failure must not look like this run's
-        document_path(arguments.output_dir, name).unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            path = document_path(arguments.output_dir, name)
+            path.rename(path.with_suffix(".earlier.json"))
     while waiting:
         left = deadline - time.monotonic()
-        while waiting and STEPS[waiting[0]].seconds + START_SECONDS > left and not arguments.rehearse:
+        while waiting and not STEPS[waiting[0]].fits(left - START_SECONDS) and not arguments.rehearse:
             skip(arguments.output_dir, waiting.pop(0), left)
         if not waiting:
             break
@@ -173,7 +185,7 @@ def after_worker(folder: Path, steps: list[str], ending: str) -> list[str]:
 
 
 def skip(folder: Path, name: str, left: float) -> None:
-    problem = f"{STEPS[name].seconds} s do not fit into the {max(0.0, left):.0f} s left"
+    problem = f"{STEPS[name].least_seconds or STEPS[name].seconds} s do not fit into the {max(0.0, left):.0f} s left"
     write_document(folder, name, {"state": "skipped", "problem": problem, "findings": [], "seconds": 0.0})
 
 
@@ -189,7 +201,7 @@ def run_steps(arguments: argparse.Namespace) -> None:
     deadline = time.monotonic() + arguments.budget
     for name in arguments.steps:
         left = deadline - time.monotonic()
-        if STEPS[name].seconds > left and not arguments.rehearse:
+        if not STEPS[name].fits(left) and not arguments.rehearse:
             skip(arguments.output_dir, name, left)
             continue
         if not run_step(name, arguments, deadline) and not arguments.rehearse and not is_device_well():

@@ -56,11 +56,12 @@ class KernelCase:
     layout: str
     dtype: torch.dtype
     device: str
+    is_small: bool = False
 
     def grid(self) -> TokenGrid:
         """Several blocks a side, the last ones cut; pruned, masked or of several images as the layout says."""
         window, radius, _, num_globals = self.pattern
-        blocks = 2 if self.device == "cpu" else 8 if window <= 8 else 3
+        blocks = 2 if self.is_small else 8 if window <= 8 else 3
         rows, columns = blocks * window + window // 4 + 1, blocks * window - window // 2 - 1
         if window >= 64:  # float64 attention of all blocks would not fit beside that of other processes
             rows = window // 3
@@ -94,7 +95,10 @@ def kernel_cases(scale: Scale) -> list[list[KernelCase]]:
         chosen = [(pattern, torch.bfloat16) for pattern in PATTERNS]
         chosen += [(pattern, torch.float16) for pattern in PATTERNS[::2]]
         chosen += [(pattern, torch.float32) for pattern in (PATTERNS[0], *PATTERNS[1::2])]
-    return [[KernelCase(pattern, layout, dtype, scale.device) for layout in LAYOUTS] for pattern, dtype in chosen]
+    return [
+        [KernelCase(pattern, layout, dtype, scale.device, scale.is_rehearsal) for layout in LAYOUTS]
+        for pattern, dtype in chosen
+    ]
 
 
 def check_kernel_case(case: KernelCase) -> dict[str, object]:
