@@ -1,7 +1,7 @@
 # Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
 """Which backend runs `block_sparse`, and the operator that carries it through torch.compile."""
 
-import importlib
+import logging
 import os
 import subprocess
 import sys
@@ -11,20 +11,20 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from sparsepath_vit import TokenGrid, block_attention
-
-# The package's name `block_attention` is the function.
-operator = importlib.import_module("sparsepath_vit.model.attention_operator")
+from sparsepath_vit.model import attention_backends, attention_operator, attention_triton
+from sparsepath_vit.model.attention_backend import prepared_grid
+from sparsepath_vit.model.attention_backends import BACKENDS
 
 
 def without_cuda(monkeypatch):
-    monkeypatch.setattr(operator, "_HAS_TRITON", True)
-    monkeypatch.setattr(operator, "IS_INTERPRETED", False)
+    monkeypatch.setattr(attention_triton, "is_installed", lambda: True)
+    monkeypatch.setattr(attention_triton, "is_interpreted", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
 def with_cuda(monkeypatch, capability=(9, 0)):
-    monkeypatch.setattr(operator, "_HAS_TRITON", True)
-    monkeypatch.setattr(operator, "IS_INTERPRETED", False)
+    monkeypatch.setattr(attention_triton, "is_installed", lambda: True)
+    monkeypatch.setattr(attention_triton, "is_interpreted", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
 
@@ -37,30 +37,30 @@ def random_states(grid, head_dim=16):
 class TestChoice:
     def test_automatic_is_the_kernel_on_cuda_and_the_tiles_elsewhere(self, monkeypatch):
         with_cuda(monkeypatch)
-        assert operator.block_attention_backend("cuda") == "triton"
-        assert operator.block_attention_backend("cpu") == "cpu"
+        assert attention_backends.block_attention_backend("cuda") == "triton"
+        assert attention_backends.block_attention_backend("cpu") == "sdpa_tiles"
 
-    @pytest.mark.parametrize("capability, backend", [((8, 0), "triton"), ((7, 5), "cpu")])
+    @pytest.mark.parametrize("capability, backend", [((8, 0), "triton"), ((7, 5), "sdpa_tiles")])
     def test_automatic_leaves_old_gpus_to_the_tiles(self, capability, backend, monkeypatch):
         with_cuda(monkeypatch, capability)
-        assert operator.block_attention_backend("cuda") == backend
+        assert attention_backends.block_attention_backend("cuda") == backend
 
     def test_automatic_works_without_triton_and_the_doctor_says_why(self, monkeypatch):
         with_cuda(monkeypatch)
-        monkeypatch.setattr(operator, "_HAS_TRITON", False)
-        assert operator.block_attention_backend("cuda") == "cpu"
-        described = operator.describe_block_attention_backend("cuda")
-        assert described.startswith("cpu") and "pip install triton" in described
+        monkeypatch.setattr(attention_triton, "is_installed", lambda: False)
+        assert attention_backends.block_attention_backend("cuda") == "sdpa_tiles"
+        described = attention_backends.describe_block_attention_backend("cuda")
+        assert described.startswith("sdpa_tiles") and "pip install triton" in described
 
     def test_forcing_the_kernel_without_a_gpu_names_it(self, monkeypatch, block_attention_backend):
         without_cuda(monkeypatch)
         with pytest.raises(ValueError, match=r"backend='triton' is unavailable: .*there is no CUDA device"):
             block_attention_backend("triton")
-        assert operator.block_attention_backend("cpu") == "cpu"
+        assert attention_backends.block_attention_backend("cpu") == "sdpa_tiles"
 
     def test_forcing_the_kernel_without_triton_names_it(self, monkeypatch, block_attention_backend):
         with_cuda(monkeypatch)
-        monkeypatch.setattr(operator, "_HAS_TRITON", False)
+        monkeypatch.setattr(attention_triton, "is_installed", lambda: False)
         with pytest.raises(ValueError, match=r"backend='triton' is unavailable: Triton is not installed"):
             block_attention_backend("triton")
 
@@ -73,23 +73,23 @@ class TestChoice:
 
     def test_the_environment_variable_chooses(self):
         program = (
-            "import importlib; operator = importlib.import_module('sparsepath_vit.model.attention_operator');"
-            "print(operator.describe_block_attention_backend('cpu'))"
+            "from sparsepath_vit.model.attention_backends import describe_block_attention_backend;"
+            "print(describe_block_attention_backend('cpu'))"
         )
-        environment = {**os.environ, operator.BACKEND_VARIABLE: "reference"}
+        environment = {**os.environ, attention_backends.BACKEND_VARIABLE: "reference"}
         result = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
         assert result.stdout.startswith("reference (naive reference"), result.stderr
 
     def test_the_environment_variable_is_named_where_it_holds_no_backend(self, monkeypatch):
-        monkeypatch.setattr(operator, "_chosen_backend", "flash")
+        monkeypatch.setattr(attention_backends, "_chosen_backend", "flash")
         with pytest.raises(ValueError, match=r"SPARSEPATH_ATTENTION_BACKEND='flash' is unknown: set it to one of auto"):
-            operator.block_attention_backend("cpu")
+            attention_backends.block_attention_backend("cpu")
 
 
 @pytest.fixture
 def kernel(block_attention_backend):
     """The kernel's module, with the kernel chosen; interpreted where there is no GPU."""
-    module = pytest.importorskip("sparsepath_vit.model.attention_triton")
+    module = pytest.importorskip("sparsepath_vit.model.attention_triton_launch")
     if not (module.IS_INTERPRETED or torch.cuda.is_available()):
         pytest.skip("needs a GPU, or TRITON_INTERPRET=1 before Triton is imported")
     block_attention_backend("triton")
@@ -102,7 +102,7 @@ class TestKernelAsBackend:
         grid = TokenGrid.create([(5, 4)], num_global_tokens=2, window_size=2, device=device)
         fused = random_states(grid).to(device).requires_grad_()
         results = []
-        for backend in ("triton", "cpu"):
+        for backend in ("triton", "sdpa_tiles"):
             block_attention_backend(backend)
             output = block_attention(*fused.permute(2, 0, 3, 1, 4), grid)
             results.append((output, *torch.autograd.grad(output.square().sum(), fused)))
@@ -112,7 +112,8 @@ class TestKernelAsBackend:
         device = "cpu" if kernel.IS_INTERPRETED else "cuda"
         grid = TokenGrid.create([(3, 3)], num_global_tokens=1, window_size=2, device=device)
         states = random_states(grid).to(device).permute(2, 0, 3, 1, 4)
-        monkeypatch.setattr(operator, "launch_block_attention", lambda *rest: pytest.fail("the kernel has no dropout"))
+        monkeypatch.setattr(kernel, "launch_block_attention", lambda *rest: pytest.fail("the kernel has no dropout"))
+        attention_backends._log_once.cache_clear()
         said = warnings_said(lambda: block_attention(*states, grid, dropout=0.2))
         assert said == ["block_sparse: the Triton kernel has no dropout; tiles of SDPA calls run instead."]
 
@@ -120,7 +121,7 @@ class TestKernelAsBackend:
         device = "cpu" if kernel.IS_INTERPRETED else "cuda"
         grid = TokenGrid.create([(2, 2)], num_global_tokens=1, window_size=2, device=device)
         states = random_states(grid, head_dim=24).to(device).permute(2, 0, 3, 1, 4)
-        with pytest.raises(ValueError, match=r"query has head_dim 24: .*choose the backend 'cpu'"):
+        with pytest.raises(ValueError, match=r"query has head_dim 24: .*choose the backend 'sdpa_tiles'"):
             block_attention(*states, grid)
 
 
@@ -136,7 +137,7 @@ def attend(fused, grid):
 
 
 class TestOperator:
-    @pytest.mark.parametrize("backend, dropout", [("cpu", 0.0), ("cpu", 0.3), ("triton", 0.0)])
+    @pytest.mark.parametrize("backend, dropout", [("sdpa_tiles", 0.0), ("sdpa_tiles", 0.3), ("triton", 0.0)])
     def test_torch_library_finds_no_fault(self, backend, dropout, request):
         if backend == "triton":
             request.getfixturevalue("kernel")
@@ -144,22 +145,22 @@ class TestOperator:
         grid = TokenGrid.create([(3, 2)], num_global_tokens=1, window_size=2, device=device)
         states = [torch.randn(grid.num_tokens, 1, 16, device=device).requires_grad_() for _ in range(3)]
         seed = torch.tensor(5) if dropout else None
-        arguments = (*states, *operator._flatten_grid(grid, backend), 0.25, dropout, seed)
-        torch.library.opcheck(operator._block_attention, (*arguments, backend))
+        arguments = (*states, *prepared_grid(BACKENDS[backend], grid), 0.25, dropout, seed, backend)
+        torch.library.opcheck(attention_operator._block_attention, arguments)
 
-    @pytest.mark.parametrize("backend", ["cpu", "triton"])
+    @pytest.mark.parametrize("backend", ["sdpa_tiles", "triton"])
     def test_one_graph_serves_every_image_size(self, backend, request, monkeypatch):
         """Two compilations: the first for its size, the second with sizes as variables."""
         if backend == "triton":
             # Tables and operator are traced; what the kernel computes is tested elsewhere, and slow to interpret.
-            request.getfixturevalue("kernel")
+            kernel = request.getfixturevalue("kernel")
             monkeypatch.setattr(
-                operator,
+                kernel,
                 "launch_block_attention",
                 lambda query, key, value, tiles, scale: (query + key, query.new_ones(query.shape[1::-1]).float()),
             )
             monkeypatch.setattr(
-                operator, "launch_block_attention_backward", lambda grad, *rest: (grad.clone(), grad.clone(), 2 * grad)
+                kernel, "launch_block_attention_backward", lambda grad, *rest: (grad.clone(), grad.clone(), 2 * grad)
             )
         device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
         torch._dynamo.reset()

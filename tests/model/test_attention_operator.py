@@ -19,17 +19,13 @@ from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sparsepath_vit import TokenGrid, block_attention, set_block_attention_backend
-from sparsepath_vit.model import attention_sdpa_tiles
-from sparsepath_vit.model import attention_specification as reference
-from sparsepath_vit.model.attention_operator import block_sparse_attention_forward
-from sparsepath_vit.model.attention_specification import (
-    attention_pattern,
-    dense_attention_mask,
-    eager_attention_forward,
-)
+from sparsepath_vit.model import attention_sdpa_tiles, device_memory
+from sparsepath_vit.model.attention_dense import dense_attention_mask, eager_attention_forward
+from sparsepath_vit.model.attention_registration import block_sparse_attention_forward
+from sparsepath_vit.model.attention_specification import attention_pattern
 
 HEADS, HEAD_DIM = 2, 4
-BACKENDS = ("cpu", "reference")
+BACKENDS = ("sdpa_tiles", "reference")
 # Largest error relative to the largest number of the output.
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
@@ -95,7 +91,7 @@ FIXED = {"ragged": RAGGED, "uniform": UNIFORM}
 
 @settings(max_examples=40)
 @given(batches(), st.integers(0, 99), st.sampled_from([0.2, 0.5, 1.0]), st.sampled_from([1, 8, 32]))
-def test_cpu_tiles_and_reference_follow_the_definition(batch, seed, scale, queries_per_tile):
+def test_sdpa_tiles_and_reference_follow_the_definition(batch, seed, scale, queries_per_tile):
     """With few queries per tile most tiles are one block, whose keys need no mask; with many they join blocks."""
     states = random_states(batch, seed)
     expected = attention_by_definition(*states, batch, scale)
@@ -340,7 +336,7 @@ class TestTransformersInterface:
 
 class TestMemoryWarning:
     def masks(self, name, free_bytes, monkeypatch, batch=UNIFORM):
-        monkeypatch.setattr(reference, "available_memory", lambda device: free_bytes)
+        monkeypatch.setattr(device_memory, "available_memory", lambda device: free_bytes)
         return lambda: [dense_attention_mask(batch.grid(), name, 24, torch.float32) for _ in range(2)]
 
     @pytest.mark.parametrize("name", ["eager", "sdpa", "flex_attention"])
@@ -364,7 +360,7 @@ class TestMemoryWarning:
     def test_free_memory_counts_the_page_cache(self):
         """Regression: only unused pages counted, so that a machine with files in its cache was warned for nothing."""
         expected = psutil.virtual_memory().available
-        assert reference.available_memory(torch.device("cpu")) == pytest.approx(expected, rel=0.2)
+        assert device_memory.available_memory(torch.device("cpu")) == pytest.approx(expected, rel=0.2)
 
 
 class TestBadInput:
