@@ -233,6 +233,19 @@ def test_every_module_of_the_wheel_is_reached_from_the_public_names_the_command_
     assert not sorted(set(WHEEL) - reached)
 
 
+def test_no_name_of_a_package_hides_a_module_of_it():
+    """`import package.thing as module` would give the other thing."""
+    for name, file in FILES.items():
+        if file.name == "__init__.py":
+            inner = {other.removeprefix(f"{name}.") for other in FILES if other.startswith(f"{name}.")}
+            nodes = ast.walk(ast.parse(file.read_text()))
+            names = {
+                alias.asname or alias.name for node in nodes if isinstance(node, ast.ImportFrom) for alias in node.names
+            }
+            names |= {node.name for node in ast.parse(file.read_text()).body if isinstance(node, ast.FunctionDef)}
+            assert not inner & names, name
+
+
 def functions_of(name):
     """(name, lines, is a kernel) of the functions of a module."""
     for node in ast.walk(ast.parse(FILES[name].read_text())):

@@ -1,18 +1,19 @@
 # Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
 """Which backend runs `block_sparse`, and the operator that carries it through torch.compile."""
 
-import logging
+import dataclasses
 import os
 import subprocess
 import sys
 
 import pytest
 import torch
+from small_models import random_pixels, small_model
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from sparsepath_vit import TokenGrid, block_attention
-from sparsepath_vit.model import attention_backends, attention_operator, attention_triton
-from sparsepath_vit.model.attention_backend import prepared_grid
+from sparsepath_vit import SparsePathViTModel, TokenGrid, block_attention
+from sparsepath_vit.model import attention_backends, attention_operator, attention_sdpa_tiles, attention_triton
+from sparsepath_vit.model.attention_backend import PreparedGrid, prepared_grid
 from sparsepath_vit.model.attention_backends import BACKENDS
 
 
@@ -123,6 +124,84 @@ class TestKernelAsBackend:
         states = random_states(grid, head_dim=24).to(device).permute(2, 0, 3, 1, 4)
         with pytest.raises(ValueError, match=r"query has head_dim 24: .*choose the backend 'sdpa_tiles'"):
             block_attention(*states, grid)
+
+
+class TestPreparation:
+    @pytest.mark.parametrize("name", BACKENDS)
+    def test_a_grid_is_prepared_once_and_the_grids_made_from_it_anew(self, name):
+        backend = BACKENDS[name]
+        grid = TokenGrid.create([(9, 9)], num_global_tokens=1, window_size=4)
+        prepared = prepared_grid(backend, grid)
+        assert prepared_grid(backend, grid) is prepared
+        pruned = grid.select(torch.arange(0, 81, 2), [41])
+        assert prepared_grid(backend, pruned).tensors[0][:, 1].max() == 42
+        assert prepared_grid(backend, grid.with_global_tokens(3)).tensors[0][:, 1].max() == 84
+        assert prepared_grid(backend, grid) is prepared
+
+    @torch.no_grad()
+    def test_all_layers_share_what_is_read_of_a_grid(self, monkeypatch):
+        """Regression: the SDPA tiles read the block offsets, and on a GPU waited for it, in every layer."""
+        made = []
+        make = attention_sdpa_tiles._tile_table
+        monkeypatch.setattr(attention_sdpa_tiles, "_tile_table", lambda *rest: made.append(rest) or make(*rest))
+        model = small_model(SparsePathViTModel, prune_ratio=0.5)
+        assert model.config.num_hidden_layers == 4
+        model(random_pixels(1, 9, 9))
+        assert len(made) == 2  # before and after pruning
+
+    def test_the_operator_takes_no_tensor_of_a_grid_on_a_gpu_that_a_backend_would_have_to_read(self):
+        grid = TokenGrid.create([(9, 9)], num_global_tokens=1, window_size=4)
+        own = {id(value) for value in vars(grid).values()}
+        for backend in BACKENDS.values():
+            assert not own & {id(tensor) for tensor in prepared_grid(backend, grid).tensors}
+
+
+class TestRegistry:
+    def test_a_backend_of_ones_own_is_one_entry(self, monkeypatch, block_attention_backend):
+        """It is chosen by name, runs in the operator forward and backward, and is what the doctor names."""
+
+        def forward(query, key, value, prepared, scale, dropout, generator):
+            return value * prepared.numbers[0], None
+
+        def backward(grad_output, query, key, value, output, logsumexp, prepared, scale, dropout, generator):
+            return torch.zeros_like(query), torch.zeros_like(key), grad_output * prepared.numbers[0]
+
+        own = dataclasses.replace(
+            BACKENDS["sdpa_tiles"],
+            name="own",
+            description="backend of a test",
+            prepare=lambda grid: PreparedGrid([grid.rows.clone()], [grid.num_global_tokens]),
+            forward=forward,
+            backward=backward,
+        )
+        monkeypatch.setitem(BACKENDS, "own", own)
+        monkeypatch.setattr(attention_backends, "CHOICES", (*attention_backends.CHOICES, "own"))
+        block_attention_backend("own")
+        grid = TokenGrid.create([(3, 2)], num_global_tokens=5, window_size=2)
+        query, key, value = (states.clone().requires_grad_() for states in random_states(grid).permute(2, 0, 3, 1, 4))
+        output = block_attention(query, key, value, grid)
+        assert torch.equal(output, 5 * value)
+        output.sum().backward()
+        assert torch.equal(value.grad, torch.full_like(value, 5.0)) and not query.grad.any()
+        assert attention_backends.describe_block_attention_backend("cpu").startswith("own (backend of a test)")
+
+    def test_where_nothing_runs_the_reason_is_said(self, monkeypatch):
+        without_cuda(monkeypatch)
+        monkeypatch.delitem(BACKENDS, "sdpa_tiles")
+        with pytest.raises(ValueError, match=r"No attention backend runs on cpu: .*there is no CUDA device"):
+            attention_backends.block_attention_backend("cpu")
+
+    def test_without_a_gpu_the_kernels_are_not_imported(self):
+        """With Triton that takes a second, and most commands run no kernel."""
+        program = (
+            "import sys, torch, sparsepath_vit;"
+            "grid = sparsepath_vit.TokenGrid.create([(2, 2)], num_global_tokens=1, window_size=2);"
+            "sparsepath_vit.block_attention(*[torch.randn(1, 1, 5, 16)] * 3, grid);"
+            "assert torch.cuda.is_available() or 'sparsepath_vit.model.attention_triton_launch' not in sys.modules"
+        )
+        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        result = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
 
 
 def attend(fused, grid):
