@@ -55,7 +55,7 @@ def main() -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Prepares what was asked for, and uploads it with --push."""
     if arguments.kernel:
-        from sparsepath_vit.conversion.kernel_export import export_kernel
+        from kernel_repository import export_kernel
 
         logger.info("wrote %s", export_kernel(arguments.output_dir))
         return

@@ -37,7 +37,8 @@ MODEL_ALLOWED = {
     "configuration_sparsepath_vit": set(),
     "token_grid": set(),
     "token_pruning": {"token_grid"},
-    "attention": {"attention", "token_grid"},
+    "device_memory": set(),
+    "attention": {"attention", "device_memory", "token_grid"},
     "embeddings": {"configuration_sparsepath_vit", "token_grid"},
     "image_inputs": set(),
     "patch_presence": {"image_inputs"},
@@ -232,6 +233,19 @@ def test_every_module_of_the_wheel_is_reached_from_the_public_names_the_command_
     assert not sorted(set(WHEEL) - reached)
 
 
+def test_no_name_of_a_package_hides_a_module_of_it():
+    """`import package.thing as module` would give the other thing."""
+    for name, file in FILES.items():
+        if file.name == "__init__.py":
+            inner = {other.removeprefix(f"{name}.") for other in FILES if other.startswith(f"{name}.")}
+            nodes = ast.walk(ast.parse(file.read_text()))
+            names = {
+                alias.asname or alias.name for node in nodes if isinstance(node, ast.ImportFrom) for alias in node.names
+            }
+            names |= {node.name for node in ast.parse(file.read_text()).body if isinstance(node, ast.FunctionDef)}
+            assert not inner & names, name
+
+
 def functions_of(name):
     """(name, lines, is a kernel) of the functions of a module."""
     for node in ast.walk(ast.parse(FILES[name].read_text())):
@@ -252,13 +266,13 @@ def test_source_files_stay_readable(name):
 
 IMPORT_EACH = """
 import importlib, sys
-from shipped import attention_operator
+from shipped import attention_backends
 for name in sys.argv[1:]:
     try:
         importlib.import_module(f"shipped.{name}")
     except ImportError as error:
-        assert name in ("attention_triton", "attention_triton_kernels") and "triton" in str(error).lower(), error
-print(attention_operator.describe_block_attention_backend("cpu"))
+        assert name.startswith("attention_triton_") and "triton" in str(error).lower(), error
+print(attention_backends.describe_block_attention_backend("cpu"))
 assert not {"triton", "torchvision"} & set(sys.modules)
 """
 

@@ -12,7 +12,8 @@ from transformers import (
 
 from .checkpoints import copy_tiny_checkpoint, tiny_checkpoint
 from .model.adapter_sparsepath_vit import SparsePathViTAdapterBackbone
-from .model.attention_operator import block_attention, set_block_attention_backend
+from .model.attention_backends import set_block_attention_backend
+from .model.attention_operator import block_attention
 from .model.configuration_segmentation_sparsepath_vit import (
     SparsePathViTAdapterConfig,
     SparsePathViTUniversalSegmentationConfig,

@@ -9,7 +9,7 @@ import statistics
 import torch
 from tqdm import tqdm
 
-from sparsepath_vit.model.attention_operator import block_attention_backend
+from sparsepath_vit.model.attention_backends import block_attention_backend
 from sparsepath_vit.model.token_grid import TokenGrid
 from sparsepath_vit.runtime.measure import describe_run, describe_seconds, repeatedly_measured
 

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator
 import torch
 
 from sparsepath_vit.conversion import architecture
-from sparsepath_vit.model import attention_triton_kernels as kernels
+from sparsepath_vit.model import attention_triton_launch as launch
 from sparsepath_vit.model.attention_specification import naive_block_attention
-from sparsepath_vit.model.attention_triton import launch_block_attention, launch_block_attention_backward
+from sparsepath_vit.model.attention_triton_launch import launch_block_attention, launch_block_attention_backward
 from sparsepath_vit.model.attention_triton_tables import attention_tiles
 from sparsepath_vit.model.modeling_sparsepath_vit import SparsePathViTModel
 from sparsepath_vit.model.token_grid import TokenGrid
@@ -348,7 +348,7 @@ def num_compiled() -> dict[str, int]:
     """How many forms of each kernel this process has compiled or loaded; none where they are interpreted."""
     counts = {}
     for name in KERNELS:
-        caches = getattr(getattr(kernels, name), "device_caches", {})
+        caches = getattr(getattr(launch, name), "device_caches", {})
         counts[name] = sum(len(cache[0]) for cache in caches.values())
     return counts
 

@@ -22,8 +22,8 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from sparsepath_vit.model import attention_triton_kernels as kernels
-from sparsepath_vit.model.attention_triton import launch_shape
+from sparsepath_vit.model import attention_triton_launch as kernels
+from sparsepath_vit.model.attention_triton_launch import launch_shape
 
 TRITON_TYPES = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
 INTEGER_TABLES = ("table_ptr", "column_ptr", "image_ptr")

@@ -5,6 +5,8 @@ The definition is DESIGN's, followed word for word by a loop over queries, keys 
 """
 
 import math
+import subprocess
+import sys
 from unittest import mock
 
 import psutil
@@ -19,17 +21,13 @@ from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sparsepath_vit import TokenGrid, block_attention, set_block_attention_backend
-from sparsepath_vit.model import attention_sdpa_tiles
-from sparsepath_vit.model import attention_specification as reference
-from sparsepath_vit.model.attention_operator import block_sparse_attention_forward
-from sparsepath_vit.model.attention_specification import (
-    attention_pattern,
-    dense_attention_mask,
-    eager_attention_forward,
-)
+from sparsepath_vit.model import attention_sdpa_tiles, device_memory
+from sparsepath_vit.model.attention_dense import dense_attention_mask, eager_attention_forward
+from sparsepath_vit.model.attention_registration import block_sparse_attention_forward
+from sparsepath_vit.model.attention_specification import attention_pattern
 
 HEADS, HEAD_DIM = 2, 4
-BACKENDS = ("cpu", "reference")
+BACKENDS = ("sdpa_tiles", "reference")
 # Largest error relative to the largest number of the output.
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
@@ -95,7 +93,7 @@ FIXED = {"ragged": RAGGED, "uniform": UNIFORM}
 
 @settings(max_examples=40)
 @given(batches(), st.integers(0, 99), st.sampled_from([0.2, 0.5, 1.0]), st.sampled_from([1, 8, 32]))
-def test_cpu_tiles_and_reference_follow_the_definition(batch, seed, scale, queries_per_tile):
+def test_sdpa_tiles_and_reference_follow_the_definition(batch, seed, scale, queries_per_tile):
     """With few queries per tile most tiles are one block, whose keys need no mask; with many they join blocks."""
     states = random_states(batch, seed)
     expected = attention_by_definition(*states, batch, scale)
@@ -320,6 +318,17 @@ class TestTransformersInterface:
         assert AttentionInterface()["block_sparse"] is block_sparse_attention_forward
         assert "block_sparse" in AttentionMaskInterface()
 
+    @pytest.mark.parametrize("file", ["encoder_sparsepath_vit", "modeling_sparsepath_vit"])
+    def test_no_model_is_built_without_the_registration(self, file):
+        """The file alone, as remote code imports it."""
+        program = (
+            f"import sys; sys.modules['sparsepath_vit.model.attention_registration'] = None\n"
+            f"try:\n    import sparsepath_vit.model.{file}\n"
+            "except ImportError as error:\n    print(error)"
+        )
+        result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+        assert "attention_registration" in result.stdout, result.stderr
+
     def test_block_sparse_refuses_a_mask(self):
         grid = UNIFORM.grid()
         states = [in_grid_order(state, UNIFORM, grid) for state in random_states(UNIFORM)]
@@ -340,7 +349,7 @@ class TestTransformersInterface:
 
 class TestMemoryWarning:
     def masks(self, name, free_bytes, monkeypatch, batch=UNIFORM):
-        monkeypatch.setattr(reference, "available_memory", lambda device: free_bytes)
+        monkeypatch.setattr(device_memory, "available_memory", lambda device: free_bytes)
         return lambda: [dense_attention_mask(batch.grid(), name, 24, torch.float32) for _ in range(2)]
 
     @pytest.mark.parametrize("name", ["eager", "sdpa", "flex_attention"])
@@ -364,7 +373,7 @@ class TestMemoryWarning:
     def test_free_memory_counts_the_page_cache(self):
         """Regression: only unused pages counted, so that a machine with files in its cache was warned for nothing."""
         expected = psutil.virtual_memory().available
-        assert reference.available_memory(torch.device("cpu")) == pytest.approx(expected, rel=0.2)
+        assert device_memory.available_memory(torch.device("cpu")) == pytest.approx(expected, rel=0.2)
 
 
 class TestBadInput:

@@ -19,12 +19,13 @@ import pytest
 import torch
 from small_models import random_mask
 
-from sparsepath_vit import TokenGrid
+from sparsepath_vit import TokenGrid, block_attention, set_block_attention_backend
 from sparsepath_vit.model.attention_specification import naive_block_attention
 
 pytest.importorskip("triton")
 
-from sparsepath_vit.model import attention_triton as kernel
+from sparsepath_vit.model import attention_triton_launch as kernel
+from sparsepath_vit.model.attention_triton import KERNEL_HEAD_DIMS
 from sparsepath_vit.model.attention_triton_tables import attention_tiles
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -45,6 +46,13 @@ AXES = {
     "kept": ["all", "random", "clusters", "empty blocks"],
     "dtype": DTYPES,
 }
+
+
+@pytest.fixture(autouse=True)
+def the_kernel_runs():
+    set_block_attention_backend("triton")
+    yield
+    set_block_attention_backend("auto")
 
 
 @pytest.fixture(autouse=True)
@@ -126,7 +134,7 @@ def expected_attention(fused, grid, scale):
 
 def check_kernel(grid, fused, scale=None, factor=1.0):
     """Output and the gradients of query, key and value, of patch and of global tokens."""
-    output = kernel.triton_block_attention(*split(fused), grid.to(DEVICE), scale=scale)
+    output = block_attention(*split(fused), grid.to(DEVICE), scale=scale)
     expected, expected_fused = expected_attention(fused, grid, scale or fused.shape[-1] ** -0.5)
     # A gradient with the strides that the model's transpose leaves.
     weights = torch.randn(expected.transpose(1, 2).shape).to(output).transpose(1, 2)
@@ -160,7 +168,7 @@ def test_output_and_gradients_are_those_of_the_specification(case):
     check_kernel(grid, fused_states(grid, dtype=dtype))
 
 
-@pytest.mark.parametrize("head_dim", kernel.KERNEL_HEAD_DIMS)
+@pytest.mark.parametrize("head_dim", KERNEL_HEAD_DIMS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_head_dimensions(head_dim, dtype):
     grid = TokenGrid.create([(6, 5)], num_global_tokens=2, window_size=3)
@@ -210,7 +218,7 @@ def test_extreme_logits_stay_finite(dtype):
     fused[:, :, :2] *= (1e4 / (query @ key.transpose(-1, -2)).abs().max()) ** 0.5
     fused = fused.to(dtype).requires_grad_()
     query, key, value = split(fused)
-    output = kernel.triton_block_attention(query, key, value, grid.to(DEVICE), scale=1.0)
+    output = block_attention(query, key, value, grid.to(DEVICE), scale=1.0)
     output.sum().backward()
     assert output.isfinite().all() and fused.grad.isfinite().all()
     assert_close(output, expected_attention(fused, grid, 1.0)[0], dtype, factor=1e3 if dtype == torch.float32 else 5.0)
@@ -221,7 +229,7 @@ def test_two_runs_are_bitwise_equal():
     fused = fused_states(grid, heads=2)
     runs = []
     for _ in range(2):
-        output = kernel.triton_block_attention(*split(fused), grid.to(DEVICE))
+        output = block_attention(*split(fused), grid.to(DEVICE))
         runs.append((output, *torch.autograd.grad(output.square().sum(), fused)))
     assert all(torch.equal(first, second) for first, second in zip(*runs, strict=True))
 
@@ -230,7 +238,7 @@ def test_a_gradient_that_is_one_number_expanded():
     """The gradient of a sum has stride 0 everywhere."""
     grid = TokenGrid.create([(4, 4)], num_global_tokens=1, window_size=2)
     fused = fused_states(grid)
-    kernel.triton_block_attention(*split(fused), grid.to(DEVICE)).sum().backward()
+    block_attention(*split(fused), grid.to(DEVICE)).sum().backward()
     expected, expected_fused = expected_attention(fused, grid, 0.25)
     expected.sum().backward()
     assert_close(fused.grad, expected_fused.grad, fused.dtype, factor=2.0)
@@ -245,38 +253,40 @@ def test_a_fused_projection_is_read_in_place(monkeypatch):
     monkeypatch.setattr(
         kernel, "launch_block_attention", lambda *arguments: read.append(arguments[:3]) or launch(*arguments)
     )
-    kernel.triton_block_attention(*split(fused), grid.to(DEVICE))
+    block_attention(*split(fused), grid.to(DEVICE))
     assert [states.data_ptr() for states in read[0]] == [states.data_ptr() for states in split(fused)]
 
 
 def test_images_do_not_see_each_other_even_where_one_holds_infinities():
     grid = TokenGrid.create([(5, 4)] * 2, num_global_tokens=2, window_size=2)
     fused = fused_states(grid).detach()
-    alone = kernel.triton_block_attention(*split(fused), grid.to(DEVICE))
+    alone = block_attention(*split(fused), grid.to(DEVICE))
     fused[1] = float("inf")
-    assert torch.equal(kernel.triton_block_attention(*split(fused), grid.to(DEVICE))[0], alone[0])
+    assert torch.equal(block_attention(*split(fused), grid.to(DEVICE))[0], alone[0])
 
 
 class TestBadInput:
     def test_head_dimension(self):
         grid = TokenGrid.create([(2, 2)], num_global_tokens=1, window_size=2, device=DEVICE)
-        with pytest.raises(ValueError, match=r"query has head_dim 48: the Triton kernel takes one of \(16, .*'cpu'"):
-            kernel.triton_block_attention(*split(fused_states(grid, head_dim=48)), grid)
+        with pytest.raises(
+            ValueError, match=r"query has head_dim 48: the Triton kernel takes one of \(16, .*'sdpa_tiles'"
+        ):
+            block_attention(*split(fused_states(grid, head_dim=48)), grid)
 
     def test_dtype(self):
         grid = TokenGrid.create([(2, 2)], num_global_tokens=1, window_size=2, device=DEVICE)
-        with pytest.raises(ValueError, match=r"query is torch.float64: the Triton kernel takes one of .*'cpu'"):
-            kernel.triton_block_attention(*split(fused_states(grid, dtype=torch.float64)), grid)
+        with pytest.raises(ValueError, match=r"query is torch.float64: the Triton kernel takes one of .*'sdpa_tiles'"):
+            block_attention(*split(fused_states(grid, dtype=torch.float64)), grid)
 
     def test_grid_of_another_batch(self):
         grid, other = (TokenGrid.create([(2, n)], num_global_tokens=1, window_size=2, device=DEVICE) for n in (2, 3))
         with pytest.raises(ValueError, match=r"grid describes \(batch, tokens\) = \(1, 7\)"):
-            kernel.triton_block_attention(*split(fused_states(grid)), other)
+            block_attention(*split(fused_states(grid)), other)
 
 
 def test_launch_shapes_part_tiles_evenly():
     for name, head_dim, dtype, tile_size, capability in itertools.product(
-        ("forward", "backward_query", "backward_key_value"), kernel.KERNEL_HEAD_DIMS, TOLERANCES, (64, 128), (8, 9, 12)
+        ("forward", "backward_query", "backward_key_value"), KERNEL_HEAD_DIMS, TOLERANCES, (64, 128), (8, 9, 12)
     ):
         shape = kernel.launch_shape(name, head_dim, dtype, tile_size, capability)
         assert tile_size % shape.block_m == 0 and shape.block_n >= 16

@@ -10,7 +10,7 @@ from token_batches import batches
 
 from sparsepath_vit import TokenGrid
 from sparsepath_vit.model.attention_specification import attention_pattern
-from sparsepath_vit.model.attention_triton_tables import attention_tile_size, attention_tiles, check_states
+from sparsepath_vit.model.attention_triton_tables import attention_tile_size, attention_tiles
 
 
 def seen_by_tiles(grid):
@@ -88,13 +88,6 @@ def test_the_number_of_tiles_never_exceeds_what_the_full_grid_needs():
     assert len(attention_tiles(masked).table) <= len(attention_tiles(full).table)
 
 
-def test_tiles_are_made_once_per_grid_and_anew_after_pruning():
-    grid = TokenGrid.create([(9, 9)], num_global_tokens=1, window_size=4)
-    assert attention_tiles(grid) is attention_tiles(grid)
-    pruned = grid.select(torch.arange(0, 81, 2), [41])
-    assert attention_tiles(pruned).table[:, 1].max() == 42
-
-
 def test_tiles_are_made_without_reading_the_device():
     """A read of the device stalls it, and cannot be captured in a CUDA graph; on the meta device it raises."""
     grid = TokenGrid.create([(33, 17), (16, 16)], num_global_tokens=5, window_size=8).to("meta")
@@ -103,32 +96,3 @@ def test_tiles_are_made_without_reading_the_device():
 
 def test_large_blocks_get_large_tiles():
     assert [attention_tile_size(window) for window in (2, 8, 15, 16, 64, None)] == [64, 64, 64, 128, 128, 128]
-
-
-class TestBadInput:
-    def states(self, tokens=12):
-        return [torch.randn(1, 2, tokens, 16) for _ in range(3)]
-
-    def grid(self, rows=3):
-        return TokenGrid.create([(rows, 3)], num_global_tokens=3, window_size=2)
-
-    @pytest.mark.parametrize("index, name", [(0, "query"), (1, "key"), (2, "value")])
-    def test_last_dimension_that_is_not_contiguous(self, index, name):
-        states = self.states()
-        states[index] = torch.randn(1, 2, 16, 12).transpose(2, 3)
-        with pytest.raises(ValueError, match=rf"{name} has strides \(.*\): .*head_dim, must be contiguous"):
-            check_states(*states, self.grid(), None)
-
-    def test_grid_of_other_tokens(self):
-        with pytest.raises(ValueError, match=r"grid describes \(batch, tokens\) = \(1, 15\)"):
-            check_states(*self.states(), self.grid(rows=4), None)
-
-    def test_grid_with_wrong_counts(self):
-        pruned = self.grid(rows=4).select(torch.arange(5), [9])
-        with pytest.raises(ValueError, match=r"grid has 5 patch tokens, but its counts \(9,\) add up to 9"):
-            check_states(*self.states(), pruned, None)
-
-    @pytest.mark.parametrize("scale", [0.0, -1.0, float("nan")])
-    def test_scale_that_is_not_positive(self, scale):
-        with pytest.raises(ValueError, match=f"scale={scale} is not possible: it takes a positive number"):
-            check_states(*self.states(), self.grid(), scale)

@@ -5,8 +5,6 @@ The tensors are fake ones that say they are on CUDA, so no GPU is needed: readin
 whose result has a size that only the device knows.
 """
 
-import importlib
-
 import pytest
 import torch
 from small_models import small_config
@@ -15,9 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sparsepath_vit import SparsePathViTModel
-
-# The package's name `block_attention` is the function.
-operator = importlib.import_module("sparsepath_vit.model.attention_operator")
+from sparsepath_vit.model import attention_backends
 
 
 class NoTensorsOfTheHost(TorchDispatchMode):
@@ -43,8 +39,8 @@ def fake_cuda():
     ids=["one large image, embedded in strips", "batch", "images of two sizes"],
 )
 def test_a_forward_with_pruning_never_waits_for_the_device(batch, image_sizes, pooling, monkeypatch):
-    monkeypatch.setattr(operator, "_missing_for_kernel", lambda device: None)
-    monkeypatch.setattr(operator, "IS_INTERPRETED", False)
+    monkeypatch.setattr(attention_backends, "_missing", lambda name, device: None)
+    monkeypatch.setattr(attention_backends, "_unwanted", lambda name, device: None)
     config = small_config(prune_ratio=0.5, pooling=pooling)
     with torch.device("meta"):
         model = SparsePathViTModel(config).eval()

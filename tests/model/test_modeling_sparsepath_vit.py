@@ -330,7 +330,7 @@ class TestWarnings:
 
     @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
     def test_a_dense_implementation_that_needs_too_much_memory(self, implementation, monkeypatch, warnings_said):
-        monkeypatch.setattr("sparsepath_vit.model.attention_specification.available_memory", lambda device: 2**10)
+        monkeypatch.setattr("sparsepath_vit.model.device_memory.available_memory", lambda device: 2**10)
         model = small_model(SparsePathViTModel)
         assert not warnings_said(lambda: model(random_pixels(1, 13, 13)))
         model.set_attn_implementation(implementation)

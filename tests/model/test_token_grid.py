@@ -124,6 +124,14 @@ def test_moving_to_another_device_moves_every_tensor():
     assert grid.to("cpu") is grid
 
 
+def test_grids_made_from_another_share_nothing_that_was_prepared_for_it():
+    grid = TokenGrid.create([(3, 3)], num_global_tokens=1, window_size=2)
+    grid.prepared["a backend"] = "its tables"
+    made = [grid.to("meta"), grid.select(torch.arange(4), [4]), grid.with_global_tokens(2)]
+    assert [one.prepared for one in made] == [{}, {}, {}]
+    assert TokenGrid.create([(3, 3)], num_global_tokens=1, window_size=2).prepared == {}
+
+
 class TestBadInput:
     def create(self, sizes, present=None):
         return TokenGrid.create(sizes, num_global_tokens=1, window_size=2, present=present)

@@ -8,7 +8,7 @@ import sys
 import pytest
 from run_script import load_script
 
-from sparsepath_vit.model import attention_triton
+from sparsepath_vit.model import attention_triton_launch
 
 acceptance = load_script("gpu_acceptance")
 
@@ -28,7 +28,7 @@ def run(run_script, capfd):
     return call
 
 
-@pytest.mark.skipif(not attention_triton.IS_INTERPRETED, reason="kernels cannot be interpreted here")
+@pytest.mark.skipif(not attention_triton_launch.IS_INTERPRETED, reason="kernels cannot be interpreted here")
 def test_every_step_is_rehearsed(tmp_path, run, monkeypatch):
     monkeypatch.setattr(acceptance, "RECORDS", tmp_path)
     _, printed = run(tmp_path / "run", "--rehearse", "--record")

@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-from transformers.utils.generic import maybe_autocast
 
+from .attention_backend import AttentionBackend, PreparedGrid, operator_name
+from .attention_precision import without_autocast
 from .token_grid import TokenGrid
 
 # Blocks are joined until a tile has this many queries: below it the cost of a call outweighs its arithmetic, above it
@@ -29,7 +30,7 @@ class QueryTile(NamedTuple):
 
     Attributes:
         queries: (start, end) packed token indices.
-        keys: (start, end) packed token indices of each run of keys.
+        keys: (start, end) packed token indices of each run of keys: the global tokens', then those of block rows.
         is_seen: (queries, keys) bool, or `None` where every query sees every key.
     """
 
@@ -38,31 +39,75 @@ class QueryTile(NamedTuple):
     is_seen: torch.Tensor | None
 
 
-def query_tiles(grid: TokenGrid) -> Iterator[QueryTile]:
-    """The tiles of a batch: per image the global queries first, then its block rows from the top."""
-    offsets = grid.block_offsets.tolist()
-    first_entry = 0
-    for image, (num_block_rows, num_block_columns) in enumerate(grid.block_counts):
-        start, end = grid.image_offsets[image : image + 2]
-        entries = num_block_columns + 1
-        row_offsets = [
-            offsets[first_entry + row * entries : first_entry + (row + 1) * entries] for row in range(num_block_rows)
-        ]
-        first_entry += num_block_rows * entries
-        if max(num_block_rows, num_block_columns) - 1 <= grid.neighbor_radius:
-            yield QueryTile((start, end), [(start, end)], None)
+# Columns of a tile table before those of the runs: first query, end, 1 where block columns decide which key is seen,
+# and the number of global tokens that precede the image's patch tokens.
+_NUM_TILE_COLUMNS = 4
+
+
+def _prepare(grid: TokenGrid) -> PreparedGrid:
+    """The tile table, on the host, and the block column of each patch token: one read of the device per grid."""
+    window = max(grid.canvas_size) if grid.window_size is None else grid.window_size
+    numbers = [grid.num_global_tokens, grid.neighbor_radius]
+    block_counts = [count for counts in grid.block_counts for count in counts]
+    table = _tile_table(grid.block_offsets, block_counts, list(grid.image_offsets), *numbers)
+    return PreparedGrid([table, (grid.columns // window).to(torch.int32)], numbers)
+
+
+@torch.library.custom_op(operator_name("sdpa_tile_table"), mutates_args=())
+def _tile_table(
+    block_offsets: torch.Tensor,
+    block_counts: list[int],
+    image_offsets: list[int],
+    num_global_tokens: int,
+    neighbor_radius: int,
+) -> torch.Tensor:
+    """(tiles, 4 + 2 * runs) int64 on the host, of as many tiles as there can be at most: the last ones are empty."""
+    offsets, first_entry, tiles = block_offsets.tolist(), 0, []
+    for image, block_rows in enumerate(block_counts[::2]):
+        block_columns = block_counts[2 * image + 1]
+        start, end = image_offsets[image : image + 2]
+        starts = range(first_entry, first_entry + block_rows * (block_columns + 1), block_columns + 1)
+        first_entry = starts.stop
+        globals_before = num_global_tokens * (image + 1)
+        if max(block_rows, block_columns) - 1 <= neighbor_radius:
+            tiles.append([start, end, 0, globals_before, start, end])
             continue
-        global_keys = (start, start + grid.num_global_tokens)
-        yield QueryTile(global_keys, [(start, end)], None)
-        for row in range(num_block_rows):
-            near_rows = row_offsets[max(0, row - grid.neighbor_radius) : row + grid.neighbor_radius + 1]
-            yield from _block_row_tiles(row_offsets[row], near_rows, global_keys, grid)
+        global_keys = [start, start + num_global_tokens]
+        tiles.append([*global_keys, 0, globals_before, start, end])
+        rows = [offsets[entry : entry + block_columns + 1] for entry in starts]
+        for row, row_offsets in enumerate(rows):
+            near_rows = rows[max(0, row - neighbor_radius) : row + neighbor_radius + 1]
+            for queries, joins_blocks, runs in _block_row_tiles(row_offsets, near_rows, neighbor_radius):
+                tiles.append([*queries, joins_blocks, globals_before, *global_keys, *runs])
+    most_tiles, columns = _table_shape(block_counts, neighbor_radius)
+    tiles += [[]] * (most_tiles - len(tiles))
+    return torch.tensor([tile + [0] * (columns - len(tile)) for tile in tiles])
+
+
+@_tile_table.register_fake
+def _tile_table_fake(
+    block_offsets: torch.Tensor,
+    block_counts: list[int],
+    image_offsets: list[int],
+    num_global_tokens: int,
+    neighbor_radius: int,
+) -> torch.Tensor:
+    return block_offsets.new_empty(_table_shape(block_counts, neighbor_radius), dtype=torch.int64, device="cpu")
+
+
+def _table_shape(block_counts: list[int], neighbor_radius: int) -> tuple[int, int]:
+    """Each image has a tile of global queries and at most one per block; runs are the global tokens' and 2r+1."""
+    most_tiles = sum(1 + rows * columns for rows, columns in zip(block_counts[::2], block_counts[1::2], strict=True))
+    return most_tiles, _NUM_TILE_COLUMNS + 2 * (2 * neighbor_radius + 2)
 
 
 def _block_row_tiles(
-    offsets: list[int], near_rows: list[list[int]], global_keys: tuple[int, int], grid: TokenGrid
-) -> Iterator[QueryTile]:
-    """The tiles of one block row; `offsets` are its own block starts, `near_rows` those of its neighbourhood."""
+    offsets: list[int], near_rows: list[list[int]], neighbor_radius: int
+) -> Iterator[tuple[tuple[int, int], bool, list[int]]]:
+    """Queries, whether they are of several blocks, and the ends of the key runs of the tiles of one block row.
+
+    `offsets` are the starts of its own blocks, `near_rows` those of the block rows of its neighbourhood.
+    """
     num_block_columns = len(offsets) - 1
     first = 0
     while first < num_block_columns:
@@ -70,23 +115,29 @@ def _block_row_tiles(
         while last + 1 < num_block_columns and offsets[last + 1] - offsets[first] < MIN_QUERIES_PER_TILE:
             last += 1
         if offsets[last + 1] > offsets[first]:
-            left = max(0, first - grid.neighbor_radius)
-            right = min(num_block_columns - 1, last + grid.neighbor_radius)
-            keys = [global_keys, *((near[left], near[right + 1]) for near in near_rows)]
-            is_seen = None
-            if last > first:
-                query_columns = _block_columns(offsets, first, last)
-                key_columns = torch.cat([_block_columns(near, left, right) for near in near_rows])
-                is_near = (query_columns[:, None] - key_columns[None, :]).abs() <= grid.neighbor_radius
-                is_seen = torch.nn.functional.pad(is_near, (grid.num_global_tokens, 0), value=True).to(grid.device)
-            yield QueryTile((offsets[first], offsets[last + 1]), keys, is_seen)
+            left = max(0, first - neighbor_radius)
+            right = min(num_block_columns - 1, last + neighbor_radius)
+            runs = [end for near in near_rows for end in (near[left], near[right + 1])]
+            yield (offsets[first], offsets[last + 1]), last > first, runs
         first = last + 1
 
 
-def _block_columns(offsets: list[int], first: int, last: int) -> torch.Tensor:
-    """Block column of each token of the blocks first..last of a block row."""
-    sizes = [offsets[column + 1] - offsets[column] for column in range(first, last + 1)]
-    return torch.repeat_interleave(torch.arange(first, last + 1), torch.tensor(sizes))
+def query_tiles(prepared: PreparedGrid) -> Iterator[QueryTile]:
+    """The tiles of a batch: per image the global queries first, then its block rows from the top."""
+    (table, block_columns), (num_global_tokens, neighbor_radius) = prepared
+    for start, end, joins_blocks, globals_before, *runs in table.tolist():
+        if start == end:
+            continue
+        keys = [run for run in zip(runs[::2], runs[1::2], strict=True) if run[0] < run[1]]
+        is_seen = None
+        if joins_blocks:
+            query_columns = block_columns[start - globals_before : end - globals_before]
+            key_columns = _take(
+                block_columns, [(first - globals_before, stop - globals_before) for first, stop in keys[1:]]
+            )
+            is_near = (query_columns[:, None] - key_columns[None, :]).abs() <= neighbor_radius  # (queries, patch keys)
+            is_seen = torch.nn.functional.pad(is_near, (num_global_tokens, 0), value=True)
+        yield QueryTile((start, end), keys, is_seen)
 
 
 def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tile: QueryTile, scale: float) -> torch.Tensor:
@@ -139,26 +190,26 @@ def tiled_block_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    grid: TokenGrid,
+    prepared: PreparedGrid,
     scale: float,
-    dropout: float = 0.0,
-    generator: torch.Generator | None = None,
-) -> torch.Tensor:
+    dropout: float,
+    generator: torch.Generator | None,
+) -> tuple[torch.Tensor, None]:
     """Block-local attention, tile by tile.
 
     Args:
         query, key, value: (M, heads, head_dim) packed tokens.
-        grid: where the tokens are.
+        prepared: where the tokens are, see `_prepare`.
         scale: factor on the logits.
         dropout: share of attention probabilities set to zero.
         generator: draws the dropout.
 
     Returns:
-        (M, heads, head_dim).
+        (M, heads, head_dim), and `None`: the backward computes the log-sum-exps anew.
     """
     output = query.new_empty(query.shape)
-    with maybe_autocast(query.device.type, enabled=False):
-        for tile in query_tiles(grid):
+    with without_autocast(query.device.type):
+        for tile in query_tiles(prepared):
             tile_key, tile_value = _take(key, tile.keys), _take(value, tile.keys)
             if dropout == 0.0:
                 queries = slice(*tile.queries)
@@ -169,7 +220,7 @@ def tiled_block_attention(
                 probabilities = _probabilities(_heads_first(query[queries]), tile_key, is_seen, scale)
                 probabilities *= _dropout_factors(probabilities, dropout, generator)
                 output[queries] = (probabilities @ tile_value).transpose(0, 1)
-    return output
+    return output, None
 
 
 def tiled_block_attention_backward(
@@ -177,12 +228,14 @@ def tiled_block_attention_backward(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    grid: TokenGrid,
+    output: torch.Tensor,
+    logsumexp: torch.Tensor,
+    prepared: PreparedGrid,
     scale: float,
-    dropout: float = 0.0,
-    generator: torch.Generator | None = None,
+    dropout: float,
+    generator: torch.Generator | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of `tiled_block_attention`; each tile's probabilities are recomputed, none are kept.
+    """Gradients of `tiled_block_attention`; each tile's probabilities are recomputed, `output` and `logsumexp` unused.
 
     `generator` must be seeded as it was for the forward: the dropout is drawn again in the same order.
 
@@ -192,8 +245,8 @@ def tiled_block_attention_backward(
     grad_query = query.new_empty(query.shape)
     dtype = torch.promote_types(query.dtype, torch.float32)
     grad_key, grad_value = (torch.zeros(states.shape, dtype=dtype, device=states.device) for states in (key, value))
-    with maybe_autocast(query.device.type, enabled=False):
-        for tile in query_tiles(grid):
+    with without_autocast(query.device.type):
+        for tile in query_tiles(prepared):
             tile_key, tile_value = (_heads_first(_take(states, tile.keys)).contiguous() for states in (key, value))
             tile_grad_key, tile_grad_value = torch.zeros_like(tile_key), torch.zeros_like(tile_value)
             for queries, is_seen in _query_parts(tile):
@@ -220,3 +273,17 @@ def _add_runs(states: torch.Tensor, additions: torch.Tensor, runs: list[tuple[in
     for start, end in runs:
         states[start:end] += additions[:, position : position + end - start].transpose(0, 1)
         position += end - start
+
+
+SDPA_TILES = AttentionBackend(
+    name="sdpa_tiles",
+    description="tiles of SDPA calls",
+    missing=lambda device: None,
+    unwanted=lambda device: None,
+    check_query=lambda query: None,
+    prepare=_prepare,
+    forward=tiled_block_attention,
+    backward=tiled_block_attention_backward,
+    has_dropout=True,
+    returns_logsumexp=False,
+)

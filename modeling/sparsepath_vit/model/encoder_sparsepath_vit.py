@@ -9,8 +9,8 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .attention_operator import ATTENTION_NAME
-from .attention_specification import dense_attention_mask, eager_attention_forward
+from .attention_dense import dense_attention_mask, eager_attention_forward
+from .attention_registration import ATTENTION_NAME
 from .configuration_sparsepath_vit import SparsePathViTConfig
 from .token_grid import TokenGrid, per_image
 from .token_pruning import kept_tokens, prune_scores, select_tokens

@@ -12,7 +12,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
-from .attention_operator import ATTENTION_NAME
+from .attention_registration import ATTENTION_NAME
 from .configuration_sparsepath_vit import SparsePathViTConfig, failure_signatures
 from .embeddings import SparsePathViTEmbeddings
 from .encoder_sparsepath_vit import AfterLayer, EncoderOutput, SparsePathViTEncoder, SparsePathViTLayerScale

@@ -12,6 +12,7 @@ Where all images keep equally many tokens, the packed tokens are a plain batch (
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -36,6 +37,8 @@ class TokenGrid:
             consecutive entries: where its blocks start, and where the last one ends. The keys of the blocks
             first..last of a block row are the packed tokens `block_offsets[first] : block_offsets[last + 1]`.
         entry_shifts: (entries,) int64, how many global tokens precede the patch tokens of an entry's image.
+        prepared: what attention backends need of this grid, by backend, so that it is made once for all layers. They
+            fill it; a grid made from this one, by pruning or on another device, begins anew.
     """
 
     grid_sizes: tuple[tuple[int, int], ...]
@@ -48,6 +51,7 @@ class TokenGrid:
     blocks: torch.Tensor
     block_offsets: torch.Tensor
     entry_shifts: torch.Tensor
+    prepared: dict[str, Any] = dataclasses.field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def create(
@@ -87,16 +91,10 @@ class TokenGrid:
                 f"patch_mask leaves image {counts.index(0)} without a present patch token, so nothing can be computed "
                 "for it. Drop the image from the batch, or mask less of it."
             )
-        block_counts = _block_counts(grid_sizes, window_size)
-        entries = [block_rows * (block_columns + 1) for block_rows, block_columns in block_counts]
+        entries = [rows * (columns + 1) for rows, columns in _block_counts(grid_sizes, window_size)]
         first_entries = [sum(entries[:index]) for index in range(len(entries))]
         blocks = torch.cat([blocks + first for (_, _, blocks), first in zip(images, first_entries, strict=True)])
-        entry_shifts = torch.cat(
-            [
-                torch.full((count,), num_global_tokens * (index + 1), dtype=torch.int64, device=blocks.device)
-                for index, count in enumerate(entries)
-            ]
-        )
+        entry_shifts = _entry_shifts(entries, num_global_tokens, blocks.device)
         return cls(
             grid_sizes=tuple((rows, columns) for rows, columns in grid_sizes),
             counts=counts,
@@ -279,6 +277,16 @@ def _block_counts(grid_sizes: Sequence[tuple[int, int]], window_size: int | None
     windows = [max(size) if window_size is None else window_size for size in grid_sizes]
     return tuple(
         (-(-rows // window), -(-columns // window)) for (rows, columns), window in zip(grid_sizes, windows, strict=True)
+    )
+
+
+def _entry_shifts(entries: Sequence[int], num_global_tokens: int, device: torch.device) -> torch.Tensor:
+    """How many global tokens precede the patch tokens of each entry's image, from the entries of each image."""
+    return torch.cat(
+        [
+            torch.full((count,), num_global_tokens * (index + 1), dtype=torch.int64, device=device)
+            for index, count in enumerate(entries)
+        ]
     )
 
 

@@ -11,8 +11,8 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 from huggingface_hub import get_token
 
-from ..model.attention_operator import describe_block_attention_backend
-from ..model.attention_specification import available_memory
+from ..model.attention_backends import describe_block_attention_backend
+from ..model.device_memory import available_memory
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ import math
 
 import torch
 
-from ..model.attention_specification import available_memory
 from ..model.configuration_sparsepath_vit import SparsePathViTConfig
+from ..model.device_memory import available_memory
 
 # Tensors of (tokens, hidden_size) at the peak of a layer: residual stream, norm, fused qkv, its three parts laid out
 # anew, attended tokens, projection, and the output in raster order.

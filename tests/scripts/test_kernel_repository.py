@@ -1,4 +1,5 @@
 # Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
+import dataclasses
 import importlib.util
 import json
 import re
@@ -7,9 +8,12 @@ import tomllib
 
 import pytest
 import torch
+from run_script import load_script
 
 from sparsepath_vit import TokenGrid, block_attention
-from sparsepath_vit.conversion.kernel_export import KERNEL_NAME, export_kernel
+
+kernel_repository = load_script("kernel_repository")
+KERNEL_NAME, export_kernel = kernel_repository.KERNEL_NAME, kernel_repository.export_kernel
 
 
 def load_build(repository):
@@ -49,16 +53,18 @@ def test_sources_and_build_are_the_same_and_import_only_torch_and_triton(reposit
         match[1] for text in sources.values() for match in re.finditer(r"^\s*(?:from|import) ([\w.]+)", text, re.M)
     }
     siblings = {f".{name.removesuffix('.py')}" for name in sources}
-    allowed = {"torch", "triton", "triton.language", "collections.abc", "typing", "math", "dataclasses"}
-    assert imported - siblings <= allowed
+    packages = {name.split(".")[0] for name in imported - siblings}
+    assert packages - sys.stdlib_module_names == {"torch", "triton"}
 
 
-def test_the_build_computes_what_the_package_computes(repository):
-    triton_attention = pytest.importorskip("sparsepath_vit.model.attention_triton")
+def test_the_build_computes_what_the_package_computes(repository, monkeypatch):
+    triton_attention = pytest.importorskip("sparsepath_vit.model.attention_triton_launch")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and not triton_attention.IS_INTERPRETED:
         pytest.skip("needs a GPU, or TRITON_INTERPRET=1 before Triton is imported")
     module = load_build(repository)
+    # By itself it would choose the tiles where the kernel is interpreted.
+    monkeypatch.setattr(sys.modules[f"{module.__name__}.attention_backends"], "_chosen_backend", "triton")
     grid = module.TokenGrid.create([(5, 4)], num_global_tokens=2, window_size=2, device=device)
     states = [torch.randn(1, 2, grid.num_tokens, 16, device=device).requires_grad_() for _ in range(3)]
     output = module.block_attention(*states, grid)
@@ -68,6 +74,33 @@ def test_the_build_computes_what_the_package_computes(repository):
     weights = torch.randn_like(output)
     gradients = torch.autograd.grad(output, states, weights)
     torch.testing.assert_close(gradients, torch.autograd.grad(expected, states, weights))
+
+
+def test_copies_in_one_process_do_not_run_each_others_code(repository, monkeypatch):
+    """Two versions may lay the operator's arguments out differently, and torch.library keeps the last of a name."""
+    module = load_build(repository)
+    copies = [
+        sys.modules["sparsepath_vit.model.attention_backends"],
+        sys.modules[f"{module.__name__}.attention_backends"],
+    ]
+    for number, copy in enumerate(copies):
+        tiles = copy.BACKENDS["sdpa_tiles"]
+        marked = dataclasses.replace(tiles, forward=lambda query, *rest, number=number: (query * 0 + number, None))
+        monkeypatch.setitem(copy.BACKENDS, "sdpa_tiles", marked)
+        monkeypatch.setattr(copy, "_chosen_backend", "sdpa_tiles")
+    for number, package in enumerate((sys.modules["sparsepath_vit"], module)):
+        grid = package.TokenGrid.create([(2, 2)], num_global_tokens=1, window_size=2)
+        assert (package.block_attention(*[torch.randn(1, 1, 5, 16)] * 3, grid) == number).all()
+    assert hasattr(torch.ops.sparsepath_vit, "block_attention")
+    assert hasattr(getattr(torch.ops, module.__name__), "block_attention")
+
+
+def test_the_build_computes_without_a_gpu(repository):
+    module = load_build(repository)
+    grid = module.TokenGrid.create([(5, 4)], num_global_tokens=2, window_size=2)
+    states = torch.randn(3, 1, 2, grid.num_tokens, 16)
+    own_grid = TokenGrid.create([(5, 4)], num_global_tokens=2, window_size=2)
+    assert torch.equal(module.block_attention(*states, grid), block_attention(*states, own_grid))
 
 
 def test_the_library_itself_loads_it(repository):

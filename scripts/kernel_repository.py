@@ -22,19 +22,31 @@ KERNEL_NAME = "sparsepath-block-attention"
 KERNEL_VERSION = 1
 
 _PACKAGE_NAME = KERNEL_NAME.replace("-", "_")
+# The operator and all that it imports: nothing of it needs more than torch, and Triton where there is a GPU.
 _SOURCES = (
     "token_grid.py",
-    "attention_triton_tables.py",
-    "attention_triton_kernels.py",
+    "attention_specification.py",
+    "attention_precision.py",
+    "attention_checks.py",
+    "attention_backend.py",
+    "attention_backends.py",
+    "attention_sdpa_tiles.py",
     "attention_triton.py",
+    "attention_triton_tables.py",
+    "attention_triton_launch.py",
+    "attention_triton_functions.py",
+    "attention_triton_forward.py",
+    "attention_triton_backward.py",
+    "attention_operator.py",
 )
+_MODEL_FOLDER = Path(__file__).parents[1] / "modeling" / "sparsepath_vit" / "model"
 _LICENCE_LINE = "# Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.\n"
 
 _PACKAGE_INIT = (
     _LICENCE_LINE
     + '''"""Block-local attention with fused global tokens, ragged after token pruning (arXiv 2601.12150)."""
 
-from .attention_triton import triton_block_attention as block_attention
+from .attention_operator import block_attention
 from .token_grid import TokenGrid
 
 __all__ = ["TokenGrid", "block_attention"]
@@ -63,7 +75,8 @@ tags:
 Block-local attention for vision transformers on large images, in Triton: each patch token sees the global tokens (CLS
 and registers) and the blocks around its own, global tokens see everything, in one softmax (arXiv 2601.12150). Blocks
 may be ragged, as they are after token pruning. Forward and backward, bitwise reproducible, bfloat16, float16 and
-float32, head_dim 16, 32, 64, 80, 96 and 128, on NVIDIA GPUs.
+float32, head_dim 16, 32, 64, 80, 96 and 128, on NVIDIA GPUs; torch.compile takes it whole. Elsewhere tiles of torch
+SDPA calls compute the same.
 
 ```python
 import torch
@@ -103,7 +116,7 @@ def export_kernel(output_dir: str | os.PathLike) -> Path:
         (repository / "README.md").write_text(_README, encoding="utf-8")
         (sources / "__init__.py").write_text(_PACKAGE_INIT, encoding="utf-8")
         for name in _SOURCES:
-            shutil.copyfile(Path(__file__).parents[1] / "model" / name, sources / name)
+            shutil.copyfile(_MODEL_FOLDER / name, sources / name)
         shutil.copytree(sources, build / _PACKAGE_NAME)
         metadata = json.dumps(_metadata(sources), indent=2) + "\n"
         (build / "metadata.json").write_text(metadata, encoding="utf-8")

@@ -1,0 +1,78 @@
+# Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
+"""What a backend of block-local attention is: the interface between the operator and the files that compute.
+
+A backend says once per grid what it needs of it, as tensors and integers, because an operator that torch.compile can
+trace takes nothing else. The tensors come back to the backend with the queries, keys and values of every layer.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from .token_grid import TokenGrid
+
+
+class PreparedGrid(NamedTuple):
+    """What a backend needs of a grid.
+
+    Attributes:
+        tensors: tables made from the grid, on any device.
+        numbers: integers that are known without reading a device.
+    """
+
+    tensors: list[torch.Tensor]
+    numbers: list[int]
+
+
+@dataclass(frozen=True)
+class AttentionBackend:
+    """One way to compute block-local attention of the M = `grid.num_tokens` packed tokens of a grid.
+
+    Attributes:
+        name: what users choose it by.
+        description: what it is, in words that fit into "the ... has no dropout" and "... run instead".
+        missing: what keeps it from running on a device, in words; `None` where it runs.
+        unwanted: why "auto" passes it over on a device although it runs there; `None` where it does not.
+        check_query: raises a ValueError where it does not take the head_dim or the dtype of (..., head_dim) queries.
+        prepare: what it needs of a grid. Called once per grid; torch.compile traces it.
+        forward: takes query, key and value, each (M, heads, head_dim), the prepared grid, the scale of the logits, the
+            share of dropped probabilities and the generator that draws them (0.0 and `None` without dropout). Returns
+            the output, (M, heads, head_dim), and the base-2 log-sum-exp of each query's logits, (heads, M) in float32,
+            or `None`.
+        backward: takes the gradient of the output, query, key, value, output, log-sum-exp and the rest as in the
+            forward, the generator seeded alike. Returns the gradients of query, key and value.
+        has_dropout: whether it can drop probabilities; if not, another backend runs where some are to be dropped.
+        returns_logsumexp: whether the forward returns it.
+    """
+
+    name: str
+    description: str
+    missing: Callable[[torch.device], str | None]
+    unwanted: Callable[[torch.device], str | None]
+    check_query: Callable[[torch.Tensor], None]
+    prepare: Callable[[TokenGrid], PreparedGrid]
+    forward: Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
+    backward: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+    has_dropout: bool
+    returns_logsumexp: bool
+
+
+def prepared_grid(backend: AttentionBackend, grid: TokenGrid) -> PreparedGrid:
+    """What the backend needs of the grid: prepared when first asked for and kept with the grid, for all layers."""
+    if backend.name not in grid.prepared:
+        grid.prepared[backend.name] = backend.prepare(grid)
+    return grid.prepared[backend.name]
+
+
+def operator_name(name: str) -> str:
+    """The name under which torch.library knows an operator of this package, "sparsepath_vit::..." where installed.
+
+    A process may hold these files more than once, in different versions: installed, as remote code of a checkpoint, in
+    a kernel repository. Whoever registers a name last answers for it, also to those who registered it before, so the
+    name tells the copies apart.
+    """
+    copy = re.sub(r"\W", "_", (__package__ or __name__).removesuffix(".model"))
+    return f"{copy}::{name}"

@@ -1,0 +1,51 @@
+# Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
+"""Whether queries, keys and values fit each other and a grid."""
+
+import torch
+
+from .token_grid import TokenGrid
+
+
+def check_states(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, grid: TokenGrid, scale: float | None
+) -> float:
+    """Raises a ValueError where states do not fit each other or the grid; returns the scale to use.
+
+    Args:
+        query, key, value: (batch, heads, tokens, head_dim).
+        grid: where the tokens are.
+        scale: factor on the logits, head_dim ** -0.5 by default.
+    """
+    if query.ndim != 4:
+        raise ValueError(f"query has shape {tuple(query.shape)}: it takes (batch, heads, tokens, head_dim).")
+    for name, states in (("key", key), ("value", value)):
+        if states.shape != query.shape:
+            raise ValueError(f"{name} has shape {tuple(states.shape)}: it takes the query's, {tuple(query.shape)}.")
+        if states.dtype != query.dtype:
+            raise ValueError(f"{name} is {states.dtype}: it takes the query's dtype, {query.dtype}.")
+        if states.device != query.device:
+            raise ValueError(f"{name} is on {states.device}: it takes the query's device, {query.device}.")
+    for name, states in (("query", query), ("key", key), ("value", value)):
+        if states.stride(-1) != 1:
+            raise ValueError(
+                f"{name} has strides {states.stride()}: its last dimension, head_dim, must be contiguous (stride 1). "
+                "Call .contiguous() on it."
+            )
+    if not query.is_floating_point():
+        raise ValueError(f"query is {query.dtype}: it takes a floating point dtype.")
+    if grid.device != query.device:
+        raise ValueError(f"grid is on {grid.device}: it takes the query's device, {query.device}.")
+    if (query.shape[0], query.shape[2]) != grid.batch_shape:
+        raise ValueError(
+            f"grid describes (batch, tokens) = {grid.batch_shape}, but query has shape {tuple(query.shape)}, that is "
+            f"{(query.shape[0], query.shape[2])}: pass the grid these tokens were made with."
+        )
+    if len(grid.rows) != sum(grid.counts):
+        raise ValueError(
+            f"grid has {len(grid.rows)} patch tokens, but its counts {grid.counts} add up to {sum(grid.counts)}: pass "
+            "TokenGrid.select the counts of the tokens it keeps."
+        )
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if not scale > 0.0:
+        raise ValueError(f"scale={scale!r} is not possible: it takes a positive number.")
+    return scale
