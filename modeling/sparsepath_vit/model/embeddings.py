@@ -16,6 +16,33 @@ from .token_grid import TokenGrid, per_image
 ROWS_PER_STRIP = 32
 
 
+def token_grid_of_sizes(
+    config: SparsePathViTConfig,
+    grid_sizes: Sequence[tuple[int, int]],
+    present: torch.Tensor | None = None,
+    device: torch.device | str | None = None,
+) -> TokenGrid:
+    """`TokenGrid.create` with a model's global tokens and blocks.
+
+    Args:
+        config: of the model.
+        grid_sizes: (rows, columns) of each image's token grid.
+        present: (batch, rows, columns) bool; `None` where every patch token is present.
+        device: where the tensors live; by default where `present` lives.
+
+    Raises:
+        ValueError: what `TokenGrid.create` refuses.
+    """
+    return TokenGrid.create(
+        grid_sizes,
+        num_global_tokens=config.num_global_tokens,
+        window_size=config.window_size,
+        neighbor_radius=config.neighbor_radius,
+        present=present,
+        device=device,
+    )
+
+
 def resampling_weights(
     new_size: int, old_size: int, like: torch.Tensor, antialias: bool = True, offset: float = 0.0
 ) -> torch.Tensor:
@@ -161,14 +188,8 @@ class SparsePathViTEmbeddings(nn.Module):
             sizes = image_sizes.tolist() if isinstance(image_sizes, torch.Tensor) else list(image_sizes)
             _check_image_sizes(sizes, batch, height, width)
             grid_sizes = [(-(-rows // patch_size), -(-columns // patch_size)) for rows, columns in sizes]
-        return TokenGrid.create(
-            grid_sizes,
-            num_global_tokens=self.config.num_global_tokens,
-            window_size=self.config.window_size,
-            neighbor_radius=self.config.neighbor_radius,
-            present=None if patch_mask is None else patch_mask.to(pixel_values.device),
-            device=pixel_values.device,
-        )
+        present = None if patch_mask is None else patch_mask.to(pixel_values.device)
+        return token_grid_of_sizes(self.config, grid_sizes, present, pixel_values.device)
 
     def forward(self, pixel_values: torch.Tensor, grid: TokenGrid) -> torch.Tensor:
         """Embeds the present tokens of a batch.
