@@ -200,9 +200,14 @@ class SparsePathViTEmbeddings(nn.Module):
 
         Returns:
             (*grid.batch_shape, hidden_size).
+
+        Raises:
+            ValueError: a grid of other images.
         """
         rows = pixel_values.shape[-2] // self.config.patch_size
         # Compiling is asked first: comparing the rows would bind the graph to images of this size.
+        if not torch.compiler.is_compiling():
+            _check_grid(grid, pixel_values.shape[0], (rows, pixel_values.shape[-1] // self.config.patch_size))
         may_use_strips = not torch.compiler.is_compiling() and not torch.is_grad_enabled() and grid.batch_size == 1
         if may_use_strips and rows > ROWS_PER_STRIP:
             height, width = (side * self.config.patch_size for side in grid.grid_sizes[0])  # the canvas may be larger
@@ -228,6 +233,8 @@ class SparsePathViTEmbeddings(nn.Module):
         Raises:
             ValueError: strips that do not fit the grid, or pixels the model would misread.
         """
+        if grid.batch_size != 1:
+            raise ValueError(f"grid holds {grid.batch_size} images: strips are those of one image.")
         size = grid.grid_sizes[0]
         num_tokens = grid.counts[0]
         # Where the patch of each row and column goes; absent ones share a last place, which is dropped in the end:
@@ -299,6 +306,15 @@ class SparsePathViTEmbeddings(nn.Module):
             return torch.cat([global_tokens.expand(grid.batch_size, -1, -1), patch_tokens], dim=1)
         images = patch_tokens.split(grid.counts)
         return torch.cat([tokens for image in images for tokens in (global_tokens, image)])[None]
+
+
+def _check_grid(grid: TokenGrid, batch: int, canvas: tuple[int, int]) -> None:
+    """Refuses a grid that was made for other images than a batch on a canvas of (rows, columns) tokens."""
+    if grid.batch_size != batch or grid.canvas_size[0] > canvas[0] or grid.canvas_size[1] > canvas[1]:
+        raise ValueError(
+            f"grid holds {grid.batch_size} images of up to {grid.canvas_size} tokens, pixel_values {batch} of up to "
+            f"{canvas}: model.token_grid(pixel_values) makes the grid that fits."
+        )
 
 
 def _check_image_sizes(sizes: list, batch: int, height: int, width: int) -> None:

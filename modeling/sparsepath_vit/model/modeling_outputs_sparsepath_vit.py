@@ -82,6 +82,26 @@ class SparsePathViTImageClassifierOutput(ImageClassifierOutput):
     prune_scores: torch.Tensor | None = None
 
 
+def pooled_features(last_hidden_state: torch.Tensor, grid: TokenGrid, pooling: str) -> torch.Tensor:
+    """What stands for a whole image.
+
+    Args:
+        last_hidden_state: (batch, G + K, hidden_size) in raster order, zero where an image has fewer tokens.
+        grid: of these tokens.
+        pooling: "cls", or "cls_mean" for the CLS token and the mean of the patch tokens.
+
+    Returns:
+        (batch, pooled_size).
+    """
+    # A copy: a view would keep all tokens alive as long as somebody holds the pooled features.
+    cls_token = last_hidden_state[:, 0].clone()
+    if pooling == "cls":
+        return cls_token
+    counts = per_image(grid.counts, cls_token.device)[:, None]
+    mean = last_hidden_state[:, grid.num_global_tokens :].float().sum(dim=1) / counts
+    return torch.cat([cls_token, mean.to(cls_token.dtype)], dim=-1)
+
+
 def positions_in_raster(grid: TokenGrid) -> torch.Tensor:
     """(batch, K, 2) int64 (row, column) of the patch tokens in raster order, padded with -1."""
     positions = torch.stack([grid.rows, grid.columns], dim=-1)[grid.raster_order()].split(grid.counts)

@@ -22,10 +22,11 @@ from .modeling_outputs_sparsepath_vit import (
     SparsePathViTModelOutput,
     attentions_in_raster,
     hidden_states_in_raster,
+    pooled_features,
     positions_in_raster,
     sizes_of_grids,
 )
-from .token_grid import TokenGrid, per_image
+from .token_grid import TokenGrid
 from .token_pruning import EncodedTokens
 
 logger = logging.get_logger(__name__)
@@ -146,10 +147,7 @@ class SparsePathViTPreTrainedModel(PreTrainedModel):
                 f'{self.config._attn_implementation!r}, call model.set_attn_implementation("eager").'
             )
         embeddings, encoder = self.base_model.embeddings, self.base_model.encoder
-        is_whole = isinstance(pixel_values, torch.Tensor)
-        if not torch.compiler.is_compiling():
-            _check_grid(grid, pixel_values.shape if is_whole else None, self.config.patch_size)
-        embed = embeddings if is_whole else embeddings.embed_strips
+        embed = embeddings if isinstance(pixel_values, torch.Tensor) else embeddings.embed_strips
         tokens = EncodedTokens(embed(pixel_values, grid), grid)
         return encoder(tokens, output_hidden_states, output_attentions, after_layer, may_prune)
 
@@ -182,20 +180,6 @@ class SparsePathViTPreTrainedModel(PreTrainedModel):
         return (
             self.config.output_hidden_states if output_hidden_states is None else bool(output_hidden_states),
             self.config.output_attentions if output_attentions is None else bool(output_attentions),
-        )
-
-
-def _check_grid(grid: TokenGrid, shape: torch.Size | None, patch_size: int) -> None:
-    """Refuses a grid made for other pixels than (batch, channels, height, width), or than one image in strips."""
-    if shape is None:
-        if grid.batch_size != 1:
-            raise ValueError(f"grid holds {grid.batch_size} images: strips are those of one image.")
-        return
-    batch, (rows, columns) = shape[0], (side // patch_size for side in shape[-2:])
-    if grid.batch_size != batch or grid.canvas_size[0] > rows or grid.canvas_size[1] > columns:
-        raise ValueError(
-            f"grid holds {grid.batch_size} images of up to {grid.canvas_size} tokens and pixel_values {batch} of "
-            f"{(rows, columns)}: model.token_grid(pixel_values) makes the grid that fits."
         )
 
 
@@ -261,7 +245,8 @@ class SparsePathViTModel(SparsePathViTPreTrainedModel):
         """
         tokens = encoded.last
         last_hidden_state = tokens.grid.to_raster(self.norm(tokens.hidden_states))
-        pooler_output = self._pool(last_hidden_state, tokens.grid)  # of the kept tokens, whether others return or not
+        # Of the kept tokens, whether the others come back or not.
+        pooler_output = pooled_features(last_hidden_state, tokens.grid, self.config.pooling)
         if self.config.unprune is not None and tokens.pruning is not None:
             tokens = tokens.restored()
             last_hidden_state = tokens.grid.to_raster(self.norm(tokens.hidden_states))
@@ -274,16 +259,6 @@ class SparsePathViTModel(SparsePathViTPreTrainedModel):
             grid_sizes=sizes_of_grids(tokens.grid),
             prune_scores=None if encoded.last.pruning is None else encoded.last.pruning.score_map(),
         )
-
-    def _pool(self, last_hidden_state: torch.Tensor, grid: TokenGrid) -> torch.Tensor:
-        """(batch, G + K, hidden_size) -> (batch, pooled_size)."""
-        # A copy: a view would keep all tokens alive as long as somebody holds the pooled features.
-        cls_token = last_hidden_state[:, 0].clone()
-        if self.config.pooling == "cls":
-            return cls_token
-        counts = per_image(grid.counts, cls_token.device)[:, None]
-        mean = last_hidden_state[:, grid.num_global_tokens :].float().sum(dim=1) / counts  # absent tokens are zero
-        return torch.cat([cls_token, mean.to(cls_token.dtype)], dim=-1)
 
 
 class SparsePathViTForImageClassification(SparsePathViTPreTrainedModel):
