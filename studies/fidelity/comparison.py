@@ -111,7 +111,7 @@ def compare_to_dense(
             patterns_of = {name: getattr(model.config, name) for name in _VARIANT_FIELDS}
             sparse_runs.append((patterns_of, encoder(**inputs)))
     with configured(model, window_size=None, prune_ratio=0.0):
-        grid = encoder.embeddings.token_grid(
+        grid = encoder.token_grid(
             pixel_values, inputs.get("patch_mask"), inputs.get("image_sizes")
         )  # one block: raster order
         masses = _AttentionMasses(
@@ -230,10 +230,8 @@ class _AttentionMasses:
 
     def _measure(self, attention: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
         hidden_states, layer = inputs[0], len(self.masses) + 1
-        tokens, width = hidden_states.shape[1:]
-        qkv = attention.qkv(hidden_states)[0, :, : 2 * width].float()
-        # (tokens, 2, heads, head_dim) -> two of (heads, tokens, head_dim)
-        query, key = qkv.view(tokens, 2, attention.num_heads, -1).permute(1, 2, 0, 3)
+        tokens = hidden_states.shape[1]
+        query, key, _ = (states[0].float() for states in attention.query_key_value(hidden_states))
         queries = self._queries(hidden_states.device)
         sums, counts = [0.0] * len(self.patterns), [0] * len(self.patterns)
         chunk = max(1, _LOGIT_BYTES // (4 * attention.num_heads * tokens))

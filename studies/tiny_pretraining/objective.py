@@ -163,10 +163,8 @@ class SparsePathViTPretraining(nn.Module):
         """
         config = self.encoder.config
         layer = self.encoder.encoder.layers[config.prune_after_layer - 1]
-        batch, tokens, _ = hidden_states.shape
-        qkv = layer.attention.qkv(layer.norm1(hidden_states))
-        qkv = qkv.view(batch, tokens, 3, config.num_attention_heads, config.head_dim).float()
-        query, key, _ = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (batch, heads, tokens, head_dim)
+        # each (batch, heads, tokens, head_dim)
+        query, key, _ = (states.float() for states in layer.attention.query_key_value(layer.norm1(hidden_states)))
         logits = query[:, :, : config.num_global_tokens] @ key.transpose(2, 3) * layer.attention.scaling
         received = logits.softmax(dim=-1)[..., config.num_global_tokens :].mean(dim=(1, 2))
         return received / received.sum(dim=-1, keepdim=True)

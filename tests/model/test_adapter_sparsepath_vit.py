@@ -305,7 +305,7 @@ class TestTraining:
         seen = []
         backbone.extractors[0].register_forward_pre_hook(lambda module, arguments: seen.append(arguments[2]))
         backbone(pixels(1, 32, 32))
-        (before, before_grid), (_, kept_grid) = seen[0]
+        (before, before_grid), (_, kept_grid) = seen[0].with_removed()
         assert (sum(before_grid.counts), sum(kept_grid.counts)) == (64, 32)
         model = SparsePathViTModel(small_config()).eval()
         model.load_state_dict(backbone.state_dict(), strict=False)

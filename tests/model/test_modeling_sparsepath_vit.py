@@ -13,6 +13,7 @@ from torch import nn
 
 from sparsepath_vit import SparsePathViTBackbone, SparsePathViTForImageClassification, SparsePathViTModel
 from sparsepath_vit.model import encoder_sparsepath_vit as encoder
+from sparsepath_vit.model import token_pruning
 
 MODELS = [SparsePathViTModel, SparsePathViTForImageClassification, SparsePathViTBackbone]
 IMPLEMENTATIONS = ("eager", "sdpa", "block_sparse")
@@ -126,8 +127,9 @@ class TestExactness:
         def refuse(*arguments, **keywords):
             raise AssertionError("tokens were scored or gathered")
 
-        for name in ("prune_scores", "kept_tokens", "select_tokens"):
-            monkeypatch.setattr(encoder, name, refuse)
+        monkeypatch.setattr(encoder, "prune_scores", refuse)
+        for name in ("kept_tokens", "select_tokens"):
+            monkeypatch.setattr(token_pruning, name, refuse)
         outputs = small_model(SparsePathViTModel, prune_ratio=0.0)(random_pixels(2, 9, 7))
         assert outputs.prune_scores is None
         assert outputs.patch_positions[1].tolist() == [[row, column] for row in range(9) for column in range(7)]

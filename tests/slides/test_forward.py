@@ -58,6 +58,30 @@ def test_whole_slide_equals_its_pixels_as_one_image(
     assert_same(embedding, expected, tolerance=1e-5 if mpp == 0.5 else 0.02)
 
 
+@pytest.mark.parametrize("pooling", ["cls", "cls_mean"])
+def test_with_unprune_slides_and_regions_hold_all_positions_as_the_model_does(
+    small_image, tmp_path, model_and_processor, pooling
+):
+    """Regression: `embed_slide` returned the kept positions alone."""
+    model, processor = model_and_processor
+    model.config.unprune, model.config.pooling = "scatter", pooling
+    slide = Slide(write_pyramid(tmp_path / "slide.tiff", small_image))
+    tissue = random_tissue(slide)
+    present = tissue.token_grid(slide, PATCH, 0.5)
+    with torch.no_grad():
+        pixels = processor(small_image, mask_background=False, return_tensors="pt")["pixel_values"]
+        outputs = model(pixels, patch_mask=torch.from_numpy(present)[None])
+    features = outputs.last_hidden_state[0, model.config.num_global_tokens :].numpy()
+    (of_region,) = embed_regions(model, processor, [small_image], [present], dense=True)
+    for embedding in (embed_slide(model, processor, slide, 0.5, tissue), of_region):
+        assert (embedding.patch_positions == np.argwhere(present)).all()
+        assert (embedding.patch_positions == outputs.patch_positions[0].numpy()).all()
+        assert np.abs(embedding.patch_features - features).max() < 2e-3 * np.abs(features).max()
+        assert np.allclose(embedding.pooled, outputs.pooler_output[0], rtol=1e-4, atol=1e-5)
+        scores = outputs.prune_scores[0].view(present.shape)[torch.from_numpy(present)]
+        assert np.allclose(embedding.prune_scores, scores, rtol=1e-4)
+
+
 def test_regions_equal_the_model_called_by_hand(small_image, model_and_processor):
     model, processor = model_and_processor
     present = np.zeros((32, 40), bool)

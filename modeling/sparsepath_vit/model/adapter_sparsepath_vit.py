@@ -23,7 +23,7 @@ from .encoder_sparsepath_vit import SparsePathViTEncoder
 from .modeling_sparsepath_vit import SparsePathViTPreTrainedModel
 from .segmentation_inputs import allows_pruning, check_group_norm, pad_to_patches
 from .token_grid import TokenGrid
-from .token_pruning import scatter_to_map
+from .token_pruning import EncodedTokens, scatter_to_map
 
 # The cells that take part in the interactions are those of strides 8, 16 and 32; stride 4 would be four times as many.
 INTERACTION_STRIDES = STRIDES[1:]
@@ -151,36 +151,27 @@ class SparsePathViTExtractor(GradientCheckpointingLayer):
         self,
         cells: torch.Tensor,
         shapes: list[tuple[int, int]],
-        tokens: list[tuple[torch.Tensor, TokenGrid]],
+        tokens: EncodedTokens,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Reads.
 
         Args:
             cells: (batch, cells of the maps of strides 8, 16 and 32, adapter_dim).
             shapes: (height, width) of these maps.
-            tokens: of the ViT with their grid; where tokens were pruned, first those before, then those kept.
+            tokens: of the ViT, with those that pruning removed.
 
         Returns:
             The cells, and the tokens as a map (batch, adapter_dim, rows, columns).
         """
-        normed = [(self.token_norm(states), grid) for states, grid in tokens]
+        normed = tokens.apply(self.token_norm)
         value, token_map = (
-            _layered_map([(project(states), grid) for states, grid in normed])
-            for project in (self.attention.value_projection, self.token_projection)
+            normed.apply(project).to_map() for project in (self.attention.value_projection, self.token_projection)
         )
         rows_and_columns = [tuple(value.shape[2:])]
         points = reference_points(shapes, list(INTERACTION_STRIDES), rows_and_columns, [self.patch_size], cells.device)
         attended = self.attention(self.query_norm(cells), points, flatten_maps([value]), rows_and_columns)
         cells = cells + attended
         return cells + self.feed_forward(self.feed_forward_norm(cells), shapes), token_map
-
-
-def _layered_map(tokens: list[tuple[torch.Tensor, TokenGrid]]) -> torch.Tensor:
-    """Tokens on one map, the later ones over the earlier; zero where none is present."""
-    layered: torch.Tensor | float = 0.0
-    for states, grid in tokens:
-        layered = scatter_to_map(states, grid, layered)
-    return layered
 
 
 class SparsePathViTInjector(GradientCheckpointingLayer):
@@ -302,7 +293,9 @@ class SparsePathViTAdapterBackbone(BackboneMixin, SparsePathViTPreTrainedModel):
         finest, *pyramid = self.spatial_prior(pixel_values)
         shapes = [tuple(one.shape[2:]) for one in pyramid]
         interaction = _Interaction(self, flatten_maps(pyramid) + self._level_embeddings(shapes), shapes)
-        self._encode(padded, patch_mask, image_sizes, False, False, interaction, may_prune)
+        self.encode(
+            padded, self.token_grid(padded, patch_mask, image_sizes), after_layer=interaction, may_prune=may_prune
+        )
         maps = split_maps(interaction.cells, shapes)
         maps.insert(0, finest + self.upsampling(maps[0])[:, :, : finest.shape[2], : finest.shape[3]])
         feature_maps = []
@@ -335,21 +328,18 @@ class _Interaction:
         self.cells = cells
         self.shapes = shapes
         self.token_maps: list[torch.Tensor] = []
-        self.before_pruning: list[tuple[torch.Tensor, TokenGrid]] = []
 
-    def __call__(self, number: int, hidden_states: torch.Tensor, grid: TokenGrid) -> tuple[torch.Tensor, TokenGrid]:
+    def __call__(self, number: int, tokens: EncodedTokens) -> EncodedTokens:
         backbone, config = self.backbone, self.backbone.config
         if number in config.adapter_layers:
             extract = backbone.extractors[config.adapter_layers.index(number)]
-            tokens = [*self.before_pruning, (hidden_states, grid)]
             self.cells, token_map = extract(self.cells, self.shapes, tokens)
             self.token_maps.append(token_map)
         if config.adapter_injector and number in [0, *config.adapter_layers[:-1]]:
             inject = backbone.injectors[[0, *config.adapter_layers[:-1]].index(number)]
-            hidden_states = inject(hidden_states, grid, self.cells, self.shapes)
-        if config.prunes and config.unprune is not None and number == config.prune_after_layer:
-            self.before_pruning = [(hidden_states, grid)]
-        return hidden_states, grid
+            injected = inject(tokens.hidden_states, tokens.grid, self.cells, self.shapes)
+            tokens = tokens._replace(hidden_states=injected)
+        return tokens
 
 
 __all__ = ["SparsePathViTAdapterBackbone"]

@@ -162,6 +162,9 @@ class SparsePathViTConfig(BackboneConfigMixin, PreTrainedConfig):
     """
 
     model_type = "sparsepath_vit"
+    # A Trainer gathers the other outputs of all batches: without these, which differ in size from image to image, it
+    # hands a classifier's logits alone to `compute_metrics`.
+    keys_to_ignore_at_inference = ["hidden_states", "attentions", "patch_positions", "grid_sizes", "prune_scores"]
 
     hidden_size: int = 1536
     num_hidden_layers: int = 24

@@ -16,6 +16,33 @@ from .token_grid import TokenGrid, per_image
 ROWS_PER_STRIP = 32
 
 
+def token_grid_of_sizes(
+    config: SparsePathViTConfig,
+    grid_sizes: Sequence[tuple[int, int]],
+    present: torch.Tensor | None = None,
+    device: torch.device | str | None = None,
+) -> TokenGrid:
+    """`TokenGrid.create` with a model's global tokens and blocks.
+
+    Args:
+        config: of the model.
+        grid_sizes: (rows, columns) of each image's token grid.
+        present: (batch, rows, columns) bool; `None` where every patch token is present.
+        device: where the tensors live; by default where `present` lives.
+
+    Raises:
+        ValueError: what `TokenGrid.create` refuses.
+    """
+    return TokenGrid.create(
+        grid_sizes,
+        num_global_tokens=config.num_global_tokens,
+        window_size=config.window_size,
+        neighbor_radius=config.neighbor_radius,
+        present=present,
+        device=device,
+    )
+
+
 def resampling_weights(
     new_size: int, old_size: int, like: torch.Tensor, antialias: bool = True, offset: float = 0.0
 ) -> torch.Tensor:
@@ -161,14 +188,8 @@ class SparsePathViTEmbeddings(nn.Module):
             sizes = image_sizes.tolist() if isinstance(image_sizes, torch.Tensor) else list(image_sizes)
             _check_image_sizes(sizes, batch, height, width)
             grid_sizes = [(-(-rows // patch_size), -(-columns // patch_size)) for rows, columns in sizes]
-        return TokenGrid.create(
-            grid_sizes,
-            num_global_tokens=self.config.num_global_tokens,
-            window_size=self.config.window_size,
-            neighbor_radius=self.config.neighbor_radius,
-            present=None if patch_mask is None else patch_mask.to(pixel_values.device),
-            device=pixel_values.device,
-        )
+        present = None if patch_mask is None else patch_mask.to(pixel_values.device)
+        return token_grid_of_sizes(self.config, grid_sizes, present, pixel_values.device)
 
     def forward(self, pixel_values: torch.Tensor, grid: TokenGrid) -> torch.Tensor:
         """Embeds the present tokens of a batch.
@@ -179,9 +200,14 @@ class SparsePathViTEmbeddings(nn.Module):
 
         Returns:
             (*grid.batch_shape, hidden_size).
+
+        Raises:
+            ValueError: a grid of other images.
         """
         rows = pixel_values.shape[-2] // self.config.patch_size
         # Compiling is asked first: comparing the rows would bind the graph to images of this size.
+        if not torch.compiler.is_compiling():
+            _check_grid(grid, pixel_values.shape[0], (rows, pixel_values.shape[-1] // self.config.patch_size))
         may_use_strips = not torch.compiler.is_compiling() and not torch.is_grad_enabled() and grid.batch_size == 1
         if may_use_strips and rows > ROWS_PER_STRIP:
             height, width = (side * self.config.patch_size for side in grid.grid_sizes[0])  # the canvas may be larger
@@ -207,6 +233,8 @@ class SparsePathViTEmbeddings(nn.Module):
         Raises:
             ValueError: strips that do not fit the grid, or pixels the model would misread.
         """
+        if grid.batch_size != 1:
+            raise ValueError(f"grid holds {grid.batch_size} images: strips are those of one image.")
         size = grid.grid_sizes[0]
         num_tokens = grid.counts[0]
         # Where the patch of each row and column goes; absent ones share a last place, which is dropped in the end:
@@ -278,6 +306,15 @@ class SparsePathViTEmbeddings(nn.Module):
             return torch.cat([global_tokens.expand(grid.batch_size, -1, -1), patch_tokens], dim=1)
         images = patch_tokens.split(grid.counts)
         return torch.cat([tokens for image in images for tokens in (global_tokens, image)])[None]
+
+
+def _check_grid(grid: TokenGrid, batch: int, canvas: tuple[int, int]) -> None:
+    """Refuses a grid that was made for other images than a batch on a canvas of (rows, columns) tokens."""
+    if grid.batch_size != batch or grid.canvas_size[0] > canvas[0] or grid.canvas_size[1] > canvas[1]:
+        raise ValueError(
+            f"grid holds {grid.batch_size} images of up to {grid.canvas_size} tokens, pixel_values {batch} of up to "
+            f"{canvas}: model.token_grid(pixel_values) makes the grid that fits."
+        )
 
 
 def _check_image_sizes(sizes: list, batch: int, height: int, width: int) -> None:

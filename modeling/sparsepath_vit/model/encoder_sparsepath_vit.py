@@ -13,10 +13,10 @@ from .attention_dense import dense_attention_mask, eager_attention_forward
 from .attention_registration import ATTENTION_NAME
 from .configuration_sparsepath_vit import SparsePathViTConfig
 from .token_grid import TokenGrid, per_image
-from .token_pruning import kept_tokens, prune_scores, select_tokens
+from .token_pruning import EncodedTokens, prune, prune_scores
 
 # Called with the number of layers run so far, from 0, and the tokens; returns them, changed or not.
-AfterLayer = Callable[[int, torch.Tensor, TokenGrid], tuple[torch.Tensor, TokenGrid]]
+AfterLayer = Callable[[int, EncodedTokens], EncodedTokens]
 
 
 class SparsePathViTLayerScale(nn.Module):
@@ -68,8 +68,7 @@ class SparsePathViTAttention(nn.Module):
         score_tokens: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         batch, tokens, _ = hidden_states.shape
-        qkv = self.qkv(hidden_states).view(batch, tokens, 3, self.num_heads, self.head_dim)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (batch, heads, tokens, head_dim)
+        query, key, value = self.query_key_value(hidden_states)
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -88,6 +87,12 @@ class SparsePathViTAttention(nn.Module):
             scores = prune_scores(query, key, value, grid, scale=self.scaling, kind=self.config.prune_score)
         # (batch, tokens, heads, head_dim) -> (batch, tokens, hidden_size)
         return self.projection(attended.reshape(batch, tokens, -1)), weights, scores
+
+    def query_key_value(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(batch, tokens, hidden_size) normalised tokens -> three of (batch, heads, tokens, head_dim)."""
+        batch, tokens, _ = hidden_states.shape
+        qkv = self.qkv(hidden_states).view(batch, tokens, 3, self.num_heads, self.head_dim)
+        return qkv.permute(2, 0, 3, 1, 4).unbind(0)
 
 
 class SparsePathViTMLP(nn.Module):
@@ -155,21 +160,14 @@ class EncoderOutput(NamedTuple):
     """What the encoder saw, in the grid's order.
 
     Attributes:
-        states: tokens and their grid before the first layer and after each layer; empty unless asked for. After the
-            pruning layer the tokens are those before pruning.
-        last: tokens and grid after the last layer and pruning.
-        scored_grid: the grid before pruning, or `None`. Its tokens are not kept: at 60,000 tokens they would be a
-            sizeable part of the peak memory.
-        prune_scores: (T,) scores of the tokens before pruning, or `None`.
-        before_pruning: tokens and grid before pruning and what was kept of them, where `config.unprune` asks for them.
-        attentions: probabilities of each layer and their grid.
+        states: the tokens before the first layer and after each; empty unless asked for. After the pruning layer they
+            are those before pruning.
+        last: the tokens after the last layer and pruning.
+        attentions: probabilities of each layer and their grid; empty unless asked for.
     """
 
-    states: list[tuple[torch.Tensor, TokenGrid]]
-    last: tuple[torch.Tensor, TokenGrid]
-    scored_grid: TokenGrid | None
-    prune_scores: torch.Tensor | None
-    before_pruning: tuple[torch.Tensor, TokenGrid, torch.Tensor] | None
+    states: list[EncodedTokens]
+    last: EncodedTokens
     attentions: list[tuple[torch.Tensor, TokenGrid]]
 
 
@@ -187,18 +185,16 @@ class SparsePathViTEncoder(nn.Module):
 
     def forward(
         self,
-        hidden_states: torch.Tensor,
-        grid: TokenGrid,
-        output_hidden_states: bool,
-        output_attentions: bool,
+        tokens: EncodedTokens,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
         after_layer: AfterLayer | None = None,
         may_prune: bool = True,
     ) -> EncoderOutput:
         """Runs all layers.
 
         Args:
-            hidden_states: (*grid.batch_shape, hidden_size).
-            grid: where the tokens are.
+            tokens: the embedded tokens.
             output_hidden_states: whether to keep the tokens after each layer.
             output_attentions: whether to keep the attention probabilities.
             after_layer: reads or changes the tokens before the first layer and after each, before any pruning there;
@@ -206,35 +202,39 @@ class SparsePathViTEncoder(nn.Module):
             may_prune: `False` keeps all tokens, whatever the config says.
         """
         if after_layer is not None:
-            hidden_states, grid = after_layer(0, hidden_states, grid)
-        states, attentions = [(hidden_states, grid)] if output_hidden_states else [], []
-        scored_grid, scores, before_pruning = None, None, None
-        mask = self._attention_mask(grid, hidden_states.dtype)
+            tokens = after_layer(0, tokens)
+        states, attentions = [tokens] if output_hidden_states else [], []
+        # Where all states are kept anyway, those before pruning cost nothing.
+        keeps_removed = output_hidden_states or self.config.unprune is not None
+        mask = self._attention_mask(tokens)
         for number, layer in enumerate(self.layers, start=1):
             prunes_here = may_prune and self.config.prunes and number == self.config.prune_after_layer
-            hidden_states, weights, layer_scores = layer(hidden_states, grid, mask, prunes_here)
+            tokens, weights, scores = _run(layer, tokens, mask, prunes_here)
             if output_attentions:
-                attentions.append((weights, grid))
+                attentions.append((weights, tokens.grid))
             if output_hidden_states:
-                states.append((hidden_states, grid))
-            grid = grid.to(hidden_states.device)  # the layers may lie on several devices
-            grid_before = grid
+                states.append(tokens)
+            grid_before = tokens.grid
             if after_layer is not None:
-                hidden_states, grid = after_layer(number, hidden_states, grid)
+                tokens = after_layer(number, tokens)
             if prunes_here:
-                scored_grid, scores = grid, layer_scores
-                kept, counts = kept_tokens(scores, grid, self.config.prune_ratio)
-                if self.config.unprune is not None:
-                    before_pruning = (hidden_states, grid, kept)
-                kept_grid = grid.select(kept, counts)
-                hidden_states = select_tokens(hidden_states, grid, kept, kept_grid)
-                grid = kept_grid
-            if grid is not grid_before:
-                mask = self._attention_mask(grid, hidden_states.dtype)
-        return EncoderOutput(states, (hidden_states, grid), scored_grid, scores, before_pruning, attentions)
+                tokens = prune(tokens, scores, self.config.prune_ratio, keeps_removed)
+            if tokens.grid is not grid_before:
+                mask = self._attention_mask(tokens)
+        return EncoderOutput(states, tokens, attentions)
 
-    def _attention_mask(self, grid: TokenGrid, dtype: torch.dtype) -> Any:
+    def _attention_mask(self, tokens: EncodedTokens) -> Any:
         implementation = self.config._attn_implementation
         if implementation == ATTENTION_NAME:
             return None
-        return dense_attention_mask(grid, implementation, self.config.num_attention_heads, dtype)
+        heads = self.config.num_attention_heads
+        return dense_attention_mask(tokens.grid, implementation, heads, tokens.hidden_states.dtype)
+
+
+def _run(
+    layer: SparsePathViTLayer, tokens: EncodedTokens, mask: Any, score_tokens: bool
+) -> tuple[EncodedTokens, torch.Tensor | None, torch.Tensor | None]:
+    """One layer; a name for its bare output in the caller would keep removed tokens alive."""
+    hidden_states, weights, scores = layer(tokens.hidden_states, tokens.grid, mask, score_tokens)
+    grid = tokens.grid.to(hidden_states.device)  # the layers may lie on several devices
+    return tokens._replace(hidden_states=hidden_states, grid=grid), weights, scores

@@ -2,19 +2,18 @@
 """What the models return. Everything is in raster order; G global tokens come first, K patch tokens follow."""
 
 import dataclasses
-from typing import Any
 
 import torch
 from torch import nn
-from transformers.utils import ModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 
 from .encoder_sparsepath_vit import EncoderOutput
 from .token_grid import TokenGrid, per_image
 
 
 @dataclasses.dataclass
-class SparsePathViTModelOutput(ModelOutput):
-    """Output of `SparsePathViTModel`.
+class SparsePathViTModelOutput(BaseModelOutputWithPooling):
+    """Output of `SparsePathViTModel`: that of any Transformers vision model, then where its patch tokens are.
 
     Images of a batch that keep different numbers of tokens are padded to the largest: with zeros in the states, with -1
     in `patch_positions`.
@@ -23,23 +22,19 @@ class SparsePathViTModelOutput(ModelOutput):
         last_hidden_state: (batch, G + K, hidden_size) after the final norm; with `config.unprune` (batch, G + N, ...).
         pooler_output: (batch, hidden_size) of the CLS token, or (batch, 2 * hidden_size) of the CLS token and the mean
             of the kept patch tokens.
+        hidden_states: before the first and after each layer, (batch, G + N, hidden_size), and (batch, G + K, ...) for
+            the layers after pruning. Before the final norm.
+        attentions: per layer (batch, heads, tokens, tokens).
         patch_positions: (batch, K, 2) int64, (row, column) in the token grid of each patch token of
             `last_hidden_state`: the kept ones, or with `config.unprune` all that were present.
         grid_sizes: (batch, 2) int64, (rows, columns) of each image's token grid.
         prune_scores: (batch, rows * columns) float32 on the grid all images fit in, 0 where no token was present;
             `None` without pruning.
-        hidden_states: before the first and after each layer, (batch, G + N, hidden_size), and (batch, G + K, ...) for
-            the layers after pruning. Before the final norm.
-        attentions: per layer (batch, heads, tokens, tokens).
     """
 
-    last_hidden_state: torch.Tensor | None = None
-    pooler_output: torch.Tensor | None = None
     patch_positions: torch.Tensor | None = None
     grid_sizes: torch.Tensor | None = None
     prune_scores: torch.Tensor | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
 
     def to_dense_map(self, fill: float = 0.0) -> torch.Tensor:
         """Puts the kept patch tokens where they belong.
@@ -69,7 +64,7 @@ def patch_tokens_to_map(
 
 
 @dataclasses.dataclass
-class SparsePathViTImageClassifierOutput(ModelOutput):
+class SparsePathViTImageClassifierOutput(ImageClassifierOutput):
     """Output of `SparsePathViTForImageClassification`.
 
     Attributes:
@@ -82,40 +77,50 @@ class SparsePathViTImageClassifierOutput(ModelOutput):
         prune_scores: as in `SparsePathViTModelOutput`.
     """
 
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
     patch_positions: torch.Tensor | None = None
     grid_sizes: torch.Tensor | None = None
     prune_scores: torch.Tensor | None = None
 
 
-def public_outputs(encoded: EncoderOutput) -> dict[str, Any]:
-    """What the models return beside their features, in raster order."""
-    _, grid = encoded.last
-    if encoded.before_pruning is not None:
-        grid = encoded.before_pruning[1]
-    rows, columns = grid.canvas_size
+def pooled_features(last_hidden_state: torch.Tensor, grid: TokenGrid, pooling: str) -> torch.Tensor:
+    """What stands for a whole image.
+
+    Args:
+        last_hidden_state: (batch, G + K, hidden_size) in raster order, zero where an image has fewer tokens.
+        grid: of these tokens.
+        pooling: "cls", or "cls_mean" for the CLS token and the mean of the patch tokens.
+
+    Returns:
+        (batch, pooled_size).
+    """
+    # A copy: a view would keep all tokens alive as long as somebody holds the pooled features.
+    cls_token = last_hidden_state[:, 0].clone()
+    if pooling == "cls":
+        return cls_token
+    counts = per_image(grid.counts, cls_token.device)[:, None]
+    mean = last_hidden_state[:, grid.num_global_tokens :].float().sum(dim=1) / counts
+    return torch.cat([cls_token, mean.to(cls_token.dtype)], dim=-1)
+
+
+def positions_in_raster(grid: TokenGrid) -> torch.Tensor:
+    """(batch, K, 2) int64 (row, column) of the patch tokens in raster order, padded with -1."""
     positions = torch.stack([grid.rows, grid.columns], dim=-1)[grid.raster_order()].split(grid.counts)
-    scores = None
-    if encoded.prune_scores is not None:
-        scores = encoded.prune_scores.new_zeros(grid.batch_size * rows * columns)
-        scores = scores.index_put((encoded.scored_grid.canvas_indices(),), encoded.prune_scores).view(
-            grid.batch_size, -1
-        )
-    hidden_states, attentions = None, None
-    if encoded.states:
-        hidden_states = tuple(states_grid.to_raster(tokens) for tokens, states_grid in encoded.states)
-    if encoded.attentions:
-        attentions = tuple(_attentions_in_raster(*weights_and_grid) for weights_and_grid in encoded.attentions)
-    return {
-        "patch_positions": nn.utils.rnn.pad_sequence(list(positions), batch_first=True, padding_value=-1),
-        "grid_sizes": torch.stack([per_image(sides, grid.device) for sides in zip(*grid.grid_sizes, strict=True)], 1),
-        "prune_scores": scores,
-        "hidden_states": hidden_states,
-        "attentions": attentions,
-    }
+    return nn.utils.rnn.pad_sequence(list(positions), batch_first=True, padding_value=-1)
+
+
+def sizes_of_grids(grid: TokenGrid) -> torch.Tensor:
+    """(batch, 2) int64 (rows, columns) of each image's token grid."""
+    return torch.stack([per_image(sides, grid.device) for sides in zip(*grid.grid_sizes, strict=True)], 1)
+
+
+def hidden_states_in_raster(encoded: EncoderOutput) -> tuple[torch.Tensor, ...] | None:
+    """The tokens before the first and after each layer, (batch, G + N, hidden_size) each; `None` if not kept."""
+    return tuple(tokens.grid.to_raster(tokens.hidden_states) for tokens in encoded.states) or None
+
+
+def attentions_in_raster(encoded: EncoderOutput) -> tuple[torch.Tensor, ...] | None:
+    """The probabilities of each layer, (batch, heads, tokens, tokens) each; `None` if not kept."""
+    return tuple(_attentions_in_raster(*weights_and_grid) for weights_and_grid in encoded.attentions) or None
 
 
 def _attentions_in_raster(weights: torch.Tensor, grid: TokenGrid) -> torch.Tensor:

@@ -1,6 +1,7 @@
 # Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
 """SparsePathViT: a ViT with block-local attention and token pruning (method: arXiv 2601.12150)."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,21 +15,29 @@ from transformers.utils.generic import can_return_tuple
 
 from .attention_registration import ATTENTION_NAME
 from .configuration_sparsepath_vit import SparsePathViTConfig, failure_signatures
-from .embeddings import SparsePathViTEmbeddings
+from .embeddings import SparsePathViTEmbeddings, token_grid_of_sizes
 from .encoder_sparsepath_vit import AfterLayer, EncoderOutput, SparsePathViTEncoder, SparsePathViTLayerScale
 from .modeling_outputs_sparsepath_vit import (
     SparsePathViTImageClassifierOutput,
     SparsePathViTModelOutput,
-    public_outputs,
+    attentions_in_raster,
+    hidden_states_in_raster,
+    pooled_features,
+    positions_in_raster,
+    sizes_of_grids,
 )
-from .token_grid import TokenGrid, per_image
-from .token_pruning import restore_tokens, scatter_to_map
+from .token_grid import TokenGrid
+from .token_pruning import EncodedTokens
 
 logger = logging.get_logger(__name__)
 
 
 class SparsePathViTPreTrainedModel(PreTrainedModel):
-    """Weight initialisation and what Transformers needs to know of the architecture."""
+    """What all models of the family share: the way from pixels to encoded tokens, and what Transformers asks for.
+
+    A forward is three steps, which code that needs something in between calls one by one: `token_grid` (or
+    `token_grid_of_image`), `encode`, and `SparsePathViTModel.finish` or `feature_map`.
+    """
 
     config: SparsePathViTConfig
     config_class = SparsePathViTConfig
@@ -68,17 +77,67 @@ class SparsePathViTPreTrainedModel(PreTrainedModel):
         elif isinstance(module, SparsePathViTLayerScale):
             init.constant_(module.lambda1, self.config.layerscale_value)
 
-    def _encode(
+    def token_grid(
         self,
         pixel_values: torch.Tensor,
-        patch_mask: torch.Tensor | None,
-        image_sizes: torch.Tensor | list[tuple[int, int]] | None,
-        output_hidden_states: bool,
-        output_attentions: bool,
+        patch_mask: torch.Tensor | None = None,
+        image_sizes: torch.Tensor | list[tuple[int, int]] | None = None,
+    ) -> TokenGrid:
+        """Says which patch tokens of a batch of images are present, and checks the images on the way.
+
+        Args:
+            pixel_values: (batch, channels, height, width), normalised; height and width multiples of the patch size.
+            patch_mask: (batch, rows, columns) bool, True where a patch token is present; all are by default.
+            image_sizes: (height, width) in pixels of each image, where smaller ones share a larger canvas.
+
+        Raises:
+            ValueError: pixels, mask or sizes that do not fit, or pixels that are not finite.
+        """
+        return self.base_model.embeddings.token_grid(pixel_values, patch_mask, image_sizes)
+
+    def token_grid_of_image(self, present: torch.Tensor) -> TokenGrid:
+        """The grid of one image whose pixels come later, strip by strip.
+
+        Args:
+            present: (rows, columns) bool, True where a patch token is present.
+
+        Raises:
+            ValueError: a mask of another shape or type, or without a present token.
+        """
+        if present.ndim != 2:
+            raise ValueError(f"present has shape {tuple(present.shape)}: it takes (rows, columns) of one image.")
+        return token_grid_of_sizes(self.config, [tuple(present.shape)], present[None].to(self.device))
+
+    def encode(
+        self,
+        pixel_values: torch.Tensor | Iterable[torch.Tensor],
+        grid: TokenGrid,
+        *,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
         after_layer: AfterLayer | None = None,
         may_prune: bool = True,
     ) -> EncoderOutput:
-        """Runs embeddings and encoder, which every model of this family has as `embeddings` and `encoder`."""
+        """Embeds the present patch tokens and runs all layers on them.
+
+        Args:
+            pixel_values: (batch, channels, height, width) of images, or one image as (1, channels, height, width)
+                strips from the top down, each a whole number of patches high and as wide as the grid. Strips are taken
+                one after the other: the pixels of the image are never in memory at once.
+            grid: what `token_grid` or `token_grid_of_image` returned.
+            output_hidden_states: whether to keep the tokens after each layer.
+            output_attentions: whether to keep the attention probabilities ("eager" only).
+            after_layer: called before the first layer and after each with the number of layers run so far and the
+                tokens; returns the tokens the next layer takes.
+            may_prune: `False` keeps all tokens, whatever the config says.
+
+        Returns:
+            The tokens in the grid's order, before the final norm. What pruning removed is kept beside them where
+            `config.unprune` or `output_hidden_states` asks for it.
+
+        Raises:
+            ValueError: pixels that do not fit the grid, or attention probabilities that are not available.
+        """
         if not torch.compiler.is_compiling():
             for warning in failure_signatures(self.config):
                 logger.warning_once(warning)
@@ -87,9 +146,34 @@ class SparsePathViTPreTrainedModel(PreTrainedModel):
                 f"output_attentions=True needs the materialised attention: attn_implementation is "
                 f'{self.config._attn_implementation!r}, call model.set_attn_implementation("eager").'
             )
-        grid = self.embeddings.token_grid(pixel_values, patch_mask, image_sizes)
-        hidden_states = self.embeddings(pixel_values, grid)
-        return self.encoder(hidden_states, grid, output_hidden_states, output_attentions, after_layer, may_prune)
+        embeddings, encoder = self.base_model.embeddings, self.base_model.encoder
+        embed = embeddings if isinstance(pixel_values, torch.Tensor) else embeddings.embed_strips
+        tokens = EncodedTokens(embed(pixel_values, grid), grid)
+        return encoder(tokens, output_hidden_states, output_attentions, after_layer, may_prune)
+
+    def feature_map(self, encoded: EncoderOutput, layer: int) -> torch.Tensor:
+        """The tokens after a layer as a map, of a model with a final norm.
+
+        Removed tokens are filled in with the features they were removed with.
+
+        Args:
+            encoded: what `encode` returned with `output_hidden_states=True`.
+            layer: how many layers they went through; 0 for the embeddings.
+
+        Returns:
+            (batch, hidden_size, rows, columns) on the grid all images fit in, after the final norm unless
+            `config.apply_layernorm` is off; zero at places that were never present.
+
+        Raises:
+            ValueError: a layer there are no tokens of.
+        """
+        if not 0 <= layer < len(encoded.states):
+            raise ValueError(
+                f"layer={layer} is not among the {len(encoded.states)} states that were kept: encode with "
+                f"output_hidden_states=True and choose from 0 to {self.config.num_hidden_layers}."
+            )
+        tokens = encoded.states[layer]
+        return (tokens.apply(self.base_model.norm) if self.config.apply_layernorm else tokens).to_map()
 
     def _output_switches(self, output_hidden_states: bool | None, output_attentions: bool | None) -> tuple[bool, bool]:
         """The caller's choice, or the config's."""
@@ -141,31 +225,40 @@ class SparsePathViTModel(SparsePathViTPreTrainedModel):
         Raises:
             ValueError: pixels, mask or sizes that do not fit, or pixels that are not finite.
         """
-        encoded = self._encode(
-            pixel_values, patch_mask, image_sizes, *self._output_switches(output_hidden_states, output_attentions)
+        keeps_states, keeps_attentions = self._output_switches(output_hidden_states, output_attentions)
+        encoded = self.encode(
+            pixel_values,
+            self.token_grid(pixel_values, patch_mask, image_sizes),
+            output_hidden_states=keeps_states,
+            output_attentions=keeps_attentions,
         )
-        hidden_states, grid = encoded.last
-        last_hidden_state = grid.to_raster(self.norm(hidden_states))
-        pooler_output = self._pool(last_hidden_state, grid)
-        if encoded.before_pruning is not None:
-            all_tokens, all_grid, kept = encoded.before_pruning
-            restored = restore_tokens(hidden_states, all_tokens, all_grid, kept)
-            last_hidden_state = all_grid.to_raster(self.norm(restored))
+        return self.finish(encoded)
+
+    def finish(self, encoded: EncoderOutput) -> SparsePathViTModelOutput:
+        """From encoded tokens to what the model returns: final norm, raster order, pooling, removed tokens.
+
+        Args:
+            encoded: what `encode` returned.
+
+        Raises:
+            ValueError: `config.unprune` was set after encoding.
+        """
+        tokens = encoded.last
+        last_hidden_state = tokens.grid.to_raster(self.norm(tokens.hidden_states))
+        # Of the kept tokens, whether the others come back or not.
+        pooler_output = pooled_features(last_hidden_state, tokens.grid, self.config.pooling)
+        if self.config.unprune is not None and tokens.pruning is not None:
+            tokens = tokens.restored()
+            last_hidden_state = tokens.grid.to_raster(self.norm(tokens.hidden_states))
         return SparsePathViTModelOutput(
             last_hidden_state=last_hidden_state,
             pooler_output=pooler_output,
-            **public_outputs(encoded),
+            hidden_states=hidden_states_in_raster(encoded),
+            attentions=attentions_in_raster(encoded),
+            patch_positions=positions_in_raster(tokens.grid),
+            grid_sizes=sizes_of_grids(tokens.grid),
+            prune_scores=None if encoded.last.pruning is None else encoded.last.pruning.score_map(),
         )
-
-    def _pool(self, last_hidden_state: torch.Tensor, grid: TokenGrid) -> torch.Tensor:
-        """(batch, G + K, hidden_size) -> (batch, pooled_size)."""
-        # A copy: a view would keep all tokens alive as long as somebody holds the pooled features.
-        cls_token = last_hidden_state[:, 0].clone()
-        if self.config.pooling == "cls":
-            return cls_token
-        counts = per_image(grid.counts, cls_token.device)[:, None]
-        mean = last_hidden_state[:, grid.num_global_tokens :].float().sum(dim=1) / counts  # absent tokens are zero
-        return torch.cat([cls_token, mean.to(cls_token.dtype)], dim=-1)
 
 
 class SparsePathViTForImageClassification(SparsePathViTPreTrainedModel):
@@ -262,29 +355,20 @@ class SparsePathViTBackbone(BackboneMixin, SparsePathViTPreTrainedModel):
         Returns:
             `feature_maps`, each (batch, hidden_size, rows, columns).
         """
-        encoded = self._encode(
-            pixel_values, patch_mask, image_sizes, True, self._output_switches(None, output_attentions)[1]
+        encoded = self.encode(
+            pixel_values,
+            self.token_grid(pixel_values, patch_mask, image_sizes),
+            output_hidden_states=True,
+            output_attentions=self._output_switches(None, output_attentions)[1],
         )
         feature_maps = tuple(
-            self._feature_map(encoded, index)
-            for index, name in enumerate(self.stage_names)
-            if name in self.out_features
+            self.feature_map(encoded, layer) for layer, name in enumerate(self.stage_names) if name in self.out_features
         )
-        outputs = public_outputs(encoded)
         return BackboneOutput(
-            feature_maps=feature_maps, hidden_states=outputs["hidden_states"], attentions=outputs["attentions"]
+            feature_maps=feature_maps,
+            hidden_states=hidden_states_in_raster(encoded),
+            attentions=attentions_in_raster(encoded),
         )
-
-    def _feature_map(self, encoded: EncoderOutput, stage: int) -> torch.Tensor:
-        """(batch, hidden_size, rows, columns) after `stage` layers."""
-
-        def to_map(tokens: torch.Tensor, grid: TokenGrid, base: torch.Tensor | float) -> torch.Tensor:
-            return scatter_to_map(self.norm(tokens) if self.config.apply_layernorm else tokens, grid, base)
-
-        base: torch.Tensor | float = 0.0
-        if self.config.prunes and stage > self.config.prune_after_layer:
-            base = to_map(*encoded.states[self.config.prune_after_layer], base)
-        return to_map(*encoded.states[stage], base)
 
 
 __all__ = [

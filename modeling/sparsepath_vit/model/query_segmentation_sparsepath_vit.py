@@ -16,7 +16,7 @@ from .configuration_segmentation_sparsepath_vit import NORM_GROUPS, STRIDES, Spa
 from .modeling_sparsepath_vit import SparsePathViTBackbone
 from .segmentation_inputs import allows_pruning, pad_to_patches
 from .token_grid import TokenGrid
-from .token_pruning import scatter_to_map
+from .token_pruning import EncodedTokens
 
 MASK_STRIDE = STRIDES[0]
 
@@ -128,37 +128,31 @@ class SparsePathViTQuerySegmenter(nn.Module):
         may_prune = allows_pruning(backbone_config, self.training)
         edges = self.mask_features.edges(pixel_values)
         first = backbone_config.num_hidden_layers - self.config.num_query_layers
-        before_pruning: list[tuple[torch.Tensor, TokenGrid]] = []
         predicts_early = self.training and self.config.use_auxiliary_loss
         states, masks = [], []
 
-        def predict(hidden_states: torch.Tensor, grid: TokenGrid) -> None:
-            queries, logits = self._predict([*before_pruning, (hidden_states, grid)], edges)
+        def predict(tokens: EncodedTokens) -> None:
+            queries, logits = self._predict(tokens, edges)
             states.append(queries)
             masks.append(logits)
 
-        def after_layer(number: int, hidden_states: torch.Tensor, grid: TokenGrid) -> tuple[torch.Tensor, TokenGrid]:
+        def after_layer(number: int, tokens: EncodedTokens) -> EncodedTokens:
             if predicts_early and first < number < backbone_config.num_hidden_layers:
-                predict(hidden_states, grid)
+                predict(tokens)
             if number == first:
-                hidden_states, grid = join_global_tokens(hidden_states, grid, self.queries.weight)
-            if may_prune and backbone_config.prunes and number == backbone_config.prune_after_layer:
-                before_pruning.append((hidden_states, grid))
-            return hidden_states, grid
+                joined = join_global_tokens(tokens.hidden_states, tokens.grid, self.queries.weight)
+                tokens = EncodedTokens(*joined, tokens.pruning)
+            return tokens
 
-        encoded = self.backbone._encode(padded, patch_mask, image_sizes, False, False, after_layer, may_prune)
-        predict(*encoded.last)
+        grid = self.backbone.token_grid(padded, patch_mask, image_sizes)
+        encoded = self.backbone.encode(padded, grid, after_layer=after_layer, may_prune=may_prune)
+        predict(encoded.last)
         return states, masks
 
-    def _predict(
-        self, tokens: list[tuple[torch.Tensor, TokenGrid]], edges: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """From the tokens (those before pruning first) to the queries' states and their mask logits."""
-        token_map: torch.Tensor | float = 0.0
-        for hidden_states, grid in tokens:
-            hidden_states = self.backbone.norm(hidden_states)
-            token_map = scatter_to_map(hidden_states, grid, token_map)
+    def _predict(self, tokens: EncodedTokens, edges: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """From the tokens to the queries' states and their mask logits."""
+        tokens, grid = tokens.apply(self.backbone.norm), tokens.grid
         places = grid.global_indices().view(grid.batch_size, -1)[:, -self.config.num_queries :]
-        queries = hidden_states.reshape(grid.num_tokens, -1)[places]  # (batch, queries, hidden_size)
-        features = self.mask_features(token_map, edges)
+        queries = tokens.hidden_states.reshape(grid.num_tokens, -1)[places]  # (batch, queries, hidden_size)
+        features = self.mask_features(tokens.to_map(), edges)
         return queries, torch.einsum("bqc,bchw->bqhw", self.mask_head(queries), features)

@@ -24,34 +24,43 @@ def check_labels(
             given = "None" if labels is None else f"labels of {len(labels)} images"
             raise ValueError(f"{name} is {given}: it takes one tensor for each of the {batch} images.")
     for image, (masks, classes) in enumerate(zip(mask_labels, class_labels, strict=True)):
-        if masks.ndim != 3 or list(masks.shape[1:]) != size:
-            raise ValueError(
-                f"mask_labels[{image}] has shape {tuple(masks.shape)}: its image is {size[0]} x {size[1]} px, so it "
-                f"takes (segments, {size[0]}, {size[1]})."
-            )
-        if classes.shape != (masks.shape[0],):
-            raise ValueError(
-                f"class_labels[{image}] has shape {tuple(classes.shape)}: mask_labels[{image}] holds "
-                f"{masks.shape[0]} segments, so it takes ({masks.shape[0]},)."
-            )
-        if len(classes) > config.num_queries:
-            raise ValueError(
-                f"mask_labels[{image}] holds {len(classes)} segments, more than num_queries={config.num_queries} can "
-                "find: merge segments, crop the image, or raise num_queries."
-            )
-        if not ((masks == 0) | (masks == 1)).all():
-            found = masks.unique()[:6].tolist()
-            raise ValueError(f"mask_labels[{image}] holds the values {found}: a mask is 0 and 1.")
-        if len(classes) and not 0 <= int(classes.min()) <= int(classes.max()) < config.num_labels:
-            raise ValueError(
-                f"class_labels[{image}] holds {classes.tolist()}: the model has the classes 0 to "
-                f"{config.num_labels - 1} (id2label)."
-            )
+        _check_masks(f"mask_labels[{image}]", masks, size)
+        _check_classes(image, masks, classes, config)
         if annotated_classes is not None and len(classes) and not annotated_classes[image][classes].all():
             raise ValueError(
                 f"class_labels[{image}] holds {classes.tolist()}, of which annotated_classes says that not all were "
                 "annotated."
             )
+
+
+def _check_masks(name: str, masks: torch.Tensor, size: list[int]) -> None:
+    if masks.ndim != 3 or list(masks.shape[1:]) != size:
+        raise ValueError(
+            f"{name} has shape {tuple(masks.shape)}: its image is {size[0]} x {size[1]} px, so it takes (segments, "
+            f"{size[0]}, {size[1]})."
+        )
+    if not ((masks == 0) | (masks == 1)).all():
+        raise ValueError(f"{name} holds the values {masks.unique()[:6].tolist()}: a mask is 0 and 1.")
+
+
+def _check_classes(
+    image: int, masks: torch.Tensor, classes: torch.Tensor, config: SparsePathViTUniversalSegmentationConfig
+) -> None:
+    if classes.shape != (masks.shape[0],):
+        raise ValueError(
+            f"class_labels[{image}] has shape {tuple(classes.shape)}: mask_labels[{image}] holds {masks.shape[0]} "
+            f"segments, so it takes ({masks.shape[0]},)."
+        )
+    if len(classes) > config.num_queries:
+        raise ValueError(
+            f"mask_labels[{image}] holds {len(classes)} segments, more than num_queries={config.num_queries} can "
+            "find: merge segments, crop the image, or raise num_queries."
+        )
+    if len(classes) and not 0 <= int(classes.min()) <= int(classes.max()) < config.num_labels:
+        raise ValueError(
+            f"class_labels[{image}] holds {classes.tolist()}: the model has the classes 0 to {config.num_labels - 1} "
+            "(id2label)."
+        )
 
 
 def ignore_unannotated(class_logits: torch.Tensor, annotated_classes: torch.Tensor) -> torch.Tensor:

@@ -1,16 +1,116 @@
 # Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
-"""Token pruning: score, keep, select, and scatter back. The only place where tokens disappear.
+"""Token pruning: score, keep, select, and bring back. The only place where tokens disappear and where they return.
 
 The prune score of a patch token is the attention it receives from the global tokens (arXiv 2601.12150): the tokens with
 the lowest score are removed once, after an early layer.
 """
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from transformers.utils.generic import maybe_autocast
 
 from .token_grid import TokenGrid
+
+
+class Pruning(NamedTuple):
+    """What one pruning step did, and what it takes to bring the removed tokens back.
+
+    Attributes:
+        grid: where the T patch tokens before pruning were.
+        scores: (T,) float32, by which they were ranked.
+        kept: what `kept_tokens` returned: which of them are left.
+        hidden_states: (*grid.batch_shape, features) the tokens before pruning; `None` where nobody wants them back,
+            since at 60,000 tokens they would be a sizeable part of the peak memory.
+    """
+
+    grid: TokenGrid
+    scores: torch.Tensor
+    kept: torch.Tensor
+    hidden_states: torch.Tensor | None
+
+    def score_map(self) -> torch.Tensor:
+        """(batch, rows * columns) float32 scores on the grid all images fit in, 0 where no token was present."""
+        rows, columns = self.grid.canvas_size
+        scores = self.scores.new_zeros(self.grid.batch_size * rows * columns)
+        return scores.index_put((self.grid.canvas_indices(),), self.scores).view(self.grid.batch_size, -1)
+
+
+class EncodedTokens(NamedTuple):
+    """The tokens at one depth of the network.
+
+    Attributes:
+        hidden_states: (*grid.batch_shape, features), in the grid's order.
+        grid: where they are.
+        pruning: the step that removed the others; `None` before it, and where nothing is pruned.
+    """
+
+    hidden_states: torch.Tensor
+    grid: TokenGrid
+    pruning: Pruning | None = None
+
+    def with_removed(self) -> list[tuple[torch.Tensor, TokenGrid]]:
+        """These tokens and their grid; before them, where they were kept, those that pruning started from."""
+        own = [(self.hidden_states, self.grid)]
+        if self.pruning is None or self.pruning.hidden_states is None:
+            return own
+        return [(self.pruning.hidden_states.to(own[0][0].device), self.pruning.grid.to(own[0][0].device)), *own]
+
+    def apply(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "EncodedTokens":
+        """A function of each token, such as a norm or a projection, applied to these and to those pruning removed."""
+        pruning = self.pruning
+        if pruning is not None and pruning.hidden_states is not None:
+            pruning = pruning._replace(hidden_states=function(pruning.hidden_states))
+        return EncodedTokens(function(self.hidden_states), self.grid, pruning)
+
+    def to_map(self) -> torch.Tensor:
+        """The patch tokens where they belong, removed ones with the features they were removed with.
+
+        Returns:
+            (batch, features, rows, columns) on the grid all images fit in; zero at places that were never present, and
+            at removed ones where the tokens before pruning were not kept.
+        """
+        layered: torch.Tensor | float = 0.0
+        for hidden_states, grid in self.with_removed():
+            layered = scatter_to_map(hidden_states, grid, layered)
+        return layered
+
+    def restored(self) -> "EncodedTokens":
+        """All tokens there were before pruning: see `restore_tokens`.
+
+        Raises:
+            ValueError: pruning did not keep what it removed.
+        """
+        if self.pruning is None:
+            return self
+        if self.pruning.hidden_states is None:
+            raise ValueError(
+                "The removed tokens were not kept, so they cannot come back: set config.unprune='scatter' before "
+                "encoding."
+            )
+        (all_tokens, grid), (tokens, _) = self.with_removed()
+        kept = self.pruning.kept.to(tokens.device)
+        return EncodedTokens(restore_tokens(tokens, all_tokens, grid, kept), grid)
+
+
+def prune(tokens: EncodedTokens, scores: torch.Tensor, prune_ratio: float, keeps_removed: bool) -> EncodedTokens:
+    """Removes the patch tokens with the lowest scores.
+
+    Args:
+        tokens: those there are.
+        scores: (T,) of their patch tokens.
+        prune_ratio: share of each image's present patch tokens that is removed.
+        keeps_removed: whether `EncodedTokens.restored` and `to_map` are to bring them back.
+
+    Returns:
+        The global tokens and the kept patch tokens.
+    """
+    kept, counts = kept_tokens(scores, tokens.grid, prune_ratio)
+    kept_grid = tokens.grid.select(kept, counts)
+    pruning = Pruning(tokens.grid, scores, kept, tokens.hidden_states if keeps_removed else None)
+    return EncodedTokens(select_tokens(tokens.hidden_states, tokens.grid, kept, kept_grid), kept_grid, pruning)
 
 
 def prune_scores(

@@ -6,6 +6,7 @@ import math
 import torch
 
 from ..model.configuration_sparsepath_vit import SparsePathViTConfig
+from ..model.embeddings import token_grid_of_sizes
 from ..model.token_grid import TokenGrid
 from ..model.token_pruning import num_kept
 
@@ -63,9 +64,4 @@ def forward_flops(config: SparsePathViTConfig, grid: TokenGrid) -> float:
 def token_grid_of_size(config: SparsePathViTConfig, height: int, width: int) -> TokenGrid:
     """The full grid of one image of that many pixels, without its pixels."""
     patch_size = config.patch_size
-    return TokenGrid.create(
-        [(math.ceil(height / patch_size), math.ceil(width / patch_size))],
-        num_global_tokens=config.num_global_tokens,
-        window_size=config.window_size,
-        neighbor_radius=config.neighbor_radius,
-    )
+    return token_grid_of_sizes(config, [(math.ceil(height / patch_size), math.ceil(width / patch_size))])

@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModel
 
 from ..model.configuration_sparsepath_vit import SparsePathViTConfig
+from ..model.embeddings import token_grid_of_sizes
 from ..model.token_grid import TokenGrid
 from ..model.token_pruning import num_kept
 from ..runtime.compute import torch_device, weight_dtype
@@ -257,13 +258,7 @@ _ARCHITECTURE = (
 
 
 def _token_grid(config: SparsePathViTConfig, present: np.ndarray) -> TokenGrid:
-    return TokenGrid.create(
-        [present.shape],
-        num_global_tokens=config.num_global_tokens,
-        window_size=config.window_size,
-        neighbor_radius=config.neighbor_radius,
-        present=torch.from_numpy(present)[None],
-    )
+    return token_grid_of_sizes(config, [present.shape], torch.from_numpy(present)[None])
 
 
 def _rows_with_tokens(present: np.ndarray, tokens: int) -> np.ndarray:

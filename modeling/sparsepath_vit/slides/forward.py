@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import torch
 
-from ..model.token_grid import TokenGrid
 from .backends import SlideError
 from .reader import Slide
 from .tissue import TissueMask, find_tissue
 
 if TYPE_CHECKING:
     from ..model.image_processing_sparsepath_vit import SparsePathViTImageProcessor
+    from ..model.modeling_outputs_sparsepath_vit import SparsePathViTModelOutput
     from ..model.modeling_sparsepath_vit import SparsePathViTModel
 
 Item = TypeVar("Item")
@@ -57,8 +57,9 @@ class Embedding:
 
     Attributes:
         pooled: (pooled_size,) float32.
-        patch_features: (K, hidden_size) float16 after the final norm, in raster order; None where not asked for.
-        patch_positions: (K, 2) int32, (row, column) of each kept token in the token grid.
+        patch_features: (K, hidden_size) float16 after the final norm, in raster order; None where not asked for. With
+            `config.unprune` removed tokens come back, and K is N.
+        patch_positions: (K, 2) int32, (row, column) of each of these tokens in the token grid.
         token_positions: (N, 2) int32, (row, column) of each tissue token.
         prune_scores: (N,) float32 of the tissue tokens; None where the model does not prune.
         grid_size: (rows, columns) of the token grid.
@@ -95,19 +96,9 @@ def embed_regions(
         rows, columns = tokens.shape
         patch_mask[index, :rows, :columns] &= torch.from_numpy(tokens).to(patch_mask.device)
     outputs = model(batch["pixel_values"], patch_mask=patch_mask, image_sizes=batch["image_sizes"])
-    embeddings = []
-    for index, tokens in enumerate(tissue_tokens):
-        present = patch_mask[index].nonzero().cpu().numpy()
-        positions = outputs.patch_positions[index]
-        positions = positions[positions[:, 0] >= 0]  # regions that keep fewer tokens are padded
-        first = outputs.last_hidden_state.shape[1] - outputs.patch_positions.shape[1]
-        features = outputs.last_hidden_state[index, first : first + len(positions)] if dense else None
-        scores = None
-        if outputs.prune_scores is not None:
-            scores = outputs.prune_scores[index].view(patch_mask.shape[1:])[patch_mask[index]]
-        pooled = outputs.pooler_output[index]
-        embeddings.append(_to_numpy(pooled, features, positions, present, scores, tokens.shape))
-    return embeddings
+    return [
+        _embedding(outputs, index, patch_mask[index], tokens.shape, dense) for index, tokens in enumerate(tissue_tokens)
+    ]
 
 
 @torch.no_grad()
@@ -176,30 +167,9 @@ def forward_strips(
         present: (rows, columns) bool.
         dense: whether to return the features of the patch tokens.
     """
-    config = model.config
-    grid = TokenGrid.create(
-        [present.shape],
-        num_global_tokens=config.num_global_tokens,
-        window_size=config.window_size,
-        neighbor_radius=config.neighbor_radius,
-        present=torch.from_numpy(present)[None],
-        device=model.device,
-    )
-    encoded = model.encoder(model.embeddings.embed_strips(strips, grid), grid, False, False)
-    hidden_states, kept = encoded.last
-    last_hidden_state = kept.to_raster(model.norm(hidden_states))  # (1, G + K, hidden_size)
-    positions = torch.stack([kept.rows, kept.columns], dim=-1)[kept.raster_order()]
-    scores = None
-    if encoded.prune_scores is not None:
-        scores = encoded.prune_scores[grid.raster_order()]
-    return _to_numpy(
-        model._pool(last_hidden_state, kept)[0],
-        last_hidden_state[0, kept.num_global_tokens :] if dense else None,
-        positions,
-        np.argwhere(present),
-        scores,
-        present.shape,
-    )
+    patch_mask = torch.from_numpy(present).to(model.device)
+    outputs = model.finish(model.encode(strips, model.token_grid_of_image(patch_mask)))
+    return _embedding(outputs, 0, patch_mask, present.shape, dense)
 
 
 def strip_rows(columns: int, patch_size: int) -> int:
@@ -273,19 +243,23 @@ def prepare(processor: "SparsePathViTImageProcessor", images: list[np.ndarray], 
     )
 
 
-def _to_numpy(
-    pooled: torch.Tensor,
-    features: torch.Tensor | None,
-    positions: torch.Tensor,
-    present: np.ndarray,
-    scores: torch.Tensor | None,
-    grid_size: tuple[int, int],
+def _embedding(
+    outputs: "SparsePathViTModelOutput", index: int, patch_mask: torch.Tensor, grid_size: tuple[int, int], dense: bool
 ) -> Embedding:
+    """One image of a batch; `patch_mask` is (canvas rows, canvas columns) bool, True where a token was present."""
+    positions = outputs.patch_positions[index]
+    positions = positions[positions[:, 0] >= 0]  # images that keep fewer tokens are padded
+    features, scores = None, None
+    if dense:
+        first = outputs.last_hidden_state.shape[1] - outputs.patch_positions.shape[1]
+        features = outputs.last_hidden_state[index, first : first + len(positions)].half().cpu().numpy()
+    if outputs.prune_scores is not None:
+        scores = outputs.prune_scores[index].view(patch_mask.shape)[patch_mask].float().cpu().numpy()
     return Embedding(
-        pooled=pooled.float().cpu().numpy(),
-        patch_features=None if features is None else features.half().cpu().numpy(),
+        pooled=outputs.pooler_output[index].float().cpu().numpy(),
+        patch_features=features,
         patch_positions=positions.int().cpu().numpy(),
-        token_positions=present.astype(np.int32),
-        prune_scores=None if scores is None else scores.float().cpu().numpy(),
+        token_positions=patch_mask.nonzero().int().cpu().numpy(),
+        prune_scores=scores,
         grid_size=tuple(grid_size),
     )

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from ...model.image_processing_sparsepath_vit import SparsePathViTImageProcessor
     from ...model.modeling_sparsepath_vit import SparsePathViTForImageClassification
 
-# Everything a classifier returns beside loss and logits: of different sizes in every batch, and not needed.
-NOT_LOGITS = ["hidden_states", "attentions", "patch_positions", "grid_sizes", "prune_scores"]
 _LORA_TARGETS = r".*\.(attention\.(qkv|projection)|mlp\.(fc1|fc2))"
 
 
@@ -117,14 +115,14 @@ class RoiTrainer(Trainer):
     ) -> dict[str, float]:
         """As `Trainer.evaluate`."""
         self.compute_metrics = (self.eval_dataset if eval_dataset is None else eval_dataset).metrics
-        return super().evaluate(eval_dataset, ignore_keys or NOT_LOGITS, metric_key_prefix)
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def predict(
         self, test_dataset: RoiImages, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
     ) -> PredictionOutput:
         """As `Trainer.predict`."""
         self.compute_metrics = test_dataset.metrics
-        return super().predict(test_dataset, ignore_keys or NOT_LOGITS, metric_key_prefix)
+        return super().predict(test_dataset, ignore_keys, metric_key_prefix)
 
 
 def with_lora(
