@@ -21,13 +21,14 @@ from .modeling_outputs_sparsepath_vit import (
     SparsePathViTModelOutput,
     public_outputs,
 )
+from .remote_code import ModelRemoteCodeMixin
 from .token_grid import TokenGrid, per_image
 from .token_pruning import restore_tokens, scatter_to_map
 
 logger = logging.get_logger(__name__)
 
 
-class SparsePathViTPreTrainedModel(PreTrainedModel):
+class SparsePathViTPreTrainedModel(ModelRemoteCodeMixin, PreTrainedModel):
     """Weight initialisation and what Transformers needs to know of the architecture."""
 
     config: SparsePathViTConfig
