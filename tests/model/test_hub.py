@@ -120,7 +120,7 @@ def test_the_installed_package_goes_before_the_code_in_the_folder(checkpoint):
     assert torch.equal(model(pixels).logits, expected(pixels).logits)
 
 
-# Every way to save, each loaded by the Auto class a Hub user would take. "-" where AutoBackbone makes the class.
+# Every way to save, each loaded by the Auto class a Hub user would take.
 LOADED_BY = {
     "encoder": "AutoModel",
     "classifier": "AutoModelForImageClassification",
@@ -234,6 +234,10 @@ def merged_model():
     return get_peft_model(small_model(SparsePathViTForImageClassification, **SETTINGS), lora).merge_and_unload()
 
 
+def auto_map_of(folder):
+    return json.loads((folder / "config.json").read_text())["auto_map"]
+
+
 def saved_output(model, pixels):
     outputs = model.eval()(pixels)
     names = ("last_hidden_state", "logits", "masks_queries_logits", "feature_maps")
@@ -257,8 +261,4 @@ def test_every_saved_folder_loads_without_the_package_and_gives_bitwise_the_same
         first, second = (sorted((tmp_path / folder).glob("*.py")) for folder in (name, f"{name} again"))
         assert [file.name for file in first] == [file.name for file in second]
         assert all(one.read_bytes() == other.read_bytes() for one, other in zip(first, second, strict=True))
-        auto_maps = [
-            json.loads((tmp_path / folder / "config.json").read_text())["auto_map"]
-            for folder in (name, f"{name} again")
-        ]
-        assert auto_maps[0] == auto_maps[1]
+        assert auto_map_of(tmp_path / name) == auto_map_of(tmp_path / f"{name} again")
