@@ -33,12 +33,8 @@ logger = logging.getLogger("push_to_hub")
 TEMPLATE = Path(__file__).parents[1] / "model_card" / "README.md"
 CONFIG, PROCESSOR, CARD = "config.json", "preprocessor_config.json", "README.md"
 WEIGHTS = ("model.safetensors", "model-?????-of-?????.safetensors")
-COPIED = (
-    *WEIGHTS,
-    "model.safetensors.index.json",
-    CARD,
-    "LICENSE*",
-)  # and the images that the card shows; the rest is saved anew
+# Beside these the images that the card shows are copied; configuration, processor and code are saved anew.
+COPIED = (*WEIGHTS, "model.safetensors.index.json", CARD, "LICENSE*")
 # Auto class -> the Hub's name of the task, and what a user does with the outputs.
 TASKS = {
     "AutoModel": ("image-feature-extraction", "features = outputs.pooler_output"),
