@@ -2,8 +2,9 @@
 # Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
 """Prepares a checkpoint for the Hub: weights, config, processor, model card and the code that loads them anywhere.
 
-Nothing leaves this machine unless --push is given: the default writes the folder as the Hub would hold it and loads it
-back the way a user without this package would.
+Takes what `save_pretrained` or a Trainer wrote: encoder, classifier, backbone, adapter or segmentation model. Nothing
+leaves this machine unless --push is given: the default writes the folder as the Hub would hold it, checks that all code
+which its files name is there, and lists it. What else lies in the checkpoint (optimiser, logs) stays behind.
 
 Examples:
     python scripts/push_to_hub.py runs/panda/checkpoint-800
@@ -18,19 +19,33 @@ import shutil
 import string
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import yaml
 from huggingface_hub import HfApi
 from transformers import AutoConfig, AutoImageProcessor
 
 import sparsepath_vit
-from sparsepath_vit.model.configuration_sparsepath_vit import AUTO_MAP
-from sparsepath_vit.model.remote_code import export_remote_code
+from sparsepath_vit.model.remote_code import remote_code_files
 
 logger = logging.getLogger("push_to_hub")
 
 TEMPLATE = Path(__file__).parents[1] / "model_card" / "README.md"
-WANTED = ("config.json", "model*.safetensors*", "preprocessor_config.json", "README.md", "LICENSE*", "*.png")
+CONFIG, PROCESSOR, CARD = "config.json", "preprocessor_config.json", "README.md"
+WEIGHTS = ("model.safetensors", "model-?????-of-?????.safetensors")
+# Beside these the images that the card shows are copied; configuration, processor and code are saved anew.
+COPIED = (*WEIGHTS, "model.safetensors.index.json", CARD, "LICENSE*")
+# Auto class -> the Hub's name of the task, and what a user does with the outputs.
+TASKS = {
+    "AutoModel": ("image-feature-extraction", "features = outputs.pooler_output"),
+    "AutoModelForImageClassification": ("image-classification", "probabilities = outputs.logits.softmax(dim=-1)"),
+    "AutoBackbone": ("image-feature-extraction", "feature_maps = outputs.feature_maps"),
+    "AutoModelForUniversalSegmentation": (
+        "image-segmentation",
+        "(label_map,) = model.post_process_semantic_segmentation(outputs, [(image.height, image.width)])",
+    ),
+}
+PROCESSOR_LINE = 'processor = AutoImageProcessor.from_pretrained("{name}", trust_remote_code=True)\n'
 # Licences under which anybody may pass the weights on. Those of most foundation models forbid it.
 OPEN_LICENCES = ("apache-2.0", "mit", "bsd-3-clause", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0")
 
@@ -63,7 +78,10 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError("checkpoint is missing: pass the folder that save_pretrained or a Trainer wrote.")
     licence = arguments.licence or stated_licence(arguments.checkpoint)
     prepared = prepare(arguments.checkpoint, arguments.output_dir, arguments.repo_id, licence)
-    logger.info("prepared %s: %s", prepared, ", ".join(sorted(path.name for path in prepared.iterdir())))
+    files = sorted(prepared.iterdir())
+    sizes = {path.name: path.stat().st_size for path in files}
+    listed = "\n".join(f"  {size:>15,} bytes  {name}" for name, size in sizes.items())
+    logger.info("prepared %s, %d files of %.1f MB:\n%s", prepared, len(files), sum(sizes.values()) / 1e6, listed)
     if not arguments.push:
         logger.info("dry run: nothing was uploaded. Add --repo_id USER/NAME --push to upload this folder.")
         return
@@ -76,13 +94,13 @@ def run(arguments: argparse.Namespace) -> None:
         )
     api = HfApi()
     api.create_repo(arguments.repo_id, private=arguments.private, exist_ok=True)
-    api.upload_folder(repo_id=arguments.repo_id, folder_path=prepared)
-    logger.info("pushed to %s", arguments.repo_id)
+    api.upload_folder(repo_id=arguments.repo_id, folder_path=prepared, allow_patterns=list(sizes))
+    logger.info("pushed these %d files to %s", len(sizes), arguments.repo_id)
 
 
 def stated_licence(checkpoint: Path) -> str | None:
     """The licence in the front matter of the checkpoint's README.md."""
-    card = checkpoint / "README.md"
+    card = checkpoint / CARD
     if not card.is_file():
         return None
     _, separator, rest = card.read_text(encoding="utf-8").partition("---\n")
@@ -91,59 +109,119 @@ def stated_licence(checkpoint: Path) -> str | None:
 
 
 def prepare(checkpoint: Path, output_dir: Path, repo_id: str | None, licence: str | None) -> Path:
-    """Copies the checkpoint, adds code and model card, and loads its config and processor back.
+    """Copies the weights, saves configuration and processor with their code, and adds a model card.
 
     Args:
-        checkpoint: folder with config.json and safetensors weights.
-        output_dir: replaced when everything is complete.
+        checkpoint: folder with config.json and safetensors weights of any SparsePathViT.
+        output_dir: new, empty, or an earlier preparation, which is replaced when everything is complete.
         repo_id: name on the Hub, for the card.
         licence: of the weights.
 
     Raises:
-        ValueError: the folder is not a SparsePathViT checkpoint.
+        ValueError: the folder is not a SparsePathViT checkpoint, or `output_dir` holds something else.
     """
-    config_file = checkpoint / "config.json"
-    if not config_file.is_file() or not list(checkpoint.glob("model*.safetensors")):
-        raise ValueError(f"{checkpoint} holds no config.json with model*.safetensors: it is no saved checkpoint.")
+    if not (checkpoint / CONFIG).is_file() or not any(path for pattern in WEIGHTS for path in checkpoint.glob(pattern)):
+        raise ValueError(
+            f"{checkpoint} holds no config.json with model*.safetensors: it is no saved checkpoint. PEFT adapters are "
+            "merged first: model.merge_and_unload().save_pretrained(DIR)."
+        )
     config = AutoConfig.from_pretrained(checkpoint)
-    if not isinstance(config, sparsepath_vit.SparsePathViTConfig):
+    if not config.model_type.startswith("sparsepath_vit"):
         raise ValueError(f"{checkpoint} holds a {config.model_type!r} model: convert it first (sparsepath convert).")
+    refuse_to_replace(output_dir, checkpoint)
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output_dir.parent, prefix=f".{output_dir.name}.") as temporary:
         staged = Path(temporary) / "staged"
         staged.mkdir()
-        for pattern in WANTED:
-            for path in checkpoint.glob(pattern):
-                shutil.copy2(path, staged / path.name)
-        # Saving one class may have recorded only that class; a Hub user needs every Auto class.
-        config.auto_map = dict(AUTO_MAP)
+        copy_files(checkpoint, staged)
         config.save_pretrained(staged)
-        AutoImageProcessor.from_pretrained(checkpoint).save_pretrained(staged)
-        export_remote_code(staged)
-        if not (staged / "README.md").exists():
-            (staged / "README.md").write_text(model_card(config, repo_id or checkpoint.name, licence), encoding="utf-8")
-        AutoConfig.from_pretrained(staged, trust_remote_code=True)
+        if (checkpoint / PROCESSOR).is_file():
+            AutoImageProcessor.from_pretrained(checkpoint).save_pretrained(staged)
+        else:
+            logger.warning("%s holds no %s: users cannot know the normalisation.", checkpoint, PROCESSOR)
+        if not (staged / CARD).exists():
+            card = model_card(config, repo_id or checkpoint.name, licence, (staged / PROCESSOR).is_file())
+            (staged / CARD).write_text(card, encoding="utf-8")
+        check_code(staged, config)
         if output_dir.exists():
             shutil.rmtree(output_dir)
         os.replace(staged, output_dir)
     return output_dir
 
 
-def model_card(config: sparsepath_vit.SparsePathViTConfig, name: str, licence: str | None) -> str:
+def refuse_to_replace(output_dir: Path, checkpoint: Path) -> None:
+    """Refuses an output folder that holds anything but an earlier preparation.
+
+    Raises:
+        ValueError: names what it holds.
+    """
+    if not output_dir.exists():
+        return
+    if not output_dir.is_dir() or output_dir.resolve() in (checkpoint.resolve(), *checkpoint.resolve().parents):
+        raise ValueError(f"--output_dir {output_dir} is a file or holds the checkpoint: name another folder.")
+    code = {file.name for file in remote_code_files()}
+    patterns = (*COPIED, CONFIG, PROCESSOR, "*.png")
+    others = [
+        path.name
+        for path in sorted(output_dir.iterdir())
+        if path.is_dir() or not (path.name in code or any(path.match(pattern) for pattern in patterns))
+    ]
+    if others:
+        raise ValueError(
+            f"--output_dir {output_dir} holds {', '.join(others[:3])}, so it is no earlier preparation and is not "
+            "replaced: empty it yourself or name another folder."
+        )
+
+
+def copy_files(checkpoint: Path, staged: Path) -> None:
+    """Copies weights, card and licence, and those images in the folder that the card shows."""
+    files = {path for pattern in COPIED for path in checkpoint.glob(pattern)}
+    if (checkpoint / CARD).is_file():
+        card = (checkpoint / CARD).read_text(encoding="utf-8")
+        files |= {path for path in checkpoint.glob("*.png") if path.name in card}
+    for path in files:
+        shutil.copy2(path, staged / path.name)
+
+
+def check_code(staged: Path, config: Any) -> None:
+    """Makes sure that nobody is sent to a file that is not there.
+
+    Raises:
+        ValueError: names the files.
+    """
+    wanted = {f"{reference.partition('.')[0]}.py" for reference in config.own_auto_map.values()}
+    missing = sorted(name for name in wanted if not (staged / name).is_file())
+    if missing:
+        raise ValueError(f"config.json names {', '.join(missing)}, which saving did not write.")
+
+
+def model_card(config: Any, name: str, licence: str | None, has_processor: bool) -> str:
     """The Hub model card from the template in model_card/."""
-    labels = ", ".join(config.id2label.values()) if config.id2label else "none"
+    architecture = (config.architectures or ["SparsePathViTModel"])[0]
+    auto_classes = {reference.partition(".")[2]: name for name, reference in config.own_auto_map.items()}
+    auto_class = auto_classes.get(architecture, "AutoModel")
+    task, use = TASKS[auto_class]
+    vit = getattr(config, "backbone_config", config)
+    labels = ", ".join(config.id2label.values()) if task.endswith(("classification", "segmentation")) else "none"
     return string.Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         name=name,
         licence=licence or "unknown",
-        layers=config.num_hidden_layers,
-        width=config.hidden_size,
-        heads=config.num_attention_heads,
-        patch_size=config.patch_size,
-        registers=config.num_register_tokens,
-        window_size=config.window_size or "dense",
-        neighbor_radius=config.neighbor_radius,
-        prune_ratio=config.prune_ratio,
-        prune_after_layer=config.prune_after_layer,
+        task=task,
+        architecture=architecture,
+        use=use,
+        auto_class=auto_class,
+        inputs='**processor(image, return_tensors="pt")' if has_processor else "pixel_values",
+        imports=f"AutoImageProcessor, {auto_class}" if has_processor else auto_class,
+        processor=PROCESSOR_LINE.format(name=name) if has_processor else "",
+        layers=vit.num_hidden_layers,
+        width=vit.hidden_size,
+        heads=vit.num_attention_heads,
+        patch_size=vit.patch_size,
+        registers=vit.num_register_tokens,
+        window_size=vit.window_size or "dense",
+        neighbor_radius=vit.neighbor_radius,
+        prune_ratio=vit.prune_ratio,
+        prune_after_layer=vit.prune_after_layer,
         labels=labels,
         version=sparsepath_vit.__version__,
     )

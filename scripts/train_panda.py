@@ -39,7 +39,6 @@ from transformers import (
 )
 
 import sparsepath_vit  # noqa: F401  registers the Auto classes
-from sparsepath_vit.model.remote_code import export_remote_code
 from sparsepath_vit.runtime.atomic_files import write_atomically
 from sparsepath_vit.runtime.extras import imports_of_extra
 
@@ -252,14 +251,13 @@ def run_finetuning(
 
 
 def save(outcome: Outcome, dataset: RoiDataset) -> None:
-    """Writes predictions and checkpoint, with the code it needs, and uploads the folder where that was asked for."""
+    """Writes predictions and checkpoint, and uploads the folder where that was asked for."""
     trainer, names = outcome.trainer, dataset.label_names
     output_dir = Path(trainer.args.output_dir)
     if trainer.is_world_process_zero():
         table = zip(outcome.items, outcome.labels, outcome.predictions, strict=True)
         rows = [[item, names[label], names[predicted]] for item, label, predicted in table]
         write_rows(output_dir / "predictions.csv", ["item", "label", "prediction"], rows)
-        export_remote_code(output_dir)
     trainer.save_model()
 
 

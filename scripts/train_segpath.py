@@ -35,7 +35,6 @@ from sparsepath_vit.model.configuration_segmentation_sparsepath_vit import (
     HEADS,
     SparsePathViTUniversalSegmentationConfig,
 )
-from sparsepath_vit.model.remote_code import export_remote_code
 from sparsepath_vit.runtime.atomic_files import write_atomically
 from sparsepath_vit.runtime.extras import imports_of_extra
 from sparsepath_vit.runtime.figures import save_image
@@ -304,7 +303,7 @@ def _checkpoint_to_resume(training: TrainingArguments) -> str | None:
 
 
 def save(trainer: SegmentationTrainer, results: dict[str, Any]) -> None:
-    """Writes the results and the checkpoint, with the code that loads it."""
+    """Writes the results and the checkpoint."""
     if results["eval_num_groups"] < _SMOKE_TEST_GROUPS:
         results["note"] = (
             f"smoke test: {results['eval_num_groups']} independent images show that the steps work, not how good the "
@@ -314,7 +313,6 @@ def save(trainer: SegmentationTrainer, results: dict[str, Any]) -> None:
     if trainer.is_world_process_zero():
         output_dir.mkdir(parents=True, exist_ok=True)
         write_atomically(output_dir / RESULTS_FILE, json.dumps(results, indent=2) + "\n")
-        export_remote_code(output_dir)
         logger.info("wrote %s", output_dir / RESULTS_FILE)
         say(results)
     trainer.save_model()

@@ -34,7 +34,8 @@ FOLDERS = {
 
 # What the lower files of the model may import; a name stands for itself and all names that begin with it and "_".
 MODEL_ALLOWED = {
-    "configuration_sparsepath_vit": set(),
+    "remote_code": set(),
+    "configuration_sparsepath_vit": {"remote_code"},
     "token_grid": set(),
     "token_pruning": {"token_grid"},
     "device_memory": set(),
@@ -67,7 +68,8 @@ def module_name(file):
 
 def python_files(*folders):
     files = [file for folder in folders for file in (ROOT / folder).rglob("*.py")]
-    return {module_name(file): file for file in sorted(files) if "__pycache__" not in file.parts}
+    # What lies beside the tiny checkpoint is data that Transformers reads, no module of the package.
+    return {module_name(file): file for file in sorted(files) if not {"__pycache__", "tiny"} & set(file.parts)}
 
 
 WHEEL = python_files("modeling/sparsepath_vit", "modeling/sparsepath")

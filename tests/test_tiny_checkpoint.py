@@ -1,6 +1,7 @@
 # Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
 """The trained checkpoint inside the package: it loads anywhere, is small, and has learned where tissue is."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,8 @@ from transformers import AutoImageProcessor, AutoModel
 
 from sparsepath_vit import SparsePathViTImageProcessor, SparsePathViTModel, copy_tiny_checkpoint, tiny_checkpoint
 from sparsepath_vit.comparison import demo
+from sparsepath_vit.model.configuration_sparsepath_vit import AUTO_MAP as MODEL_AUTO_MAP
+from sparsepath_vit.model.image_processing_sparsepath_vit import AUTO_MAP as IMAGE_PROCESSOR_AUTO_MAP
 from sparsepath_vit.model.remote_code import remote_code_files
 from studies.tiny_evidence.evidence import area_under_roc, run_model, untrained_twin
 
@@ -76,7 +79,9 @@ def test_auto_classes_load_it_offline(model, monkeypatch):
 @torch.no_grad()
 def test_a_copy_loads_as_remote_code_without_the_package(tmp_path, model):
     copy = copy_tiny_checkpoint(tmp_path / "copy")
-    for file in remote_code_files():
+    needed = remote_code_files({**MODEL_AUTO_MAP, **IMAGE_PROCESSOR_AUTO_MAP})
+    assert sorted(file.name for file in copy.glob("*.py")) == [file.name for file in needed]
+    for file in needed:
         assert (copy / file.name).read_bytes() == file.read_bytes()
     Image.fromarray(immunohistochemistry()[:100, :120]).save(tmp_path / "region.png")
     arguments = [copy, tmp_path / "region.png", tmp_path / "results.pt", torch.get_num_threads()]
@@ -85,6 +90,34 @@ def test_a_copy_loads_as_remote_code_without_the_package(tmp_path, model):
         Image.open(tmp_path / "region.png"), return_tensors="pt"
     )
     assert torch.equal(torch.load(tmp_path / "results.pt"), model(**inputs).pooler_output)
+
+
+LOAD_BY_PATH = """
+import sys, torch
+from transformers import AutoImageProcessor, AutoModel
+checkpoint, results, threads = sys.argv[1:]
+torch.set_num_threads(int(threads))
+assert "sparsepath_vit" not in sys.modules
+model = AutoModel.from_pretrained(checkpoint, trust_remote_code=True, dtype=torch.float32).eval()
+AutoImageProcessor.from_pretrained(checkpoint, trust_remote_code=True)
+pixels = torch.linspace(-1, 1, 3 * 112 * 112).view(1, 3, 112, 112)
+with torch.no_grad():
+    torch.save((type(model).__module__, model(pixels).pooler_output), results)
+"""
+
+
+@torch.no_grad()
+def test_the_installed_folder_loads_without_importing_the_package_first(tmp_path, model):
+    """Regression: no code lay beside it. What lies there now takes the package itself, no copy of it."""
+    variables = {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    arguments = [str(tiny_checkpoint()), str(tmp_path / "results.pt"), str(torch.get_num_threads())]
+    command = [sys.executable, "-c", LOAD_BY_PATH, *arguments]
+    run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **variables}, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr[-4000:]
+    module, pooled = torch.load(tmp_path / "results.pt")
+    assert module == SparsePathViTModel.__module__
+    pixels = torch.linspace(-1, 1, 3 * 112 * 112).view(1, 3, 112, 112)
+    assert torch.equal(pooled, model(pixels).pooler_output)
 
 
 BUILD_WHEEL = """

@@ -10,7 +10,11 @@ from source_networks import SMALL_TRANSFORMERS, randomize, transformers_network
 
 from sparsepath_vit import SparsePathViTConfig, SparsePathViTForImageClassification, SparsePathViTModel
 from sparsepath_vit.conversion import architecture, convert, convert_checkpoint, sources, weights
+from sparsepath_vit.model import remote_code
+from sparsepath_vit.model.configuration_sparsepath_vit import AUTO_MAP as MODEL_AUTO_MAP
+from sparsepath_vit.model.image_processing_sparsepath_vit import AUTO_MAP as IMAGE_PROCESSOR_AUTO_MAP
 from sparsepath_vit.model.image_processing_sparsepath_vit import SparsePathViTImageProcessor
+from sparsepath_vit.model.remote_code import remote_code_files
 
 OUTPUT_FILES = {"config.json", "model.safetensors", "preprocessor_config.json", "README.md"}
 
@@ -22,7 +26,8 @@ def test_output_folder_is_complete(small_file, tmp_path):
     files = {path.name for path in report.output_dir.iterdir()}
     assert files > OUTPUT_FILES
     assert {"configuration_sparsepath_vit.py", "modeling_sparsepath_vit.py", "token_grid.py"} < files
-    assert "remote_code.py" not in files
+    auto_map = {**MODEL_AUTO_MAP, **IMAGE_PROCESSOR_AUTO_MAP}
+    assert {name for name in files if name.endswith(".py")} == {file.name for file in remote_code_files(auto_map)}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
     config = SparsePathViTConfig.from_pretrained(report.output_dir)
     assert (config.num_attention_heads, config.prune_ratio, config.num_register_tokens) == (4, 0.6, 8)
@@ -248,10 +253,10 @@ def test_a_failure_while_writing_leaves_the_earlier_conversion(small_file, tmp_p
     convert_checkpoint(small_file, output, num_attention_heads=4)
     before = (output / "config.json").read_bytes()
 
-    def full_disk(folder):
+    def full_disk(*arguments):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(convert, "export_remote_code", full_disk)
+    monkeypatch.setattr(remote_code.shutil, "copyfile", full_disk)
     with pytest.raises(OSError, match="No space left"):
         convert_checkpoint(small_file, output, num_attention_heads=2, overwrite=True)
     assert (output / "config.json").read_bytes() == before

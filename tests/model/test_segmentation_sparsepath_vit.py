@@ -31,7 +31,6 @@ from sparsepath_vit import (
     semantic_probabilities,
 )
 from sparsepath_vit.model.mask2former_parts import LastMaskPredictor
-from sparsepath_vit.model.remote_code import export_remote_code
 from sparsepath_vit.model.segmentation_labels import ignore_unannotated
 
 HEADS = ("mask2former", "queries")
@@ -465,8 +464,6 @@ def test_loads_in_a_fresh_process(is_remote, models, tmp_path):
     torch.save(pixels, tmp_path / "pixels.pt")
     for head, model in models.items():
         model.save_pretrained(tmp_path / head)
-        if is_remote:
-            export_remote_code(tmp_path / head)
     arguments = [tmp_path, torch.get_num_threads(), "trust" if is_remote else ""]
     if is_remote:
         run_bare(LOAD_BOTH, arguments, tmp_path)

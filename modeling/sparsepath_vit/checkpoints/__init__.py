@@ -4,7 +4,9 @@
 import shutil
 from pathlib import Path
 
-from ..model.remote_code import export_remote_code
+from ..model.configuration_sparsepath_vit import AUTO_MAP as MODEL_AUTO_MAP
+from ..model.image_processing_sparsepath_vit import AUTO_MAP as IMAGE_PROCESSOR_AUTO_MAP
+from ..model.remote_code import write_remote_code
 
 
 def tiny_checkpoint() -> Path:
@@ -44,6 +46,6 @@ def copy_tiny_checkpoint(output_dir: str | Path) -> Path:
     output_dir = Path(output_dir)
     if output_dir.exists():
         raise ValueError(f"output_dir={str(output_dir)!r} exists: name a folder that does not, or remove it.")
-    shutil.copytree(tiny_checkpoint(), output_dir)
-    export_remote_code(output_dir)
+    shutil.copytree(tiny_checkpoint(), output_dir, ignore=shutil.ignore_patterns("__pycache__"))
+    write_remote_code(output_dir, {**MODEL_AUTO_MAP, **IMAGE_PROCESSOR_AUTO_MAP})
     return output_dir

@@ -17,7 +17,6 @@ from transformers.utils import logging
 
 from ..model.configuration_sparsepath_vit import SparsePathViTConfig
 from ..model.image_processing_sparsepath_vit import SparsePathViTImageProcessor
-from ..model.remote_code import export_remote_code
 from .architectures import Architecture
 from .architectures import architecture as find_architecture
 from .mapping import MappingPlan, check_parameters, infer_structure, plan_mapping
@@ -126,7 +125,6 @@ def convert_checkpoint(
         write_safetensors(folder / WEIGHTS_FILE, parameters)
         config.save_pretrained(folder)
         processor.save_pretrained(folder)
-        export_remote_code(folder)
         write_model_card(folder, opened.label, known, config, processor, plan.ignored)
     num_parameters = sum(tensor.num_elements for tensor in parameters.values())
     return ConversionReport(opened.label, output_dir, known, config, num_parameters, config.dtype, plan.ignored)

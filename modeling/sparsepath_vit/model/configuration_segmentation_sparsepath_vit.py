@@ -8,6 +8,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import Mask2FormerConfig
 
 from .configuration_sparsepath_vit import SparsePathViTConfig
+from .remote_code import ConfigRemoteCodeMixin
 
 HEADS = ("mask2former", "queries")
 ADAPTER_NORMS = ("batch", "group")
@@ -46,6 +47,7 @@ class SparsePathViTAdapterConfig(SparsePathViTConfig):
     """
 
     model_type = "sparsepath_vit_adapter"
+    own_auto_map = ADAPTER_AUTO_MAP
 
     adapter_dim: int = 256
     adapter_layers: list[int] | None = None
@@ -73,7 +75,6 @@ class SparsePathViTAdapterConfig(SparsePathViTConfig):
         if self.adapter_layers is None:
             depth, parts = self.num_hidden_layers, len(STRIDES)
             self.adapter_layers = sorted({depth * part // parts for part in range(1, parts + 1)} - {0})
-        kwargs.setdefault("auto_map", dict(ADAPTER_AUTO_MAP))
         super().__post_init__(**kwargs)
 
     def _make_stage_names(self) -> list[str]:
@@ -105,7 +106,7 @@ class SparsePathViTAdapterConfig(SparsePathViTConfig):
 
 
 @strict
-class SparsePathViTUniversalSegmentationConfig(Mask2FormerConfig):
+class SparsePathViTUniversalSegmentationConfig(ConfigRemoteCodeMixin, Mask2FormerConfig):
     """Configuration of `SparsePathViTForUniversalSegmentation`: Mask2Former's fields and the choice of the head.
 
     Args:
@@ -123,6 +124,7 @@ class SparsePathViTUniversalSegmentationConfig(Mask2FormerConfig):
     """
 
     model_type = "sparsepath_vit_segmentation"
+    own_auto_map = SEGMENTATION_AUTO_MAP
     backbones_supported = ["sparsepath_vit_adapter", "sparsepath_vit"]
 
     head: str = "mask2former"
@@ -178,7 +180,7 @@ class SparsePathViTUniversalSegmentationConfig(Mask2FormerConfig):
                     f"{backbone_class.model_type!r}, which {type(self).__name__}.from_vit_config makes."
                 )
             self.backbone_config = backbone_class.from_dict(self.backbone_config)
-        kwargs.setdefault("auto_map", dict(SEGMENTATION_AUTO_MAP))
+        kwargs.setdefault("auto_map", dict(self.own_auto_map))
         super().__post_init__(**kwargs)
         self._check_consistency()
 

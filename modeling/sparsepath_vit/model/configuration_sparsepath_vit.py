@@ -11,6 +11,8 @@ from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import logging
 
+from .remote_code import ConfigRemoteCodeMixin
+
 logger = logging.get_logger(__name__)
 
 MLP_TYPES = ("gelu", "swiglu")
@@ -104,7 +106,7 @@ _FIELD_CHECKS: dict[str, Callable[[str, Any], None]] = {
 
 
 @strict
-class SparsePathViTConfig(BackboneConfigMixin, PreTrainedConfig):
+class SparsePathViTConfig(ConfigRemoteCodeMixin, BackboneConfigMixin, PreTrainedConfig):
     """Configuration of a SparsePathViT. The defaults are UNI2-h's shape with block-local attention.
 
     Every value is checked when it is set, at construction and later; a wrong one raises a `ValueError` that names the
@@ -162,6 +164,7 @@ class SparsePathViTConfig(BackboneConfigMixin, PreTrainedConfig):
     """
 
     model_type = "sparsepath_vit"
+    own_auto_map = AUTO_MAP
     # A Trainer gathers the other outputs of all batches: without these, which differ in size from image to image, it
     # hands a classifier's logits alone to `compute_metrics`.
     keys_to_ignore_at_inference = ["hidden_states", "attentions", "patch_positions", "grid_sizes", "prune_scores"]
@@ -213,7 +216,7 @@ class SparsePathViTConfig(BackboneConfigMixin, PreTrainedConfig):
         self.set_output_features_output_indices(
             out_indices=kwargs.pop("out_indices", None), out_features=kwargs.pop("out_features", None)
         )
-        kwargs.setdefault("auto_map", dict(AUTO_MAP))
+        kwargs.setdefault("auto_map", dict(self.own_auto_map))
         self._warn_of_misspelt_fields(kwargs)
         super().__post_init__(**kwargs)
         self._check_consistency()

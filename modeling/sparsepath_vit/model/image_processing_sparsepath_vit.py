@@ -26,6 +26,7 @@ from transformers.utils import is_vision_available, requires_backends
 
 from .image_inputs import check_pixel_count, flatten_images, load_rgb, name_of, white_level
 from .patch_presence import background_patches, covered_patches
+from .remote_code import RemoteCodeMixin
 
 if is_vision_available():
     import PIL.Image
@@ -154,9 +155,10 @@ def _check_resampling(
         )
 
 
-class _SparsePathViTImageProcessing:
+class _SparsePathViTImageProcessing(RemoteCodeMixin):
     """What both backends share; they add how a tensor is resampled and handed out."""
 
+    own_auto_map = AUTO_MAP
     valid_kwargs = SparsePathViTImageProcessorKwargs
     model_input_names = ["pixel_values", "patch_mask", "image_sizes"]
 

@@ -26,13 +26,14 @@ from .modeling_outputs_sparsepath_vit import (
     positions_in_raster,
     sizes_of_grids,
 )
+from .remote_code import ModelRemoteCodeMixin
 from .token_grid import TokenGrid
 from .token_pruning import EncodedTokens
 
 logger = logging.get_logger(__name__)
 
 
-class SparsePathViTPreTrainedModel(PreTrainedModel):
+class SparsePathViTPreTrainedModel(ModelRemoteCodeMixin, PreTrainedModel):
     """What all models of the family share: the way from pixels to encoded tokens, and what Transformers asks for.
 
     A forward is three steps, which code that needs something in between calls one by one: `token_grid` (or

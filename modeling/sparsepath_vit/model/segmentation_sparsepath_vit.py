@@ -24,11 +24,13 @@ from .configuration_sparsepath_vit import SparsePathViTConfig
 from .mask2former_parts import lighten_mask2former
 from .modeling_sparsepath_vit import SparsePathViTModel
 from .query_segmentation_sparsepath_vit import SparsePathViTQuerySegmenter
+from .remote_code import ModelRemoteCodeMixin
 from .segmentation_inputs import check_group_norm
 from .segmentation_labels import check_labels, ignore_unannotated
+from .segmentation_postprocessing import post_process_semantic_segmentation, semantic_probabilities
 
 
-class SparsePathViTForUniversalSegmentation(Mask2FormerPreTrainedModel):
+class SparsePathViTForUniversalSegmentation(ModelRemoteCodeMixin, Mask2FormerPreTrainedModel):
     """Semantic, instance or panoptic segmentation; `config.head` says by which head.
 
     Example:
@@ -37,7 +39,7 @@ class SparsePathViTForUniversalSegmentation(Mask2FormerPreTrainedModel):
     ...     directory, head="queries", id2label={0: "background", 1: "nucleus"}, backbone_kwargs={"window_size": 64}
     ... )
     >>> outputs = model(pixel_values)
-    >>> label_maps = post_process_semantic_segmentation(outputs, target_sizes=[(984, 984)])
+    >>> label_maps = model.post_process_semantic_segmentation(outputs, target_sizes=[(984, 984)])
     ```
     """
 
@@ -45,6 +47,9 @@ class SparsePathViTForUniversalSegmentation(Mask2FormerPreTrainedModel):
     config_class = SparsePathViTUniversalSegmentationConfig
     supports_gradient_checkpointing = True
     _no_split_modules = ["SparsePathViTEmbeddings", "SparsePathViTLayer", "SparsePathViTExtractor"]
+    # Also here, where a model loaded from the Hub has them at hand.
+    post_process_semantic_segmentation = staticmethod(post_process_semantic_segmentation)
+    semantic_probabilities = staticmethod(semantic_probabilities)
 
     def __init__(self, config: SparsePathViTUniversalSegmentationConfig) -> None:
         if not is_scipy_available():
