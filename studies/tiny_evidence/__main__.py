@@ -15,7 +15,6 @@ Examples:
 """
 
 import argparse
-import hashlib
 import itertools
 import logging
 from collections.abc import Callable, Iterator
@@ -27,9 +26,11 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from sparsepath_vit import SparsePathViTImageProcessor, SparsePathViTModel, tiny_checkpoint
+from sparsepath_vit import SparsePathViTModel, tiny_checkpoint
 from sparsepath_vit.model.configuration_sparsepath_vit import PRUNE_SCORES
 from sparsepath_vit.runtime.extras import imports_of_extra
+from sparsepath_vit.runtime.load_model import load_model
+from sparsepath_vit.runtime.model_identity import identity_digest, model_identity
 
 with imports_of_extra("train", "matplotlib", "skimage", "sklearn"):
     from sparsepath_vit.runtime.figures import save_image
@@ -91,15 +92,13 @@ class Checkpoint:
     """The trained model, its untrained twin, their processor, and the name its results go by."""
 
     def __init__(self, folder: Path) -> None:
-        weights = (folder / "model.safetensors").read_bytes()
-        self.digest = hashlib.sha256(weights).hexdigest()[:12]
-        trained = SparsePathViTModel.from_pretrained(folder, dtype=torch.float32).eval()
+        trained, self.processor = load_model(folder, "cpu", torch.float32)
+        self.digest = identity_digest(model_identity(trained, self.processor))[:12]
         self.models = {"trained": trained, "random": evidence.untrained_twin(trained.config)}
-        self.processor = SparsePathViTImageProcessor.from_pretrained(folder)
         self.patch_size = trained.config.patch_size
 
     def digest_of(self, features: str) -> str:
-        """What identifies the weights of a row: those of random ones and of the histogram never change."""
+        """What identifies the model of a row: random weights and the histogram never change."""
         return self.digest if features == "trained" else UNTRAINED
 
     @property
@@ -117,7 +116,7 @@ def results_table(
     digest = checkpoint.digest
     if others := {row["checkpoint"] for row in results.rows} - {digest, UNTRAINED}:
         raise ValueError(
-            f"{path} holds rows of other weights ({', '.join(sorted(others))}, not {digest}): move it away, or choose "
+            f"{path} holds rows of another model ({', '.join(sorted(others))}, not {digest}): move it away, or choose "
             "another --output_dir."
         )
     return results

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
+from ...runtime.model_identity import identity_digest, model_identity
 from ...slides.forward import read_ahead
 from .rois import RoiDataset
 
@@ -32,8 +33,6 @@ logger = logging.getLogger(__name__)
 
 _SHARD_ROIS = 256
 _KEYS = "keys"
-# Fields of a config that say nothing about its numbers.
-_IRRELEVANT_FIELDS = ("_name_or_path", "transformers_version", "auto_map", "architectures", "id2label", "label2id")
 
 
 @dataclass(frozen=True)
@@ -181,16 +180,9 @@ def _mean_of_tiles(
 
 
 def model_key(model: "SparsePathViTModel", processor: "SparsePathViTImageProcessor", settings: FeatureSettings) -> str:
-    """Hash of all weights, the configuration, the preprocessing and the settings that change the numbers."""
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        digest.update(parameter.detach().cpu().reshape(-1).view(torch.uint8).numpy())
-    config = {name: value for name, value in model.config.to_dict().items() if name not in _IRRELEVANT_FIELDS}
+    """Hash of the model's identity and of the settings that change the numbers."""
     shown = {name: value for name, value in asdict(settings).items() if name not in ("batch_size", "workers")}
-    described = [config, model.config._attn_implementation, processor.to_dict(), shown]
-    digest.update(json.dumps(described, sort_keys=True, default=str).encode())
-    return digest.hexdigest()[:32]
+    return identity_digest({"model": model_identity(model, processor), "shown": shown})
 
 
 class FeatureCache:
