@@ -46,8 +46,9 @@ with imports_of_extra("train"):
     from sparsepath_vit.tasks.segmentation.figures import evenly_spaced, example_figure
     from sparsepath_vit.tasks.segmentation.metrics import METRICS
     from sparsepath_vit.tasks.segmentation.pairs import SegmentationPairs, read_pairs
+    from sparsepath_vit.tasks.segmentation.probabilities import INDEPENDENT_LABELS
     from sparsepath_vit.tasks.segmentation.regions import RegionSegmenter
-    from sparsepath_vit.tasks.segmentation.training import INDEPENDENT_LABELS, SegmentationTrainer
+    from sparsepath_vit.tasks.segmentation.training import SegmentationTrainer
     from sparsepath_vit.tasks.segpath.dataset import read_segpath
 
 logger = logging.getLogger("train_segpath")

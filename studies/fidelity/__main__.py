@@ -17,6 +17,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
@@ -26,6 +27,8 @@ import sparsepath_vit  # noqa: F401  registers the Auto classes
 from sparsepath_vit.runtime.extras import imports_of_extra
 
 with imports_of_extra("train", "matplotlib"):
+    from sparsepath_vit.runtime.pixels import prepare
+
     from ..figures import plot_fidelity
     from ..results import write_table
     from .comparison import DenseDoesNotFit, Fidelity, compare_to_dense
@@ -68,7 +71,7 @@ def run(arguments: argparse.Namespace) -> None:
     for path, size in tqdm([(path, size) for path in arguments.images for size in sizes], unit="image"):
         with Image.open(path) as opened:
             image = resized(opened.convert("RGB"), size)
-        inputs = processor(image, do_resize=False, return_tensors="pt").to(model.device)
+        inputs = prepare(processor, [np.asarray(image)], model.device, mask_background=processor.mask_background)
         try:
             fidelities = compare_to_dense(model, inputs, variants, arguments.max_queries or None)
         except DenseDoesNotFit as error:

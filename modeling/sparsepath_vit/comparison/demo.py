@@ -2,13 +2,12 @@
 """One region through one model, dense, sparse, and sparse with pruning: a table, features and two pictures."""
 
 import dataclasses
-import os
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import save
 from tqdm import tqdm
 from transformers.utils import logging
 
@@ -16,6 +15,7 @@ from ..checkpoints import tiny_checkpoint
 from ..model.image_processing_sparsepath_vit import SparsePathViTImageProcessor
 from ..model.modeling_outputs_sparsepath_vit import SparsePathViTModelOutput
 from ..model.modeling_sparsepath_vit import SparsePathViTModel
+from ..runtime.atomic_files import atomic_path
 from ..runtime.compute import faster_dtype
 from ..runtime.cost import mean_keys_per_query, token_grid_of_size
 from ..runtime.figures import block_pattern_figure, prune_map_figure, save_image
@@ -223,9 +223,8 @@ def _write(output_dir: Path, image: Image.Image, outputs: SparsePathViTModelOutp
     """Features as safetensors, the prune map, and the pattern; each renamed into place when complete."""
     names = ("pooler_output", "last_hidden_state", "patch_positions", "prune_scores", "grid_sizes")
     features = output_dir / "features.safetensors"
-    temporary = features.with_name(f".{features.name}.{os.getpid()}.tmp")
-    save_file({name: outputs[name].cpu().contiguous() for name in names}, temporary)
-    os.replace(temporary, features)
+    with atomic_path(features) as temporary:
+        temporary.write_bytes(save({name: outputs[name].cpu().contiguous() for name in names}))
     prune_map = output_dir / "prune_map.png"
     figure = prune_map_figure(
         image, outputs.prune_scores[0].cpu(), outputs.patch_positions[0].cpu(), outputs.grid_sizes[0].tolist()

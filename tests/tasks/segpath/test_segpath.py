@@ -18,7 +18,7 @@ from sparsepath_vit.tasks.segmentation.baselines import evaluate_baselines, fitt
 from sparsepath_vit.tasks.segmentation.data import ITEMS, SegmentationCollator, SegmentationImages, augmentation
 from sparsepath_vit.tasks.segmentation.metrics import dice_of, evaluate_segmentation, iou_of, overlap_counts
 from sparsepath_vit.tasks.segmentation.pairs import read_pairs
-from sparsepath_vit.tasks.segmentation.training import INDEPENDENT_LABELS, label_probabilities
+from sparsepath_vit.tasks.segmentation.probabilities import INDEPENDENT_LABELS, label_probabilities
 from sparsepath_vit.tasks.segpath.dataset import ANTIGENS, read_segpath
 
 

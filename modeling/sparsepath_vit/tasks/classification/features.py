@@ -12,16 +12,18 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from accelerate import PartialState
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 from tqdm import tqdm
 
+from ...runtime.atomic_files import atomic_path, remove_stale_files
 from ...runtime.model_identity import identity_digest, model_identity
+from ...runtime.pixels import prepare
 from ...slides.forward import read_ahead
 from .rois import RoiDataset
 
@@ -149,14 +151,7 @@ def pooled(
     Returns:
         (images, pooled_size) float32.
     """
-    inputs = processor(
-        list(images),
-        do_resize=False,
-        mask_background=mask_background,
-        input_data_format="channels_last",
-        device=model.device,
-        return_tensors="pt",
-    )
+    inputs = prepare(processor, images, model.device, mask_background=mask_background)
     return model(**inputs).pooler_output.float().cpu().numpy()
 
 
@@ -197,6 +192,7 @@ class FeatureCache:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
+        remove_stale_files(folder)
 
     def load(self) -> dict[str, np.ndarray]:
         """Every vector that is there, by its key; a damaged shard is named, removed, and its vectors are missing."""
@@ -221,10 +217,6 @@ class FeatureCache:
         """
         name = hashlib.sha256(" ".join(keys).encode()).hexdigest()[:32]
         path = self.folder / f"{name}.safetensors"
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        try:
-            metadata: dict[str, Any] = {_KEYS: json.dumps(list(keys))}
-            save_file({"features": np.ascontiguousarray(features)}, temporary, metadata)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        metadata = {_KEYS: json.dumps(list(keys))}
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(save({"features": np.ascontiguousarray(features)}, metadata))
