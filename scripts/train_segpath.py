@@ -37,7 +37,7 @@ from sparsepath_vit.model.configuration_segmentation_sparsepath_vit import (
 )
 from sparsepath_vit.model.remote_code import export_remote_code
 from sparsepath_vit.runtime.atomic_files import write_atomically
-from sparsepath_vit.runtime.extras import imports_of_extra
+from sparsepath_vit.runtime.extras import imports_of_extra, run_script
 from sparsepath_vit.runtime.figures import save_image
 
 with imports_of_extra("train"):
@@ -355,17 +355,18 @@ def _cell(values: dict[str, Any], name: str) -> str:
 
 
 def main() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        data, arguments, training = parse(sys.argv[1:])
-        set_seed(training.seed)
-        config = AutoConfig.from_pretrained(arguments.model_name_or_path)
-        pairs = load_data(data, getattr(config, "backbone_config", config).patch_size, training.seed)
-        trainer, reported, results = run(pairs, data, arguments, training)
-        save(trainer, results)
-        save_examples(trainer, reported)
-    except (ValueError, OSError, ImportError) as error:
-        raise SystemExit(f"error: {error}") from error
+    run_script(train_from_flags, sys.argv[1:])
+
+
+def train_from_flags(argv: list[str]) -> None:
+    """Reads the flags, trains, evaluates and writes."""
+    data, arguments, training = parse(argv)
+    set_seed(training.seed)
+    config = AutoConfig.from_pretrained(arguments.model_name_or_path)
+    pairs = load_data(data, getattr(config, "backbone_config", config).patch_size, training.seed)
+    trainer, reported, results = run(pairs, data, arguments, training)
+    save(trainer, results)
+    save_examples(trainer, reported)
 
 
 if __name__ == "__main__":

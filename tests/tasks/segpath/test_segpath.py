@@ -299,8 +299,8 @@ class TestBaselines:
         train, test = (SegmentationImages(pairs.split(split)) for split in ("train", "test"))
         results = evaluate_baselines(train, test, ["nucleus"], samples=0)
         assert results["all_background"]["dice_pooled"] == 0
-        assert results["hematoxylin_otsu"]["dice_pooled"] == results["hematoxylin_fitted"]["dice_pooled"] == 1
-        assert results["hematoxylin_fitted"]["thresholds"]["nucleus"] == fitted_threshold(train)
+        assert results["haematoxylin_otsu"]["dice_pooled"] == results["haematoxylin_fitted"]["dice_pooled"] == 1
+        assert results["haematoxylin_fitted"]["thresholds"]["nucleus"] == fitted_threshold(train)
 
 
 @pytest.fixture(scope="module")

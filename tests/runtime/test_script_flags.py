@@ -3,7 +3,7 @@
 
 import pytest
 
-from sparsepath_vit.runtime.scripts import ScriptParser, run_script
+from sparsepath_vit.runtime.extras import ScriptParser, run_script
 
 
 @pytest.mark.parametrize("flags", [["--roi-size", "64"], ["--roi_size", "64"], ["--roi_size=64"]], ids=" ".join)
