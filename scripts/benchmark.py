@@ -24,6 +24,8 @@ from pathlib import Path
 
 import torch
 
+from sparsepath_vit.runtime.extras import ScriptParser, run_script
+
 sys.path.insert(0, str(Path(__file__).parents[1]))  # `studies` lies beside this folder and is not installed
 
 from studies.benchmarks import attention_peers
@@ -36,9 +38,9 @@ logger = logging.getLogger("benchmark")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ScriptParser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    model = commands.add_parser("model", help="whole forward passes", formatter_class=parser.formatter_class)
+    model = commands.add_parser("model", help="whole forward passes")
     model.add_argument("--architecture", default="vit-small-14-reg8", help="known model, random weights")
     model.add_argument("--sizes", default="224,448,896,1400", help="pixels of a square image, comma separated")
     model.add_argument("--peers", default=",".join(benchmark_model.PEERS), help="comma separated; all by default")
@@ -46,9 +48,9 @@ def main() -> None:
     model.add_argument("--prune-ratio", type=float, default=0.6)
     model.add_argument("--dense-up-to", type=int, default=3430, help="pixels above which dense peers are left out")
     model.add_argument("--compile", action="store_true", help="run all peers through torch.compile")
-    model.add_argument("--output", type=Path, default=Path("model_card/results/benchmark_model.csv"))
+    model.add_argument("--out", type=Path, default=Path("model_card/results/benchmark_model.csv"))
     model.set_defaults(run=benchmark_models)
-    attention = commands.add_parser("attention", help="attention alone", formatter_class=parser.formatter_class)
+    attention = commands.add_parser("attention", help="attention alone")
     attention.add_argument("--tokens", default="2500,10000,60025", help="patch tokens of a square grid")
     attention.add_argument("--windows", default="8,16,64", help="tokens per block side")
     attention.add_argument("--kept", default="1.0,0.4", help="shares of tokens kept; below 1 at random")
@@ -56,7 +58,7 @@ def main() -> None:
     attention.add_argument("--heads", type=int, default=24)
     attention.add_argument("--head-dim", type=int, default=64)
     attention.add_argument("--backward", action="store_true", help="time forward and backward together, too")
-    attention.add_argument("--output", type=Path, default=Path("model_card/results/benchmark_attention.csv"))
+    attention.add_argument("--out", type=Path, default=Path("model_card/results/benchmark_attention.csv"))
     attention.set_defaults(run=benchmark_attention)
     for command in (model, attention):
         command.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"])
@@ -64,13 +66,9 @@ def main() -> None:
         command.add_argument("--repeats", type=int, default=5, help="measurements of each; the median counts")
         command.add_argument("--threads", type=int, default=None, help="CPU threads; torch's choice by default")
     arguments = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    try:
-        arguments.run(arguments)
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from error
+    run_script(arguments.run, arguments)
 
 
 def benchmark_models(arguments: argparse.Namespace) -> None:
@@ -99,7 +97,7 @@ def benchmark_models(arguments: argparse.Namespace) -> None:
                 100 * row["share_of_matrix_floor"],
                 row["peak_growth_gib"],
             )
-        append_rows(arguments.output, rows)
+        append_rows(arguments.out, rows)
 
 
 def benchmark_attention(arguments: argparse.Namespace) -> None:
@@ -129,7 +127,7 @@ def benchmark_attention(arguments: argparse.Namespace) -> None:
                         row["useful_tflop_per_second"],
                     )
                 if rows:
-                    append_rows(arguments.output, rows)
+                    append_rows(arguments.out, rows)
 
 
 if __name__ == "__main__":

@@ -7,16 +7,16 @@ centres), `isup` (grade of the slide; needs no masks). Splits are by slide, stra
 the same for all tasks of a seed. Whatever cannot be used is named, listed in problems.csv and counted in summary.json.
 
 Examples:
-    python scripts/prepare_panda.py --panda_dir panda --output_dir outputs/radboud --task radboud_pattern
-    python scripts/prepare_panda.py --panda_dir panda --output_dir outputs/cancer --task cancer \
-        --roi_size 1400 --mpp 0.5 --seed 0 --max_rois_per_slide 4 --allow_subset
+    python scripts/prepare_panda.py --panda-dir panda --out outputs/radboud --task radboud_pattern
+    python scripts/prepare_panda.py --panda-dir panda --out outputs/cancer --task cancer \
+        --roi-size 1400 --mpp 0.5 --seed 0 --max-rois-per-slide 4 --allow-subset
 """
 
 import argparse
 import logging
 from pathlib import Path
 
-from sparsepath_vit.runtime.extras import imports_of_extra
+from sparsepath_vit.runtime.extras import ScriptParser, imports_of_extra, run_script
 
 with imports_of_extra("train"):
     from sparsepath_vit.tasks.panda.dataset import TASKS
@@ -27,23 +27,30 @@ logger = logging.getLogger("prepare_panda")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--panda_dir", type=Path, required=True, help="the folder as Kaggle ships it")
-    parser.add_argument("--output_dir", type=Path, required=True, help="an earlier data set in it is replaced")
+    parser = ScriptParser(__doc__)
+    parser.add_argument("--panda-dir", type=Path, required=True, help="the folder as Kaggle ships it")
+    parser.add_argument(
+        "--out",
+        "--output-dir",
+        dest="output_dir",
+        type=Path,
+        required=True,
+        help="an earlier data set in it is replaced",
+    )
     parser.add_argument("--task", required=True, choices=list(TASKS))
-    parser.add_argument("--roi_size", type=int, default=3430, help="pixels per side (default: 3430)")
+    parser.add_argument("--roi-size", type=int, default=3430, help="pixels per side (default: 3430)")
     parser.add_argument("--mpp", type=float, default=0.5, help="micrometres per pixel (default: 0.5)")
     parser.add_argument("--seed", type=int, default=0, help="of ROI positions, choice and splits (default: 0)")
-    parser.add_argument("--allow_subset", action="store_true", help="fewer than all 10,616 slides are fine")
-    parser.add_argument("--max_rois_per_slide", type=int, metavar="K", help="default: all that can be labelled")
-    parser.add_argument("--min_tissue", type=float, default=0.1, help="share of the ROI that is tissue (default: 0.1)")
+    parser.add_argument("--allow-subset", action="store_true", help="fewer than all 10,616 slides are fine")
+    parser.add_argument("--max-rois-per-slide", type=int, metavar="K", help="default: all that can be labelled")
+    parser.add_argument("--min-tissue", type=float, default=0.1, help="share of the ROI that is tissue (default: 0.1)")
     parser.add_argument(
-        "--min_coverage",
+        "--min-coverage",
         type=float,
         help="share of the annotated tissue that the label needs (default: 0.5 for radboud_pattern, 0.1 for cancer)",
     )
     parser.add_argument(
-        "--split_shares",
+        "--split-shares",
         type=float,
         nargs=3,
         default=(0.7, 0.15, 0.15),
@@ -58,11 +65,7 @@ def main() -> None:
     )
     parser.add_argument("--workers", type=int, default=2, help="threads (default: 2)")
     arguments = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        run(arguments)
-    except (ValueError, OSError, ImportError) as error:
-        raise SystemExit(f"error: {error}") from error
+    run_script(run, arguments)
 
 
 def run(arguments: argparse.Namespace) -> None:

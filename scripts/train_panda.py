@@ -30,7 +30,6 @@ import numpy as np
 import torch
 from transformers import (
     AutoImageProcessor,
-    AutoModel,
     AutoModelForImageClassification,
     HfArgumentParser,
     Trainer,
@@ -40,7 +39,8 @@ from transformers import (
 
 import sparsepath_vit  # noqa: F401  registers the Auto classes
 from sparsepath_vit.runtime.atomic_files import write_atomically
-from sparsepath_vit.runtime.extras import imports_of_extra
+from sparsepath_vit.runtime.extras import imports_of_extra, run_script
+from sparsepath_vit.runtime.load_model import load_model
 
 with imports_of_extra("train"):
     from sparsepath_vit.tasks.classification.features import FeatureSettings
@@ -177,8 +177,7 @@ def run_linear_probe(
 ) -> Outcome:
     """Embeds, fits and evaluates."""
     dtype = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
-    model = AutoModel.from_pretrained(arguments.model_name_or_path, dtype=dtype, **arguments.overrides())
-    processor = AutoImageProcessor.from_pretrained(arguments.model_name_or_path)
+    model, processor = load_model(arguments.model_name_or_path, training.device, dtype, **arguments.overrides())
     features = FeatureSettings(
         size=data.image_size,
         view=data.view,
@@ -201,7 +200,7 @@ def run_linear_probe(
     cache_dir = arguments.cache_dir or str(
         Path(data.dataset_dir) / "features" if data.dataset_dir else Path(training.output_dir) / "_features"
     )
-    result = probe(dataset, model.to(training.device).eval(), processor, settings, cache_dir)
+    result = probe(dataset, model, processor, settings, cache_dir)
     trainer = Trainer(merge_head(model, result.head, dataset.label_names), training, processing_class=processor)
     metrics = {f"eval_{name}": value for name, value in result.metrics.items()}
     return Outcome(trainer, metrics, result.items, result.labels, result.predictions)
@@ -284,36 +283,37 @@ def write_results(results: dict[str, Any], training: TrainingArguments) -> None:
 
 
 def main() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        data, arguments, training = parse(sys.argv[1:])
-        if training.process_index:
-            logging.getLogger().setLevel(logging.ERROR)  # the first process says it for all
-        set_seed(training.seed)
-        dataset, problems = load_labelled_rois(
-            data.dataset_dir,
-            data.image_folder,
-            data_root=data.data_root,
-            num_folds=data.folds,
-            group_pattern=data.group_pattern,
-            shuffle_labels=data.shuffle_labels,
-            seed=training.seed,
-        )
-        run = run_linear_probe if arguments.mode == "linear_probe" else run_finetuning
-        outcome = run(dataset, data, arguments, training)
-        described = {
-            "task": dataset.task,
-            "mode": arguments.mode,
-            "seed": training.seed,
-            "problems": count_problems(problems),
-        }
-        described["split"] = f"{len(dataset.folds)} folds" if dataset.folds else data.eval_split
-        if dataset.folds and arguments.mode == "finetune":
-            described["split"] = f"first of {described['split']}"
-        write_results(outcome.metrics | described, training)
-        save(outcome, dataset)
-    except (ValueError, OSError, ImportError) as error:
-        raise SystemExit(f"error: {error}") from error
+    run_script(run, sys.argv[1:])
+
+
+def run(argv: list[str]) -> None:
+    """Reads the flags, trains, evaluates and writes."""
+    data, arguments, training = parse(argv)
+    if training.process_index:
+        logging.getLogger().setLevel(logging.ERROR)  # the first process says it for all
+    set_seed(training.seed)
+    dataset, problems = load_labelled_rois(
+        data.dataset_dir,
+        data.image_folder,
+        data_root=data.data_root,
+        num_folds=data.folds,
+        group_pattern=data.group_pattern,
+        shuffle_labels=data.shuffle_labels,
+        seed=training.seed,
+    )
+    train = run_linear_probe if arguments.mode == "linear_probe" else run_finetuning
+    outcome = train(dataset, data, arguments, training)
+    described = {
+        "task": dataset.task,
+        "mode": arguments.mode,
+        "seed": training.seed,
+        "problems": count_problems(problems),
+    }
+    described["split"] = f"{len(dataset.folds)} folds" if dataset.folds else data.eval_split
+    if dataset.folds and arguments.mode == "finetune":
+        described["split"] = f"first of {described['split']}"
+    write_results(outcome.metrics | described, training)
+    save(outcome, dataset)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ from sparsepath_vit.model.configuration_segmentation_sparsepath_vit import (
     SparsePathViTUniversalSegmentationConfig,
 )
 from sparsepath_vit.runtime.atomic_files import write_atomically
-from sparsepath_vit.runtime.extras import imports_of_extra
+from sparsepath_vit.runtime.extras import imports_of_extra, run_script
 from sparsepath_vit.runtime.figures import save_image
 
 with imports_of_extra("train"):
@@ -45,8 +45,9 @@ with imports_of_extra("train"):
     from sparsepath_vit.tasks.segmentation.figures import evenly_spaced, example_figure
     from sparsepath_vit.tasks.segmentation.metrics import METRICS
     from sparsepath_vit.tasks.segmentation.pairs import SegmentationPairs, read_pairs
+    from sparsepath_vit.tasks.segmentation.probabilities import INDEPENDENT_LABELS
     from sparsepath_vit.tasks.segmentation.regions import RegionSegmenter
-    from sparsepath_vit.tasks.segmentation.training import INDEPENDENT_LABELS, SegmentationTrainer
+    from sparsepath_vit.tasks.segmentation.training import SegmentationTrainer
     from sparsepath_vit.tasks.segpath.dataset import read_segpath
 
 logger = logging.getLogger("train_segpath")
@@ -352,17 +353,18 @@ def _cell(values: dict[str, Any], name: str) -> str:
 
 
 def main() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        data, arguments, training = parse(sys.argv[1:])
-        set_seed(training.seed)
-        config = AutoConfig.from_pretrained(arguments.model_name_or_path)
-        pairs = load_data(data, getattr(config, "backbone_config", config).patch_size, training.seed)
-        trainer, reported, results = run(pairs, data, arguments, training)
-        save(trainer, results)
-        save_examples(trainer, reported)
-    except (ValueError, OSError, ImportError) as error:
-        raise SystemExit(f"error: {error}") from error
+    run_script(train_from_flags, sys.argv[1:])
+
+
+def train_from_flags(argv: list[str]) -> None:
+    """Reads the flags, trains, evaluates and writes."""
+    data, arguments, training = parse(argv)
+    set_seed(training.seed)
+    config = AutoConfig.from_pretrained(arguments.model_name_or_path)
+    pairs = load_data(data, getattr(config, "backbone_config", config).patch_size, training.seed)
+    trainer, reported, results = run(pairs, data, arguments, training)
+    save(trainer, results)
+    save_examples(trainer, reported)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 # Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
 """Curves of the studies: fidelity, resolution, pruning and long range; needs matplotlib (extras `train` and `dev`)."""
 
-import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -9,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from sparsepath_vit.runtime.atomic_files import atomic_path
 
 from .fidelity.comparison import Fidelity
 
@@ -48,16 +49,14 @@ def drawn_axes(path: Path, columns: int, rows: int = 1, height: float = 4.0) -> 
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(rows, columns, figsize=(5 * columns, height * rows), squeeze=False)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield list(axes.ravel())
         figure.tight_layout()
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(temporary, format="png", dpi=120)
-        os.replace(temporary, path)
+        with atomic_path(path) as temporary:
+            figure.savefig(temporary, format="png", dpi=120)
     finally:
         pyplot.close(figure)
-        temporary.unlink(missing_ok=True)
 
 
 def finish(axis: "Axes", title: str, x_label: str, y_label: str) -> None:

@@ -4,14 +4,14 @@
 
 Examples:
     python -m studies.make_figures
-    python -m studies.make_figures --output_dir /tmp/figures
+    python -m studies.make_figures --out /tmp/figures
 """
 
 import argparse
 import logging
 from pathlib import Path
 
-from sparsepath_vit.runtime.extras import imports_of_extra
+from sparsepath_vit.runtime.extras import ScriptParser, imports_of_extra, run_script
 
 with imports_of_extra("train", "matplotlib"):
     from sparsepath_vit.runtime.figures import block_pattern_figure, save_image
@@ -23,11 +23,14 @@ logger = logging.getLogger("make_figures")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=Path("model_card/figures"))
-    parser.add_argument("--results_dir", type=Path, default=Path("model_card/results"), help="CSVs of benchmark.py")
-    arguments = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    parser = ScriptParser(__doc__)
+    parser.add_argument("--out", "--output-dir", dest="output_dir", type=Path, default=Path("model_card/figures"))
+    parser.add_argument("--results-dir", type=Path, default=Path("model_card/results"), help="CSVs of benchmark.py")
+    run_script(run, parser.parse_args())
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Draws what there are results for."""
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     path = arguments.output_dir / "block_pattern.png"
     save_image(block_pattern_figure(), path)

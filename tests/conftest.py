@@ -122,6 +122,6 @@ def model_and_processor(model_folder):
     """What `model_folder` holds."""
     import torch
 
-    from sparsepath_vit.slides.embed import load_model
+    from sparsepath_vit.runtime.load_model import load_model
 
     return load_model(model_folder, torch.device("cpu"))

@@ -84,11 +84,19 @@ def block_pattern(grid: TokenGrid, queries: torch.Tensor) -> torch.Tensor:
         grid: of one image.
         queries: token indices, global tokens first.
     """
+    return _seen_by(grid)(queries[:, None], torch.arange(grid.num_tokens, device=grid.device))
+
+
+def _seen_by(grid: TokenGrid) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """Takes indices of queries and of keys, which broadcast; returns bool, whether the one sees the other."""
     rows, columns = _block_positions(grid)
-    is_global = torch.arange(grid.num_tokens, device=grid.device) < grid.num_global_tokens
-    near = (rows[queries, None] - rows).abs() <= grid.neighbor_radius
-    near &= (columns[queries, None] - columns).abs() <= grid.neighbor_radius
-    return near | is_global[queries, None] | is_global
+    num_global_tokens, radius = grid.num_global_tokens, grid.neighbor_radius
+
+    def is_seen(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        is_near = ((rows[query] - rows[key]).abs() <= radius) & ((columns[query] - columns[key]).abs() <= radius)
+        return is_near | (query < num_global_tokens) | (key < num_global_tokens)
+
+    return is_seen
 
 
 def _block_positions(grid: TokenGrid) -> tuple[torch.Tensor, torch.Tensor]:
@@ -100,12 +108,10 @@ def _block_positions(grid: TokenGrid) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _flex_mask(grid: TokenGrid) -> BlockMask:
     """The pattern as a BlockMask, from block coordinates per token: a dense mask of 60k tokens would not fit."""
-    rows, columns = _block_positions(grid)
-    num_global_tokens, radius = grid.num_global_tokens, grid.neighbor_radius
+    seen_by = _seen_by(grid)
 
     def is_seen(batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        is_near = ((rows[query] - rows[key]).abs() <= radius) & ((columns[query] - columns[key]).abs() <= radius)
-        return is_near | (query < num_global_tokens) | (key < num_global_tokens)
+        return seen_by(query, key)
 
     return create_block_mask(is_seen, None, None, grid.num_tokens, grid.num_tokens, device=grid.device, _compile=True)
 

@@ -3,9 +3,10 @@
 
 import csv
 import math
-import os
 from collections import defaultdict
 from pathlib import Path
+
+from ..figures import drawn_axes
 
 PANELS_PER_ROW = 3
 COLORS = {
@@ -66,29 +67,18 @@ def plot_attention(rows: list[dict[str, str]], path: Path) -> None:
 
 def _plot_panels(panels: dict[str, dict[str, dict[int, float]]], path: Path, x_label: str, y_label: str) -> None:
     """Log-log curves: panel title -> name of the curve -> {x: y}."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     columns = min(len(panels), PANELS_PER_ROW)
-    rows = math.ceil(len(panels) / columns)
-    figure, axes = pyplot.subplots(rows, columns, figsize=(5 * columns, 4 * rows), squeeze=False)
-    for axis in axes.flat[len(panels) :]:
-        axis.set_visible(False)
-    for axis, (title, curves) in zip(axes.flat, panels.items(), strict=False):
-        for name, points in curves.items():
-            x_values = sorted(points)
-            axis.plot(x_values, [points[x] for x in x_values], marker="o", label=name, color=COLORS.get(name))
-        axis.set(title=title, xlabel=x_label, ylabel=y_label, xscale="log", yscale="log")
-        measured = sorted({x for points in curves.values() for x in points})
-        axis.set_xticks(measured, [f"{x:,}" for x in measured], minor=False)
-        axis.set_xticks([], minor=True)
-        axis.title.set_fontsize(9)
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
-    figure.tight_layout()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    figure.savefig(temporary, format="png", dpi=120)
-    pyplot.close(figure)
-    os.replace(temporary, path)
+    with drawn_axes(path, columns, math.ceil(len(panels) / columns)) as axes:
+        for axis in axes[len(panels) :]:
+            axis.set_visible(False)
+        for axis, (title, curves) in zip(axes, panels.items(), strict=False):
+            for name, points in curves.items():
+                x_values = sorted(points)
+                axis.plot(x_values, [points[x] for x in x_values], marker="o", label=name, color=COLORS.get(name))
+            axis.set(title=title, xlabel=x_label, ylabel=y_label, xscale="log", yscale="log")
+            measured = sorted({x for points in curves.values() for x in points})
+            axis.set_xticks(measured, [f"{x:,}" for x in measured], minor=False)
+            axis.set_xticks([], minor=True)
+            axis.title.set_fontsize(9)
+            axis.grid(alpha=0.3)
+            axis.legend(fontsize=8)

@@ -2,14 +2,14 @@
 # Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
 r"""Compares sparse variants of a checkpoint with the dense model on the same weights, image by image.
 
-Writes OUTPUT_DIR/fidelity.csv (cosines of CLS and patch tokens, dense attention inside the pattern, agreement of
+Writes OUT/fidelity.csv (cosines of CLS and patch tokens, dense attention inside the pattern, agreement of
 predictions for a classifier), layers.csv (the attention of each layer) and fidelity.png. Sizes at which dense does not
 fit in memory are refused, with the size that would fit.
 
 Examples:
-    python -m studies.fidelity --model_name_or_path ./uni2-h --images region.png --sizes 448,1120 --output_dir outputs/f
-    python -m studies.fidelity --model_name_or_path ./uni2-h --images rois/*.png --windows 4,8 --output_dir outputs/f \
-        --prune_ratios 0,0.6 --bf16
+    python -m studies.fidelity --model-name-or-path ./uni2-h --images region.png --sizes 448,1120 --out outputs/f
+    python -m studies.fidelity --model-name-or-path ./uni2-h --images rois/*.png --windows 4,8 --out outputs/f \
+        --prune-ratios 0,0.6 --bf16
 """
 
 import argparse
@@ -17,15 +17,19 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
+from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 
 import sparsepath_vit  # noqa: F401  registers the Auto classes
-from sparsepath_vit.runtime.extras import imports_of_extra
+from sparsepath_vit.runtime.extras import ScriptParser, imports_of_extra, run_script
+from sparsepath_vit.runtime.load_model import load_model
 
 with imports_of_extra("train", "matplotlib"):
+    from sparsepath_vit.runtime.pixels import prepare
+
     from ..figures import plot_fidelity
     from ..results import write_table
     from .comparison import DenseDoesNotFit, Fidelity, compare_to_dense
@@ -34,22 +38,18 @@ logger = logging.getLogger("fidelity")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model_name_or_path", required=True, help="folder or Hub id of a converted checkpoint")
+    parser = ScriptParser(__doc__)
+    parser.add_argument("--model-name-or-path", required=True, help="folder or Hub id of a converted checkpoint")
     parser.add_argument("--images", type=Path, nargs="+", required=True)
     parser.add_argument("--sizes", default="", help="px of the longer side, comma separated; as they are by default")
     parser.add_argument("--windows", default="2,4,8,16,64", help="tokens per block side")
-    parser.add_argument("--prune_ratios", default="0", help="shares of patch tokens removed")
-    parser.add_argument("--max_queries", type=int, default=1024, help="patch queries whose attention is summed; 0: all")
+    parser.add_argument("--prune-ratios", default="0", help="shares of patch tokens removed")
+    parser.add_argument("--max-queries", type=int, default=1024, help="patch queries whose attention is summed; 0: all")
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--out", "--output-dir", dest="output_dir", type=Path, required=True)
     arguments = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        run(arguments)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from error
+    run_script(run, arguments)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -58,8 +58,7 @@ def run(arguments: argparse.Namespace) -> None:
     is_classifier = "SparsePathViTForImageClassification" in (config.architectures or ())
     model_class = AutoModelForImageClassification if is_classifier else AutoModel
     dtype = torch.bfloat16 if arguments.bf16 else torch.float32
-    model = model_class.from_pretrained(arguments.model_name_or_path, dtype=dtype).to(arguments.device).eval()
-    processor = AutoImageProcessor.from_pretrained(arguments.model_name_or_path)
+    model, processor = load_model(arguments.model_name_or_path, arguments.device, dtype, model_class=model_class)
     windows = [int(window) for window in arguments.windows.split(",")]
     ratios = [float(ratio) for ratio in arguments.prune_ratios.split(",")]
     variants = [{"window_size": window, "prune_ratio": ratio} for window in windows for ratio in ratios]
@@ -68,7 +67,7 @@ def run(arguments: argparse.Namespace) -> None:
     for path, size in tqdm([(path, size) for path in arguments.images for size in sizes], unit="image"):
         with Image.open(path) as opened:
             image = resized(opened.convert("RGB"), size)
-        inputs = processor(image, do_resize=False, return_tensors="pt").to(model.device)
+        inputs = prepare(processor, [np.asarray(image)], model.device, mask_background=processor.mask_background)
         try:
             fidelities = compare_to_dense(model, inputs, variants, arguments.max_queries or None)
         except DenseDoesNotFit as error:

@@ -8,11 +8,11 @@ each of dense, w = 8 and w = 64, with and without global tokens. Without means t
 and patch tokens, so that information moves from block to block only.
 
 It shows what each pattern can learn in a small network, not what a foundation model has learnt. Writes
-OUTPUT_DIR/long_range.csv, row by row (a stopped run goes on with the next model), and long_range.png.
+OUT/long_range.csv, row by row (a stopped run goes on with the next model), and long_range.png.
 
 Examples:
-    python -m studies.long_range --tissue_images regions/*.png --output_dir outputs/long_range
-    python -m studies.long_range --tissue_images regions/*.png --output_dir outputs/long_range --quick
+    python -m studies.long_range --tissue-images regions/*.png --out outputs/long_range
+    python -m studies.long_range --tissue-images regions/*.png --out outputs/long_range --quick
 """
 
 import argparse
@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from sparsepath_vit.runtime.extras import imports_of_extra
+from sparsepath_vit.runtime.extras import ScriptParser, imports_of_extra, run_script
 
 with imports_of_extra("train", "matplotlib"):
     from sparsepath_vit.runtime.measure import describe_run
@@ -42,24 +42,20 @@ VALUES = ("accuracy", "strips", "reach", "commit", "torch", "machine", "threads"
 
 def main() -> None:
     defaults = LongRangeSettings()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tissue_images", type=Path, nargs="+", required=True, help="stained tissue, no white margins")
+    parser = ScriptParser(__doc__)
+    parser.add_argument("--tissue-images", type=Path, nargs="+", required=True, help="stained tissue, no white margins")
     parser.add_argument("--quick", action="store_true", help="shorter strips, and w = 24 in place of 64")
     parser.add_argument("--columns", type=int, help=f"patch tokens of a strip; {defaults.columns} by default")
     parser.add_argument("--distances", help="tokens, comma separated; 4,12,24,48,96,160 by default")
     parser.add_argument("--windows", help="tokens per block side, 0 is dense; 0,8,64 by default")
     parser.add_argument("--steps", type=int, help=f"of training; {defaults.steps} by default")
-    parser.add_argument("--test_strips", type=int, help=f"per distance; {defaults.test_strips} by default")
+    parser.add_argument("--test-strips", type=int, help=f"per distance; {defaults.test_strips} by default")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; tensors as small as these gain from one")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--out", "--output-dir", dest="output_dir", type=Path, required=True)
     arguments = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(arguments.threads)
-    try:
-        run(arguments)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from error
+    run_script(run, arguments)
 
 
 def settings_of(arguments: argparse.Namespace) -> LongRangeSettings:

@@ -4,13 +4,13 @@ r"""Does pruning keep what pathologists marked? Prune scores against PANDA's mas
 
 For each region the AUROC of the prune score against cancer (both centres) and epithelium (Radboud), and the share of
 those tokens that is left at each keep rate, beside three controls: the inverse order, a random one, and the amount of
-haematoxylin. Writes OUTPUT_DIR/agreement.csv (regions), summary.csv (per centre, with 95 % intervals over slides),
+haematoxylin. Writes OUT/agreement.csv (regions), summary.csv (per centre, with 95 % intervals over slides),
 agreement.png, problems.csv (what was left out, and why) and one picture per slide of --overlays: the slide, its
 annotation, its prune scores, and what is kept.
 
 Examples:
-    python -m studies.prune_agreement --dataset_dir outputs/cancer --model_name_or_path ./uni2-h \
-        --output_dir outputs/agreement --bf16
+    python -m studies.prune_agreement --dataset-dir outputs/cancer --model-name-or-path ./uni2-h \
+        --out outputs/agreement --bf16
 """
 
 import argparse
@@ -19,10 +19,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoImageProcessor, AutoModel
 
 import sparsepath_vit  # noqa: F401  registers the Auto classes
-from sparsepath_vit.runtime.extras import imports_of_extra
+from sparsepath_vit.runtime.extras import ScriptParser, imports_of_extra, run_script
+from sparsepath_vit.runtime.load_model import load_model
 
 with imports_of_extra("train", "matplotlib", "skimage"):
     from sparsepath_vit.runtime.figures import save_image
@@ -37,25 +37,21 @@ logger = logging.getLogger("prune_agreement")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset_dir", required=True, help="made by scripts/prepare_panda.py, whatever the task")
-    parser.add_argument("--data_root", help="the PANDA folder, if it was moved since")
+    parser = ScriptParser(__doc__)
+    parser.add_argument("--dataset-dir", required=True, help="made by scripts/prepare_panda.py, whatever the task")
+    parser.add_argument("--data-root", help="the PANDA folder, if it was moved since")
     parser.add_argument("--split", default="all", choices=["all", *SPLITS], help="whose regions are measured")
-    parser.add_argument("--model_name_or_path", required=True, help="folder or Hub id of a converted checkpoint")
-    parser.add_argument("--prune_after_layer", type=int, help="where the score comes from; the checkpoint's by default")
-    parser.add_argument("--prune_ratio", type=float, default=0.6, help="of the pictures")
+    parser.add_argument("--model-name-or-path", required=True, help="folder or Hub id of a converted checkpoint")
+    parser.add_argument("--prune-after-layer", type=int, help="where the score comes from; the checkpoint's by default")
+    parser.add_argument("--prune-ratio", type=float, default=0.6, help="of the pictures")
     parser.add_argument("--overlays", type=int, default=1, help="slides to draw; each takes a forward of the whole")
-    parser.add_argument("--bootstrap_samples", type=int, default=1000)
+    parser.add_argument("--bootstrap-samples", type=int, default=1000)
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--out", "--output-dir", dest="output_dir", type=Path, required=True)
     arguments = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        run(arguments)
-    except (ValueError, OSError, ImportError) as error:
-        raise SystemExit(f"error: {error}") from error
+    run_script(run, arguments)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -63,11 +59,9 @@ def run(arguments: argparse.Namespace) -> None:
     dataset = load_roi_dataset(arguments.dataset_dir, arguments.data_root)
     changes = {} if arguments.prune_after_layer is None else {"prune_after_layer": arguments.prune_after_layer}
     dtype = torch.bfloat16 if arguments.bf16 else torch.float32
-    model = AutoModel.from_pretrained(
-        arguments.model_name_or_path, dtype=dtype, prune_ratio=arguments.prune_ratio, **changes
+    model, processor = load_model(
+        arguments.model_name_or_path, arguments.device, dtype, prune_ratio=arguments.prune_ratio, **changes
     )
-    model = model.to(arguments.device).eval()
-    processor = AutoImageProcessor.from_pretrained(arguments.model_name_or_path)
     indices = np.arange(len(dataset)) if arguments.split == "all" else dataset.indices(arguments.split)
     rows, problems = measure_agreement(dataset, model, processor, indices.tolist(), arguments.seed)
     folder = arguments.output_dir

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from sparsepath_vit.model.token_pruning import num_kept
 from sparsepath_vit.runtime.extras import require
+from sparsepath_vit.runtime.pixels import prepare
 from sparsepath_vit.slides import Slide, SlideError
 from sparsepath_vit.tasks.bootstrap import bootstrap_interval
 from sparsepath_vit.tasks.classification.rois import Problem, Roi, RoiDataset
@@ -118,10 +119,10 @@ def region_scores(
 
     NaN where there is no token: at the edges of a region that fills its last patches too little.
     """
-    inputs = processor(image, do_resize=False, input_data_format="channels_last", return_tensors="pt")
+    inputs = prepare(processor, [image], model.device, mask_background=processor.mask_background)
     # The scores are those before pruning; the ratio only has to switch pruning on.
     with configured(model, prune_ratio=model.config.prune_ratio or 0.5):
-        outputs = model(**inputs.to(model.device))
+        outputs = model(**inputs)
     scores = outputs.prune_scores[0].view(*outputs.grid_sizes[0].tolist())
     return scores.masked_fill(~inputs["patch_mask"][0], torch.nan).cpu().numpy()
 
@@ -156,7 +157,8 @@ def measure_agreement(
         except (LabelMaskError, SlideError) as error:
             problems.append(Problem("unusable_mask_or_slide", roi.roi_id, str(error)))
             continue
-        tokens = token_labels(labels, roi.provider, model.config.patch_size, image.shape[:2])
+        provider = roi.attributes["provider"]
+        tokens = token_labels(labels, provider, model.config.patch_size, image.shape[:2])
         values = {"score": region_scores(model, processor, image)}
         values["inverse"] = -values["score"]
         digest = int(hashlib.sha256(roi.roi_id.encode()).hexdigest()[:8], 16)
@@ -169,7 +171,7 @@ def measure_agreement(
                 what = "no" if not on_tissue.any() else "nothing but"
                 problems.append(Problem(f"one_kind_of_{target}", roi.roi_id, f"its tissue holds {what} {target}"))
                 continue
-            described = {"roi_id": roi.roi_id, "slide_id": roi.slide_id, "provider": roi.provider, "target": target}
+            described = {"roi_id": roi.roi_id, "slide_id": roi.slide_id, "provider": provider, "target": target}
             described |= {"tissue_tokens": on_tissue.size, "target_share": float(on_tissue.mean())}
             rows += [described | {"order": order} | agreement(values[order][is_counted], on_tissue) for order in ORDERS]
     return rows, problems
@@ -181,12 +183,13 @@ def annotation_of(dataset: RoiDataset, roi: Roi) -> np.ndarray:
     Raises:
         LabelMaskError: the mask is missing, damaged, or has another table of labels.
     """
-    if roi.provider not in MASK_LABELS:
-        raise LabelMaskError(f"{roi.roi_id} is of {roi.provider or 'no'} provider, whose mask labels are not known.")
+    provider = roi.attributes.get("provider")
+    if provider not in MASK_LABELS:
+        raise LabelMaskError(f"{roi.roi_id} is of {provider or 'no'} provider, whose mask labels are not known.")
     with Slide(dataset.root / roi.file) as slide:
         scale = slide.scale(roi.mpp)
     path = dataset.root / "train_label_masks" / f"{roi.slide_id}_mask.tiff"
-    with LabelMask(path, MASK_LABELS[roi.provider]) as mask:
+    with LabelMask(path, MASK_LABELS[provider]) as mask:
         width, height = (
             min(round(side * step), limit - start)
             for side, step, limit, start in zip(

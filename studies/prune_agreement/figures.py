@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from sparsepath_vit.runtime.figures import BACKGROUND, INK, heat_colors
+from sparsepath_vit.runtime.figures import BACKGROUND, INK, color_overlay, heat_colors
 from sparsepath_vit.slides import Slide
 from sparsepath_vit.slides.forward import embed_slide
 from sparsepath_vit.tasks.classification.rois import Roi, RoiDataset
@@ -57,7 +57,7 @@ def slide_figure(
         # The token grid reaches over the slide's edge where the last tokens are padded.
         covered = (columns * step[0] / slide.dimensions[0], rows * step[1] / slide.dimensions[1])
     path = dataset.root / "train_label_masks" / f"{roi.slide_id}_mask.tiff"
-    names = MASK_LABELS[roi.provider]
+    names = MASK_LABELS[roi.attributes["provider"]]
     with LabelMask(path, names) as mask:
         labels = mask.coarse()
     palette = np.array([BACKGROUND, *(LABEL_COLORS[name] for name in names[1:])], dtype=np.uint8)
@@ -68,20 +68,15 @@ def slide_figure(
     ranks[token_rows, token_columns] = order / max(1, len(order) - 1)
     kept = np.zeros((rows, columns), dtype=bool)
     kept[tuple(embedding.patch_positions.T)] = True
-
-    def stretched(values: np.ndarray) -> Image.Image:
-        size = [max(1, round(share * side)) for share, side in zip(covered, overview.size, strict=True)]
-        resized = Image.fromarray(values).resize(size, Image.Resampling.NEAREST)
-        return resized.crop((0, 0, *overview.size))
-
-    heat = stretched(np.where(ranks[..., None] >= 0, heat_colors(ranks.clip(0)), 255).astype(np.uint8))
-    washed_out = Image.blend(overview, Image.new("RGB", overview.size, BACKGROUND), 0.85)
+    size = [max(1, round(share * side)) for share, side in zip(covered, overview.size, strict=True)]
+    blank = Image.new("RGB", overview.size, BACKGROUND)
+    white = np.full((rows, columns, 3), 255, dtype=np.uint8)
     panels = {
         roi.slide_id[:24]: overview,
         ", ".join(name for number, name in enumerate(names) if number and (labels == number).any()): annotation,
-        "prune score (rank)": heat,
-        f"kept: {kept.sum():,} of {len(order):,} tissue tokens": Image.composite(
-            overview, washed_out, stretched(kept.astype(np.uint8) * 255)
+        "prune score (rank)": color_overlay(blank, heat_colors(ranks.clip(0)), ranks >= 0, (0, 0, *size)),
+        f"kept: {kept.sum():,} of {len(order):,} tissue tokens": color_overlay(
+            overview, white, 0.85 * ~kept, (0, 0, *size)
         ),
     }
     return _side_by_side(panels, {name: LABEL_COLORS[name] for name in names[1:]})

@@ -8,15 +8,15 @@ inverse_pruning. Views: field_of_view (the whole region in that many pixels), pi
 resolution), resolution (as many pixels as the largest size, with the detail of the smaller one). Ablations over window
 size, prune ratio and prune layer run at the largest size.
 
-Writes OUTPUT_DIR/sweep.csv row by row, so that a stopped run goes on where it was, then shares.csv (how much of the
+Writes OUT/sweep.csv row by row, so that a stopped run goes on where it was, then shares.csv (how much of the
 gain comes from resolution, how much from more tokens) and accuracy.png, memory.png, ablations.png. Sizes for which
 there is not enough memory are marked and left out.
 
 Examples:
-    python -m studies.resolution_sweep --dataset_dir outputs/radboud --model_name_or_path ./uni2-h \
-        --sizes 224,448,896,1400,2240,3430 --output_dir outputs/sweep --bf16
-    python -m studies.resolution_sweep --image_folder images --model_name_or_path ./uni2-h --sizes 224,448,1022 \
-        --parts resolution --views field_of_view --variants dense,sparse,pruned --output_dir outputs/sweep
+    python -m studies.resolution_sweep --dataset-dir outputs/radboud --model-name-or-path ./uni2-h \
+        --sizes 224,448,896,1400,2240,3430 --out outputs/sweep --bf16
+    python -m studies.resolution_sweep --image-folder images --model-name-or-path ./uni2-h --sizes 224,448,1022 \
+        --parts resolution --views field_of_view --variants dense,sparse,pruned --out outputs/sweep
 """
 
 import argparse
@@ -24,10 +24,11 @@ import logging
 from pathlib import Path
 
 import torch
-from transformers import AutoImageProcessor, AutoModel, set_seed
+from transformers import set_seed
 
 import sparsepath_vit  # noqa: F401  registers the Auto classes
-from sparsepath_vit.runtime.extras import imports_of_extra
+from sparsepath_vit.runtime.extras import ScriptParser, imports_of_extra, run_script
+from sparsepath_vit.runtime.load_model import load_model
 
 with imports_of_extra("train", "matplotlib"):
     from sparsepath_vit.tasks.classification.features import FeatureSettings
@@ -56,22 +57,32 @@ def names(text: str) -> tuple[str, ...]:
 
 def parse() -> argparse.Namespace:
     """The flags."""
-    defaults = SweepSettings(sizes=(224,))
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ScriptParser(__doc__)
+    add_data_flags(parser)
+    add_sweep_flags(parser, SweepSettings(sizes=(224,)))
+    return parser.parse_args()
+
+
+def add_data_flags(parser: argparse.ArgumentParser) -> None:
+    """What is classified."""
     data = parser.add_argument_group("data")
     source = data.add_mutually_exclusive_group(required=True)
-    source.add_argument("--dataset_dir", help="made by scripts/prepare_panda.py")
-    source.add_argument("--image_folder", help="holds one folder of images per class; cross-validated")
-    data.add_argument("--data_root", help="where the slides of --dataset_dir lie now, if they were moved")
+    source.add_argument("--dataset-dir", help="made by scripts/prepare_panda.py")
+    source.add_argument("--image-folder", help="holds one folder of images per class; cross-validated")
+    data.add_argument("--data-root", help="where the slides of --dataset_dir lie now, if they were moved")
     data.add_argument("--folds", type=int, default=5, help="of --image_folder")
-    data.add_argument("--group_pattern", help="regular expression: what file names of one patient or block share")
-    data.add_argument("--shuffle_labels", action="store_true", help="control: the accuracy must be at chance")
-    data.add_argument("--eval_split", default="test", choices=["test", "validation"])
+    data.add_argument("--group-pattern", help="regular expression: what file names of one patient or block share")
+    data.add_argument("--shuffle-labels", action="store_true", help="control: the accuracy must be at chance")
+    data.add_argument("--eval-split", default="test", choices=["test", "validation"])
+
+
+def add_sweep_flags(parser: argparse.ArgumentParser, defaults: SweepSettings) -> None:
+    """With which model, and what is varied."""
     model = parser.add_argument_group("model")
-    model.add_argument("--model_name_or_path", required=True, help="folder or Hub id of a converted checkpoint")
-    model.add_argument("--window_size", type=int, default=defaults.window_size)
-    model.add_argument("--prune_ratio", type=float, default=defaults.prune_ratio)
-    model.add_argument("--prune_after_layer", type=int, help="counted from 1; the checkpoint's by default")
+    model.add_argument("--model-name-or-path", required=True, help="folder or Hub id of a converted checkpoint")
+    model.add_argument("--window-size", type=int, default=defaults.window_size)
+    model.add_argument("--prune-ratio", type=float, default=defaults.prune_ratio)
+    model.add_argument("--prune-after-layer", type=int, help="counted from 1; the checkpoint's by default")
     model.add_argument("--attention", default="block_sparse", choices=["block_sparse", "sdpa", "eager"])
     model.add_argument("--bf16", action="store_true")
     model.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -80,31 +91,26 @@ def parse() -> argparse.Namespace:
     sweep.add_argument("--variants", type=names, default=defaults.variants, help=f"of {','.join(VARIANTS)}")
     sweep.add_argument("--views", type=names, default=defaults.views, help=f"of {','.join(VIEWS)}")
     sweep.add_argument("--parts", type=names, default=defaults.parts, help=f"of {','.join(PARTS)}")
-    sweep.add_argument("--tile_size", type=int, default=defaults.tile_size, help="px of the tiles that are averaged")
+    sweep.add_argument("--tile-size", type=int, default=defaults.tile_size, help="px of the tiles that are averaged")
     sweep.add_argument("--windows", type=integers, default=defaults.windows, help="ablation of the window size")
-    sweep.add_argument("--prune_ratios", type=numbers, default=defaults.prune_ratios, help="ablation")
-    sweep.add_argument("--prune_layers", type=integers, default=defaults.prune_layers, help="ablation")
-    sweep.add_argument("--ablation_size", type=int, help="px; the largest of --sizes by default")
+    sweep.add_argument("--prune-ratios", type=numbers, default=defaults.prune_ratios, help="ablation")
+    sweep.add_argument("--prune-layers", type=integers, default=defaults.prune_layers, help="ablation")
+    sweep.add_argument("--ablation-size", type=int, help="px; the largest of --sizes by default")
     sweep.add_argument("--l2", type=float, help="penalty of the probe; chosen on the validation split by default")
-    sweep.add_argument("--bootstrap_samples", type=int, default=1000, help="for the 95 %% intervals")
+    sweep.add_argument("--bootstrap-samples", type=int, default=1000, help="for the 95 %% intervals")
     sweep.add_argument("--repeats", type=int, default=defaults.repeats, help="timed forwards per row; 0 times nothing")
-    sweep.add_argument("--max_memory_gib", type=float, help="mark what needs more; what is free by default")
-    sweep.add_argument("--batch_size", type=int, default=1, help="regions or tiles per forward")
+    sweep.add_argument("--max-memory-gib", type=float, help="mark what needs more; what is free by default")
+    sweep.add_argument("--batch-size", type=int, default=1, help="regions or tiles per forward")
     sweep.add_argument("--workers", type=int, default=2, help="threads that read regions")
     sweep.add_argument("--seed", type=int, default=0)
-    sweep.add_argument("--retry_failed", action="store_true", help="measure rows again that failed or lacked memory")
-    sweep.add_argument("--output_dir", type=Path, required=True)
-    sweep.add_argument("--cache_dir", help="of the features; `features` in --dataset_dir or --output_dir by default")
-    return parser.parse_args()
+    sweep.add_argument("--retry-failed", action="store_true", help="measure rows again that failed or lacked memory")
+    sweep.add_argument("--out", "--output-dir", dest="output_dir", type=Path, required=True)
+    sweep.add_argument("--cache-dir", help="of the features; `features` in --dataset_dir or --output_dir by default")
 
 
 def main() -> None:
     arguments = parse()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        run(arguments)
-    except (ValueError, OSError, ImportError) as error:
-        raise SystemExit(f"error: {error}") from error
+    run_script(run, arguments)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -120,19 +126,17 @@ def run(arguments: argparse.Namespace) -> None:
         shuffle_labels=arguments.shuffle_labels,
         seed=arguments.seed,
     )
-    model = AutoModel.from_pretrained(
-        arguments.model_name_or_path,
-        dtype=torch.bfloat16 if arguments.bf16 else torch.float32,
-        attn_implementation=arguments.attention,
+    dtype = torch.bfloat16 if arguments.bf16 else torch.float32
+    model, processor = load_model(
+        arguments.model_name_or_path, arguments.device, dtype, attn_implementation=arguments.attention
     )
-    processor = AutoImageProcessor.from_pretrained(arguments.model_name_or_path)
     table = ResultsTable(arguments.output_dir / "sweep.csv", KEYS, VALUES)
     if arguments.retry_failed:
         dropped = table.drop(status=FAILED) + table.drop(status=OUT_OF_MEMORY)
         logger.info("%d rows are measured again", dropped)
     folder = Path(arguments.dataset_dir) if arguments.dataset_dir else arguments.output_dir
     cache_dir = arguments.cache_dir or str(folder / "features")
-    rows = run_sweep(dataset, model.to(arguments.device).eval(), processor, settings, table, cache_dir)
+    rows = run_sweep(dataset, model, processor, settings, table, cache_dir)
     report(rows, arguments.output_dir)
 
 

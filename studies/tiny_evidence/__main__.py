@@ -10,12 +10,11 @@
 Rows that a CSV already holds are not measured again, so that a stopped run goes on where it was.
 
 Examples:
-    python -m studies.tiny_evidence --data_dir ../shared/data
-    python -m studies.tiny_evidence --data_dir ../shared/data --parts probe --checkpoint outputs/pretrain_tiny/model
+    python -m studies.tiny_evidence --data-dir ../shared/data
+    python -m studies.tiny_evidence --data-dir ../shared/data --parts probe --checkpoint outputs/pretrain_tiny/model
 """
 
 import argparse
-import hashlib
 import itertools
 import logging
 from collections.abc import Callable, Iterator
@@ -27,9 +26,11 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from sparsepath_vit import SparsePathViTImageProcessor, SparsePathViTModel, tiny_checkpoint
+from sparsepath_vit import SparsePathViTModel, tiny_checkpoint
 from sparsepath_vit.model.configuration_sparsepath_vit import PRUNE_SCORES
-from sparsepath_vit.runtime.extras import imports_of_extra
+from sparsepath_vit.runtime.extras import ScriptParser, imports_of_extra, run_script
+from sparsepath_vit.runtime.load_model import load_model
+from sparsepath_vit.runtime.model_identity import identity_digest, model_identity
 
 with imports_of_extra("train", "matplotlib", "skimage", "sklearn"):
     from sparsepath_vit.runtime.figures import save_image
@@ -57,21 +58,24 @@ Row = dict[str, Any]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data_dir", type=Path, required=True, help="folder of the held-out images")
+    parser = ScriptParser(__doc__)
+    parser.add_argument("--data-dir", type=Path, required=True, help="folder of the held-out images")
     parser.add_argument("--checkpoint", type=Path, default=tiny_checkpoint())
     parser.add_argument("--weights", default=",".join(WEIGHTS), help="trained, random or both")
     parser.add_argument("--parts", default=",".join(PARTS), help=f"of {', '.join(PARTS)}")
     parser.add_argument("--sizes", default="224,448,1022", help="px of the linear probe")
-    parser.add_argument("--fidelity_sizes", default="224,448,1120,2240", help="px of the fidelity")
+    parser.add_argument("--fidelity-sizes", default="224,448,1120,2240", help="px of the fidelity")
     parser.add_argument("--windows", default="2,4,8,16,64", help="window sizes of the fidelity")
-    parser.add_argument("--output_dir", type=Path, default=Path("model_card"), help="takes results/ and figures/")
+    parser.add_argument(
+        "--out",
+        "--output-dir",
+        dest="output_dir",
+        type=Path,
+        default=Path("model_card"),
+        help="takes results/ and figures/",
+    )
     arguments = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        run(arguments)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from error
+    run_script(run, arguments)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -91,15 +95,13 @@ class Checkpoint:
     """The trained model, its untrained twin, their processor, and the name its results go by."""
 
     def __init__(self, folder: Path) -> None:
-        weights = (folder / "model.safetensors").read_bytes()
-        self.digest = hashlib.sha256(weights).hexdigest()[:12]
-        trained = SparsePathViTModel.from_pretrained(folder, dtype=torch.float32).eval()
+        trained, self.processor = load_model(folder, "cpu", torch.float32)
+        self.digest = identity_digest(model_identity(trained, self.processor))[:12]
         self.models = {"trained": trained, "random": evidence.untrained_twin(trained.config)}
-        self.processor = SparsePathViTImageProcessor.from_pretrained(folder)
         self.patch_size = trained.config.patch_size
 
     def digest_of(self, features: str) -> str:
-        """What identifies the weights of a row: those of random ones and of the histogram never change."""
+        """What identifies the model of a row: random weights and the histogram never change."""
         return self.digest if features == "trained" else UNTRAINED
 
     @property
@@ -117,7 +119,7 @@ def results_table(
     digest = checkpoint.digest
     if others := {row["checkpoint"] for row in results.rows} - {digest, UNTRAINED}:
         raise ValueError(
-            f"{path} holds rows of other weights ({', '.join(sorted(others))}, not {digest}): move it away, or choose "
+            f"{path} holds rows of another model ({', '.join(sorted(others))}, not {digest}): move it away, or choose "
             "another --output_dir."
         )
     return results

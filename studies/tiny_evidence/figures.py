@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, ImageDraw
 
-from sparsepath_vit.runtime.figures import BACKGROUND, INK, heat_colors
+from sparsepath_vit.runtime.figures import BACKGROUND, INK, color_overlay, heat_colors
 
 from ..figures import drawn_axes, finish
 
@@ -37,14 +37,12 @@ def prune_maps_figure(
     """
     size = (panel_width, max(1, round(image.height * panel_width / image.width)))
     tissue = image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
-    washed_out = Image.blend(tissue, Image.new("RGB", size, BACKGROUND), 0.85)
+    white = np.full((*scores.shape, 3), 255, dtype=np.uint8)
     ranks = scores.ravel().argsort().argsort().reshape(scores.shape) / max(1, scores.size - 1)
-    heat = Image.fromarray(heat_colors(ranks)).resize(size, Image.Resampling.NEAREST)
-    panels = {"region": tissue, "prune score (rank)": Image.blend(tissue, heat, 0.6)}
+    panels = {"region": tissue, "prune score (rank)": color_overlay(tissue, heat_colors(ranks), 0.6)}
     for ratio, is_kept in kept.items():
-        visible = Image.fromarray(is_kept.astype(np.uint8) * 255).resize(size, Image.Resampling.NEAREST)
-        panels[f"p = {ratio:g}: {is_kept.sum():,} of {is_kept.size:,} kept"] = Image.composite(
-            tissue, washed_out, visible
+        panels[f"p = {ratio:g}: {is_kept.sum():,} of {is_kept.size:,} kept"] = color_overlay(
+            tissue, white, 0.85 * ~is_kept
         )
     gap, title_height = 10, 24
     figure = Image.new("RGB", ((size[0] + gap) * len(panels) - gap, size[1] + title_height), BACKGROUND)

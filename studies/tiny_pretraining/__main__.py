@@ -6,16 +6,16 @@ The run continues from its last checkpoint when it is started again with the sam
 and the exported model land in the output folder.
 
 Examples:
-    python -m studies.tiny_pretraining --data_dir ../shared/data
-    python -m studies.tiny_pretraining --data_dir ../shared/data --steps 20 --output_dir /tmp/twenty_steps
-    python -m studies.tiny_pretraining --data_dir ../shared/data --export modeling/sparsepath_vit/checkpoints/tiny
+    python -m studies.tiny_pretraining --data-dir ../shared/data
+    python -m studies.tiny_pretraining --data-dir ../shared/data --steps 20 --out /tmp/twenty_steps
+    python -m studies.tiny_pretraining --data-dir ../shared/data --export modeling/sparsepath_vit/checkpoints/tiny
 """
 
 import argparse
 import logging
 from pathlib import Path
 
-from sparsepath_vit.runtime.extras import imports_of_extra
+from sparsepath_vit.runtime.extras import ScriptParser, imports_of_extra, run_script
 
 with imports_of_extra("train", "matplotlib"):
     from .plots import plot_losses
@@ -28,18 +28,14 @@ RECIPE = Path(__file__).parents[2] / "configuration" / "recipes" / "pretrain_tin
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data_dir", type=Path, required=True, help="folder the recipe's image patterns refer to")
+    parser = ScriptParser(__doc__)
+    parser.add_argument("--data-dir", type=Path, required=True, help="folder the recipe's image patterns refer to")
     parser.add_argument("--recipe", type=Path, default=RECIPE)
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/pretrain_tiny"))
+    parser.add_argument("--out", "--output-dir", dest="output_dir", type=Path, default=Path("outputs/pretrain_tiny"))
     parser.add_argument("--steps", type=int, help="stop after this many steps of the recipe; its schedule stays")
     parser.add_argument("--export", type=Path, help="also write the model to this folder")
     arguments = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        run(arguments)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from error
+    run_script(run, arguments)
 
 
 def run(arguments: argparse.Namespace) -> None:

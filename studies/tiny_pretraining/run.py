@@ -4,8 +4,6 @@
 import dataclasses
 import json
 import math
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from sparsepath_vit.model.configuration_sparsepath_vit import SparsePathViTConfig
 from sparsepath_vit.model.image_processing_sparsepath_vit import SparsePathViTImageProcessor
+from sparsepath_vit.runtime.atomic_files import atomic_folder, restore_folder, write_atomically
 
 from .crops import CropSampler, find_images, read_held_out
 from .objective import PretrainingLosses, SparsePathViTPretraining, visible_tokens
@@ -190,24 +189,17 @@ class PretrainingRun:
 
     def _save(self) -> None:
         """Writes the checkpoint under another name and swaps it in: a killed run always finds a complete one."""
-        final = self.output_dir / CHECKPOINT_FOLDER
-        temporary, previous = (final.with_name(f".{final.name}.{name}") for name in ("tmp", "old"))
-        shutil.rmtree(temporary, ignore_errors=True)
-        self.accelerator.save_state(str(temporary))
-        progress = {"step": self.step, "recipe": json.loads(_as_json(self.recipe))}
-        (temporary / PROGRESS_FILE).write_text(json.dumps(progress, indent=2), encoding="utf-8")
-        shutil.rmtree(previous, ignore_errors=True)
-        if final.exists():
-            os.replace(final, previous)
-        os.replace(temporary, final)
-        shutil.rmtree(previous, ignore_errors=True)
+        with atomic_folder(self.output_dir / CHECKPOINT_FOLDER) as temporary:
+            self.accelerator.save_state(str(temporary))
+            progress = {"step": self.step, "recipe": json.loads(_as_json(self.recipe))}
+            (temporary / PROGRESS_FILE).write_text(json.dumps(progress, indent=2), encoding="utf-8")
 
     def _resume(self) -> int:
         """Loads the newest complete checkpoint, cuts the log there, and returns the steps done."""
-        folders = [self.output_dir / CHECKPOINT_FOLDER, self.output_dir / f".{CHECKPOINT_FOLDER}.old"]
-        folder = next((folder for folder in folders if (folder / PROGRESS_FILE).is_file()), None)
+        folder = self.output_dir / CHECKPOINT_FOLDER
+        restore_folder(folder)
         step = 0
-        if folder is not None:
+        if (folder / PROGRESS_FILE).is_file():
             progress = json.loads((folder / PROGRESS_FILE).read_text(encoding="utf-8"))
             if _comparable(progress["recipe"]) != _comparable(json.loads(_as_json(self.recipe))):
                 raise ValueError(
@@ -219,9 +211,7 @@ class PretrainingRun:
         log = self.output_dir / LOG_FILE
         if log.is_file():
             lines = log.read_text(encoding="utf-8").splitlines(keepends=True)[:step]
-            temporary = log.with_name(f".{log.name}.tmp")
-            temporary.write_text("".join(lines), encoding="utf-8")
-            os.replace(temporary, log)
+            write_atomically(log, "".join(lines))
         return step
 
     def export(self, folder: Path, dtype: torch.dtype = torch.bfloat16) -> Path:

@@ -8,6 +8,7 @@ from sparsepath_vit.runtime.figures import (
     OWN_BLOCK,
     QUERY,
     block_pattern_figure,
+    color_overlay,
     heat_colors,
     prune_map_figure,
     save_image,
@@ -47,3 +48,19 @@ def test_a_picture_replaces_the_old_one_as_a_whole(tmp_path):
         save_image(Image.new("RGB", (4, 4), color), path)
     assert Image.open(path).getpixel((0, 0)) == (0, 0, 255)
     assert [entry.name for entry in tmp_path.iterdir()] == ["figure.png"]
+
+
+class TestColorOverlay:
+    def test_opacity_of_each_cell_mixes_colour_and_image(self):
+        image = Image.new("RGB", (4, 2), (100, 100, 100))
+        colors = np.full((1, 2, 3), (200, 0, 0), dtype=np.uint8)
+        drawn = np.asarray(color_overlay(image, colors, np.array([[0.0, 0.5]])))
+        assert (drawn[:, :2] == 100).all()
+        assert np.abs(drawn[:, 2:].astype(int) - [150, 50, 50]).max() <= 1
+
+    def test_a_box_places_the_colours_and_the_image_cuts_them_off(self):
+        image = Image.new("RGB", (4, 4), (255, 255, 255))
+        drawn = np.asarray(color_overlay(image, np.zeros((1, 1, 3), np.uint8), 1.0, (2, 1, 9, 2)))
+        covered = np.zeros((4, 4), dtype=bool)
+        covered[1:3, 2:] = True
+        assert ((drawn == 0).all(axis=-1) == covered).all() and ((drawn == 255).all(axis=-1) == ~covered).all()

@@ -12,7 +12,7 @@ MODEL = ("model", "--architecture", "vit-tiny-14-reg4", "--repeats", "1", "--dty
 
 def test_each_model_is_checked_timed_and_recorded(tmp_path, run_script):
     output = tmp_path / "results.csv"
-    run_script(benchmark, *MODEL, "--sizes", "56,112", "--window-size", "2", "--output", str(output))
+    run_script(benchmark, *MODEL, "--sizes", "56,112", "--window-size", "2", "--out", str(output))
     with output.open() as file:
         rows = list(csv.DictReader(file))
     assert [(row["size"], row["model"]) for row in rows] == [(size, name) for size in ("56", "112") for name in PEERS]
@@ -35,7 +35,7 @@ def test_unknown_models_are_named(run_script):
 def test_attentions_are_checked_timed_and_recorded(tmp_path, run_script):
     output = tmp_path / "attention.csv"
     arguments = ["attention", "--tokens", "400", "--windows", "4", "--heads", "2", "--head-dim", "16", "--repeats", "2"]
-    arguments += ["--dtype", "float32", "--device", "cpu", "--backward", "--output", str(output)]
+    arguments += ["--dtype", "float32", "--device", "cpu", "--backward", "--out", str(output)]
     run_script(benchmark, *arguments, "--peers", "block_sparse,sdpa_dense,reference")
     with output.open() as file:
         rows = list(csv.DictReader(file))
@@ -47,7 +47,7 @@ def test_attentions_are_checked_timed_and_recorded(tmp_path, run_script):
 def test_without_timm_each_row_still_says_what_was_run(tmp_path, run_script):
     """Regression: the model's config was that of the sparse row, which took over the pruned run's ratio."""
     output = tmp_path / "results.csv"
-    run_script(benchmark, *MODEL, "--sizes", "56", "--peers", "sparse,pruned", "--output", str(output))
+    run_script(benchmark, *MODEL, "--sizes", "56", "--peers", "sparse,pruned", "--out", str(output))
     with output.open() as file:
         assert [float(row["prune_ratio"]) for row in csv.DictReader(file)] == [0.0, 0.6]
 
@@ -55,7 +55,7 @@ def test_without_timm_each_row_still_says_what_was_run(tmp_path, run_script):
 def test_dense_peers_are_left_out_of_large_images(tmp_path, run_script):
     output = tmp_path / "results.csv"
     peers = ["--peers", "dense,pruned", "--dense-up-to", "60"]
-    run_script(benchmark, *MODEL, "--sizes", "56,112", *peers, "--output", str(output))
+    run_script(benchmark, *MODEL, "--sizes", "56,112", *peers, "--out", str(output))
     with output.open() as file:
         rows = list(csv.DictReader(file))
     assert [(row["size"], row["model"]) for row in rows] == [("56", "dense"), ("56", "pruned"), ("112", "pruned")]

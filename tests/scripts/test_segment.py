@@ -15,8 +15,8 @@ from sparsepath_vit import (
     SparsePathViTModel,
     SparsePathViTUniversalSegmentationConfig,
 )
+from sparsepath_vit.tasks.segmentation.probabilities import INDEPENDENT_LABELS
 from sparsepath_vit.tasks.segmentation.regions import label_map, to_geojson
-from sparsepath_vit.tasks.segmentation.training import INDEPENDENT_LABELS
 
 segment = load_script("segment")
 LABELS = ("first", "second")

@@ -19,6 +19,7 @@ from accelerate import PartialState, debug_launcher
 from PIL import Image
 from slide_files import stained_image, write_pyramid
 
+from sparsepath_vit.runtime.model_identity import weights_digest
 from sparsepath_vit.slides import (
     EmbedReport,
     EmbedSettings,
@@ -28,7 +29,6 @@ from sparsepath_vit.slides import (
     embed_slide,
     embed_slides,
 )
-from sparsepath_vit.slides.embed import fingerprint
 from sparsepath_vit.slides.store import EmbeddingStore, SlideWriter
 from sparsepath_vit.slides.tissue import find_tissue
 
@@ -150,21 +150,34 @@ def test_settings_are_not_mixed_in_a_folder(slides, model_folder, tmp_path, chan
     assert contents(tmp_path / "out") == before
 
 
-def test_same_weights_with_another_epsilon_are_other_settings(slides, model_folder, tmp_path):
+@pytest.mark.parametrize(
+    ("file", "field", "value", "named"),
+    [
+        ("config.json", "layer_norm_eps", 1e-3, r"layer_norm_eps: 1e-06 there, 0\.001 now"),
+        ("config.json", "position_interpolation_offset", 0.1, r"position_interpolation_offset: 0\.0 there, 0\.1 now"),
+        (
+            "preprocessor_config.json",
+            "image_mean",
+            [0.5] * 3,
+            r"processor\.image_mean: .* there, \[0\.5, 0\.5, 0\.5\] now",
+        ),
+    ],
+)
+def test_same_weights_in_another_model_are_other_settings(slides, model_folder, tmp_path, file, field, value, named):
     run(slides, model_folder, tmp_path / "out")
     other = shutil.copytree(model_folder, tmp_path / "other")
-    config = json.loads((other / "config.json").read_text())
-    (other / "config.json").write_text(json.dumps({**config, "layer_norm_eps": 1e-3}))
-    with pytest.raises(StoreError, match=r"layer_norm_eps: 1e-06 there, 0\.001 now"):
+    settings = json.loads((other / file).read_text())
+    (other / file).write_text(json.dumps({**settings, field: value}))
+    with pytest.raises(StoreError, match=named):
         run(slides, other, tmp_path / "out")
 
 
 def test_other_weights_are_other_settings(model_and_processor):
     model, _ = model_and_processor
-    before = fingerprint(model)
+    before = weights_digest(model)
     with torch.no_grad():
         model.encoder.layers[2].mlp.fc1.bias += 1e-3
-    assert fingerprint(model) != before
+    assert weights_digest(model) != before
 
 
 def test_slide_that_fails_is_on_record_and_the_others_go_on(slides, model_folder, tmp_path):

@@ -110,7 +110,7 @@ def test_each_order_is_measured_in_each_region(prepared, model, processor):
 def test_scores_are_those_of_the_model_and_glass_does_not_count(prepared, model, processor, monkeypatch):
     """A score that finds cancer perfectly, and glass even better, has AUROC 1: glass takes no part."""
     dataset = load_roi_dataset(prepared)
-    index = next(number for number, roi in enumerate(dataset.rois) if roi.provider == "karolinska")
+    index = next(number for number, roi in enumerate(dataset.rois) if roi.attributes["provider"] == "karolinska")
     labels = prune_agreement.annotation_of(dataset, dataset.rois[index])
     tokens = token_labels(labels, "karolinska", 4, (120, 120))
     planted = np.where(tokens.is_tissue, tokens.is_target["cancer"], 2.0)

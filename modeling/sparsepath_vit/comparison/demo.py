@@ -2,14 +2,12 @@
 """One region through one model, dense, sparse, and sparse with pruning: a table, features and two pictures."""
 
 import dataclasses
-import os
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import save
 from tqdm import tqdm
 from transformers.utils import logging
 
@@ -17,8 +15,11 @@ from ..checkpoints import tiny_checkpoint
 from ..model.image_processing_sparsepath_vit import SparsePathViTImageProcessor
 from ..model.modeling_outputs_sparsepath_vit import SparsePathViTModelOutput
 from ..model.modeling_sparsepath_vit import SparsePathViTModel
+from ..runtime.atomic_files import atomic_path
+from ..runtime.compute import faster_dtype
 from ..runtime.cost import mean_keys_per_query, token_grid_of_size
 from ..runtime.figures import block_pattern_figure, prune_map_figure, save_image
+from ..runtime.load_model import load_model
 from ..runtime.measure import measured
 
 logger = logging.get_logger(__name__)
@@ -117,26 +118,8 @@ def _load(source: str | None, device: str) -> tuple[SparsePathViTModel, SparsePa
     dtype = faster_dtype(device)
     name = source or "sparsepath-vit-tiny, trained on 89 tissue images for demonstration, no foundation model"
     source = source or str(tiny_checkpoint())
-    model = SparsePathViTModel.from_pretrained(source)
-    processor = SparsePathViTImageProcessor.from_pretrained(source)
-    return model.eval().to(device, dtype), processor, f"{name} ({dtype}, {device})"
-
-
-def faster_dtype(device: str) -> torch.dtype:
-    """bfloat16 where this machine multiplies matrices faster in it than in float32."""
-    if device != "cpu":
-        return torch.bfloat16
-
-    def seconds(dtype: torch.dtype) -> float:
-        matrix = torch.ones(1024, 1024, dtype=dtype)
-        times = []
-        for _ in range(4):
-            start = time.perf_counter()
-            matrix @ matrix
-            times.append(time.perf_counter() - start)
-        return min(times)
-
-    return torch.bfloat16 if seconds(torch.bfloat16) < seconds(torch.float32) else torch.float32
+    model, processor = load_model(source, device, dtype)
+    return model, processor, f"{name} ({dtype}, {device})"
 
 
 def _load_region(image_file: Path | None, size: int) -> Image.Image:
@@ -240,9 +223,8 @@ def _write(output_dir: Path, image: Image.Image, outputs: SparsePathViTModelOutp
     """Features as safetensors, the prune map, and the pattern; each renamed into place when complete."""
     names = ("pooler_output", "last_hidden_state", "patch_positions", "prune_scores", "grid_sizes")
     features = output_dir / "features.safetensors"
-    temporary = features.with_name(f".{features.name}.{os.getpid()}.tmp")
-    save_file({name: outputs[name].cpu().contiguous() for name in names}, temporary)
-    os.replace(temporary, features)
+    with atomic_path(features) as temporary:
+        temporary.write_bytes(save({name: outputs[name].cpu().contiguous() for name in names}))
     prune_map = output_dir / "prune_map.png"
     figure = prune_map_figure(
         image, outputs.prune_scores[0].cpu(), outputs.patch_positions[0].cpu(), outputs.grid_sizes[0].tolist()

@@ -1,10 +1,6 @@
 # Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
 """A foundation model's checkpoint -> a SparsePathViT folder for `from_pretrained`."""
 
-import shutil
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import reduce
 from pathlib import Path
@@ -17,6 +13,7 @@ from transformers.utils import logging
 
 from ..model.configuration_sparsepath_vit import SparsePathViTConfig
 from ..model.image_processing_sparsepath_vit import SparsePathViTImageProcessor
+from ..runtime.atomic_files import atomic_folder
 from .architectures import Architecture
 from .architectures import architecture as find_architecture
 from .mapping import MappingPlan, check_parameters, infer_structure, plan_mapping
@@ -121,7 +118,7 @@ def convert_checkpoint(
     # Of mixed types the widest, since loading casts all parameters to it.
     config.dtype = reduce(torch.promote_types, (parameter.dtype for parameter in parameters.values()))
     processor = _image_processor(opened, known, config, image_mean, image_std)
-    with _folder_when_complete(output_dir) as folder:
+    with atomic_folder(output_dir) as folder:
         write_safetensors(folder / WEIGHTS_FILE, parameters)
         config.save_pretrained(folder)
         processor.save_pretrained(folder)
@@ -259,26 +256,3 @@ def _check_output(output_dir: Path, source: Path, overwrite: bool) -> None:
             f"output_dir={output_dir.name!r} is no earlier conversion (no config.json with {WEIGHTS_FILE}), so it is "
             "not overwritten: empty it yourself or name another."
         )
-
-
-@contextmanager
-def _folder_when_complete(output_dir: Path) -> Iterator[Path]:
-    """A temporary folder beside `output_dir` that takes its place when the block ends without an error."""
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
-    token = uuid.uuid4().hex[:8]
-    folder = output_dir.parent / f".{output_dir.name}.{token}.partial"
-    replaced = output_dir.parent / f".{output_dir.name}.{token}.replaced"
-    folder.mkdir()
-    try:
-        yield folder
-        if output_dir.exists():
-            output_dir.rename(replaced)
-        try:
-            folder.rename(output_dir)
-        except OSError:
-            if replaced.exists():
-                replaced.rename(output_dir)
-            raise
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.rmtree(replaced, ignore_errors=True)

@@ -1,10 +1,17 @@
 # Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
-"""Files that are there in full or not at all, written by any number of processes that may be killed."""
+"""Files and folders that are there in full or not at all, written by any number of processes that may be killed.
+
+What is being written is called NAME.HOST-PROCESS.tmp and locked by its process; a folder that a new one is about to
+replace is called NAME.HOST-PROCESS.old for a moment. Whatever carries such a name and is not locked was left behind.
+"""
 
 import logging
 import os
 import re
+import shutil
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 try:
@@ -14,20 +21,89 @@ except ImportError:  # Windows, where a file that is open cannot be removed anyw
 
 logger = logging.getLogger(__name__)
 
-_TEMPORARY_NAME = re.compile(r".+\.(h5|json|geojson|csv|png)\.[^.]+-\d+\.tmp")
+_TEMPORARY_NAME = re.compile(r"(?P<name>.+)\.[^.]+-\d+\.(?P<kind>tmp|old)")
+
+
+@contextmanager
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary file beside `path` that takes its name when the block ends, and is gone after an error.
+
+    Args:
+        path: the file; its folder must exist.
+
+    Yields:
+        An empty file to write to, in place: what renames another file over it loses the lock.
+
+    Example:
+    ```python
+    >>> with atomic_path(folder / "map.png") as temporary:
+    ...     image.save(temporary, format="PNG")
+    ```
+    """
+    path = Path(path)
+    temporary, descriptor = open_temporary(path)
+    try:
+        yield temporary
+        os.fsync(descriptor)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+@contextmanager
+def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary folder beside `path` that takes its place when the block ends, and is gone after an error.
+
+    A folder that is at `path` stays until the new one is complete. Should the process be killed between the two
+    renames, `restore_folder` brings it back. What killed processes left beside `path` for it is removed.
+
+    Args:
+        path: the folder; the one it lies in is made if missing.
+
+    Yields:
+        An empty folder to fill.
+
+    Raises:
+        FileExistsError: this process is writing the same folder already.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    restore_folder(path)
+    remove_stale_files(path.parent, path.name)
+    temporary = _temporary_name(path)
+    temporary.mkdir()
+    replaced = temporary.with_suffix(".old")
+    descriptor = _open_and_lock(temporary)
+    try:
+        yield temporary
+        if path.exists():
+            os.replace(path, replaced)
+        os.replace(temporary, path)
+    finally:
+        if replaced.exists() and not path.exists():
+            os.replace(replaced, path)
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def restore_folder(path: Path) -> None:
+    """Brings back the folder `path` where a process was killed while it replaced it."""
+    if path.exists() or not path.parent.is_dir():
+        return
+    aside = [entry for entry in path.parent.iterdir() if _target_and_kind(entry) == (path.name, "old")]
+    if aside:
+        newest = max(aside, key=lambda entry: entry.stat().st_mtime_ns)
+        os.replace(newest, path)
+        logger.info("brought %s back, which an interrupted run had moved aside", path)
 
 
 def write_atomically(path: Path, text: str) -> None:
     """Writes a small file so that it is either there in full or not at all."""
-    temporary, descriptor = open_temporary(path)
-    try:
-        with open(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-            os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def append_row(path: Path, header: str, row: str) -> None:
@@ -39,18 +115,24 @@ def append_row(path: Path, header: str, row: str) -> None:
         file.write(first + row)  # one write to a file opened for appending
 
 
-def remove_stale_files(folder: Path) -> None:
-    """Removes the temporary files of processes that are no more; a running one holds a lock on its own."""
+def remove_stale_files(folder: Path, name: str | None = None) -> None:
+    """Removes what processes that are no more were writing; a running one holds a lock on its own.
+
+    Args:
+        folder: where to look.
+        name: of the file or folder that was to be made; any by default.
+    """
     for path in folder.iterdir():
-        if not _TEMPORARY_NAME.fullmatch(path.name):
-            continue
+        target, kind = _target_and_kind(path)
+        if target is None or name not in (None, target) or (kind == "old" and not (folder / target).exists()):
+            continue  # of a folder that was moved aside and never replaced this is all there is
         try:
-            descriptor = os.open(path, os.O_RDWR)
+            descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
         except FileNotFoundError:  # finished or removed by another process just now
             continue
         try:
             if _lock(descriptor):
-                path.unlink(missing_ok=True)
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
                 logger.info("removed %s, which an interrupted run left behind", path)
         except PermissionError:
             logger.info("%s is in use", path)
@@ -60,15 +142,34 @@ def remove_stale_files(folder: Path) -> None:
 
 def open_temporary(path: Path) -> tuple[Path, int]:
     """A new locked file beside `path`, named after host and process: its path and descriptor."""
-    host = socket.gethostname().replace(".", "-")
-    temporary = path.with_name(f"{path.name}.{host}-{os.getpid()}.tmp")
+    temporary = _temporary_name(path)
     descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
     _lock(descriptor)
     return temporary, descriptor
 
 
+def _temporary_name(path: Path) -> Path:
+    host = socket.gethostname().replace(".", "-")
+    return path.with_name(f"{path.name}.{host}-{os.getpid()}.tmp")
+
+
+def _target_and_kind(path: Path) -> tuple[str | None, str | None]:
+    """What a temporary name stands for, and whether it is being written ("tmp") or replaced ("old")."""
+    match = _TEMPORARY_NAME.fullmatch(path.name)
+    return (match["name"], match["kind"]) if match else (None, None)
+
+
+def _open_and_lock(folder: Path) -> int | None:
+    """A descriptor that holds the lock on a folder; None where a system cannot open folders."""
+    if fcntl is None:
+        return None
+    descriptor = os.open(folder, os.O_RDONLY)
+    _lock(descriptor)
+    return descriptor
+
+
 def _lock(descriptor: int) -> bool:
-    """Takes the lock on a file without waiting; False where another process holds it."""
+    """Takes the lock on a file or folder without waiting; False where another process holds it."""
     if fcntl is None:
         return True
     try:

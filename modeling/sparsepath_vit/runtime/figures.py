@@ -1,7 +1,6 @@
 # Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
 """Pictures of the attention pattern and of what pruning kept, drawn with Pillow alone."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from PIL import Image, ImageDraw
 
 from ..model.attention_specification import attention_pattern
 from ..model.token_grid import TokenGrid
+from .atomic_files import atomic_path
 
 BACKGROUND, UNSEEN, NEIGHBOURHOOD, OWN_BLOCK, QUERY, GLOBAL = (
     (255, 255, 255),
@@ -25,9 +25,8 @@ INK = (40, 44, 52)
 
 def save_image(image: Image.Image, path: Path) -> None:
     """Writes a PNG under a temporary name and renames it, so that no half-written picture is ever seen."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    image.save(temporary, format="PNG")
-    os.replace(temporary, path)
+    with atomic_path(path) as temporary:
+        image.save(temporary, format="PNG")
 
 
 def block_pattern_figure(
@@ -129,13 +128,12 @@ def prune_map_figure(
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     tissue = image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
     ranks = prune_scores.argsort().argsort().float().view(rows, columns) / max(1, rows * columns - 1)
-    heat = Image.fromarray(heat_colors(ranks.numpy())).resize(size, Image.Resampling.NEAREST)
+    heat = color_overlay(tissue, heat_colors(ranks.numpy()), 0.55)
     kept = np.zeros((rows, columns), dtype=bool)
     positions = patch_positions[patch_positions[:, 0] >= 0].numpy()
     kept[positions[:, 0], positions[:, 1]] = True
-    visible = Image.fromarray(kept.astype(np.uint8) * 255).resize(size, Image.Resampling.NEAREST)
-    washed_out = Image.blend(tissue, Image.new("RGB", size, BACKGROUND), 0.82)
-    panels = [tissue, Image.blend(tissue, heat, 0.55), Image.composite(tissue, washed_out, visible)]
+    white = np.full((rows, columns, 3), 255, dtype=np.uint8)
+    panels = [tissue, heat, color_overlay(tissue, white, 0.82 * ~kept)]
     gap = 12
     figure = Image.new("RGB", (3 * size[0] + 2 * gap, size[1] + 24), BACKGROUND)
     titles = ("region", "prune score (rank)", f"kept: {len(positions):,} of {rows * columns:,} tokens")
@@ -145,6 +143,31 @@ def prune_map_figure(
         figure.paste(panel, (left, 24))
         draw.text((left, 3), title, fill=INK, font_size=15)
     return figure
+
+
+def color_overlay(
+    image: Image.Image,
+    colors: np.ndarray,
+    opacity: np.ndarray | float,
+    box: tuple[int, int, int, int] | None = None,
+) -> Image.Image:
+    """An image with colours over it, one per token or per pixel.
+
+    Args:
+        image: RGB.
+        colors: (rows, columns, 3) uint8.
+        opacity: in [0, 1], of all or (rows, columns) of each.
+        box: (left, top, width, height) of the colours in pixels of the image; all of it by default. What lies beyond
+            the image is cut off. Colours are not smoothed where they are enlarged, and averaged where they are reduced.
+    """
+    left, top, width, height = box or (0, 0, *image.size)
+    rows, columns = colors.shape[:2]
+    alpha = np.broadcast_to(np.rint(255 * np.asarray(opacity)).astype(np.uint8), (rows, columns))
+    resampling = Image.Resampling.NEAREST if width >= columns and height >= rows else Image.Resampling.BOX
+    stretched = Image.fromarray(np.dstack([colors, alpha])).resize((width, height), resampling)
+    layer = Image.new("RGBA", image.size)
+    layer.paste(stretched, (left, top))
+    return Image.alpha_composite(image.convert("RGBA"), layer).convert("RGB")
 
 
 def heat_colors(values: np.ndarray) -> np.ndarray:

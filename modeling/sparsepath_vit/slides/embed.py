@@ -1,33 +1,27 @@
 # Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
 """Many slides -> one HDF5 file each: resumable, sharded over processes, with every failure on record."""
 
-import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object, parse_flag_from_env
-from transformers import AutoImageProcessor, AutoModel
 
-from ..runtime.compute import torch_device, weight_dtype
+from ..runtime.compute import torch_device
+from ..runtime.load_model import load_model
+from ..runtime.model_identity import model_identity
 from .embedder import DEFAULT_MPP, EmbedReport, EmbedSettings, SlideEmbedder, default_workers
 from .reader import Slide
 from .regions import SlideInput, read_inputs
 from .resolution import is_credible
 from .store import EmbeddingStore
 
-if TYPE_CHECKING:
-    from ..model.image_processing_sparsepath_vit import SparsePathViTImageProcessor
-    from ..model.modeling_sparsepath_vit import SparsePathViTModel
-
 # The processes wait for each other at the end, and one may have hours of slides more.
 _LONGEST_WAIT = timedelta(days=30)
-_FINGERPRINT_VALUES = 64
 
 
 def embed_slides(
@@ -85,7 +79,7 @@ def embed_slides(
         show_progress=state.is_local_main_process,
     )
     with state.main_process_first():
-        store = EmbeddingStore(out, {**_model_settings(model, processor), **asdict(settings), "mpp": embedder.mpp})
+        store = EmbeddingStore(out, {**model_identity(model, processor), **asdict(settings), "mpp": embedder.mpp})
         if state.is_main_process:
             store.forget_failures(item.path for item in slides.values())
     with state.split_between_processes(list(slides)) as names:
@@ -126,29 +120,6 @@ def _process_state(device: str | None) -> PartialState:
     return PartialState(cpu=on_cpu, timeout=_LONGEST_WAIT)
 
 
-def load_model(
-    source: str | os.PathLike[str], device: torch.device, dtype: str | None = None
-) -> tuple["SparsePathViTModel", "SparsePathViTImageProcessor"]:
-    """The model in evaluation mode and its image processor.
-
-    Args:
-        source: folder or Hub id of a converted checkpoint.
-        device: where the weights go.
-        dtype: of the weights; by default bfloat16 on CUDA, else float32.
-
-    Raises:
-        ValueError: an unknown dtype, or a processor that does not fit the model.
-    """
-    model = AutoModel.from_pretrained(source, dtype=weight_dtype(dtype, device))
-    processor = AutoImageProcessor.from_pretrained(source)
-    if processor.patch_size != model.config.patch_size:
-        raise ValueError(
-            f"{source}: the processor's patch_size={processor.patch_size} is not the model's "
-            f"{model.config.patch_size}: correct preprocessor_config.json."
-        )
-    return model.to(device).eval(), processor
-
-
 def _by_name(inputs: list[SlideInput]) -> dict[str, SlideInput]:
     """Each input under the name of its result.
 
@@ -165,28 +136,3 @@ def _by_name(inputs: list[SlideInput]) -> dict[str, SlideInput]:
             )
         slides[name] = item
     return slides
-
-
-def _model_settings(model: "SparsePathViTModel", processor: "SparsePathViTImageProcessor") -> dict[str, Any]:
-    """The model as far as its numbers depend on it: weights, pattern, pruning, normalisation."""
-    config = model.config
-    fields = ("window_size", "neighbor_radius", "prune_after_layer", "prune_ratio", "prune_score", "pooling")
-    fields += ("num_attention_heads", "layer_norm_eps", "position_antialias")
-    normalisation = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std", "min_patch_coverage")
-    return {
-        "weights": fingerprint(model),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        **{name: getattr(config, name) for name in fields},
-        **{name: getattr(processor, name) for name in normalisation},
-    }
-
-
-def fingerprint(model: torch.nn.Module) -> str:
-    """Tells models apart by names, shapes and some values of every parameter; a full hash would read all weights."""
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.state_dict().items()):
-        values = parameter.flatten()
-        step = max(1, len(values) // _FINGERPRINT_VALUES)
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        digest.update(values[::step].float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]

@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
 
+from ..runtime.pixels import prepare
 from .backends import SlideError
 from .reader import Slide
 from .tissue import TissueMask, find_tissue
@@ -229,18 +230,6 @@ def read_ahead(read: Callable[[Item], Result], items: Iterable[Item], workers: i
             yield pending.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def prepare(processor: "SparsePathViTImageProcessor", images: list[np.ndarray], device: torch.device) -> Any:
-    """Normalised pixels on `device`, as they are: the slide was already read at the right resolution."""
-    return processor(
-        images,
-        do_resize=False,
-        mask_background=False,
-        input_data_format="channels_last",
-        device=device,
-        return_tensors="pt",
-    )
 
 
 def _embedding(

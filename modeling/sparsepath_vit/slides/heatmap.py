@@ -12,14 +12,13 @@ from PIL import Image, ImageDraw
 
 from ..runtime.atomic_files import write_atomically
 from ..runtime.extras import require
-from ..runtime.figures import heat_colors, save_image
+from ..runtime.figures import INK, color_overlay, heat_colors, save_image
 from .backends import SlideError
-from .outlines import outlines
+from .outlines import annotation, feature_collection, outlines
 from .reader import Slide
 
 KEPT_COLOR, REMOVED_COLOR = (44, 111, 176), (226, 229, 234)
 _TITLE_HEIGHT = 24
-_INK = (40, 44, 52)
 
 
 @dataclass(frozen=True)
@@ -154,22 +153,17 @@ def overlay(slide: Slide, tokens: TokenValues, max_size: int = 2048, opacity: fl
     overview = Image.fromarray(slide.thumbnail(max_size))
     grid, (left, top) = tokens.grid()
     present = ~np.isnan(grid)
-    colors = np.zeros((*grid.shape, 4), dtype=np.uint8)
-    colors[present, :3] = _colors(grid[present])
-    colors[present, 3] = round(255 * opacity)
+    colors = np.zeros((*grid.shape, 3), dtype=np.uint8)
+    colors[present] = _colors(grid[present])
     scale = overview.width / slide.dimensions[0]
     rows, columns = grid.shape
     size = [max(1, round(count * side * scale)) for count, side in zip((columns, rows), tokens.token_size, strict=True)]
-    larger = size[0] >= columns and size[1] >= rows
-    heat = Image.fromarray(colors).resize(size, Image.Resampling.NEAREST if larger else Image.Resampling.BOX)
-    layer = Image.new("RGBA", overview.size)
-    layer.paste(heat, (round(left * scale), round(top * scale)))
-    blended = Image.alpha_composite(overview.convert("RGBA"), layer).convert("RGB")
+    blended = color_overlay(overview, colors, opacity * present, (round(left * scale), round(top * scale), *size))
     figure = Image.new("RGB", (blended.width, blended.height + _TITLE_HEIGHT), "white")
     figure.paste(blended, (0, _TITLE_HEIGHT))
     low, high = grid[present].min(), grid[present].max()
     title = f"{tokens.name}: {low:.3g} (dark) .. {high:.3g} (bright), {present.sum():,} tokens"
-    ImageDraw.Draw(figure).text((3, 4), title, fill=_INK, font_size=14)
+    ImageDraw.Draw(figure).text((3, 4), title, fill=INK, font_size=14)
     return figure
 
 
@@ -191,26 +185,10 @@ def to_geojson(tokens: TokenValues, classes: int = 5) -> dict[str, Any]:
     for name, color, members in groups:
         if not members.any():
             continue
-        polygons = [
-            [np.round(origin + ring * tokens.token_size, 2).tolist() for ring in rings] for rings in outlines(members)
-        ]
-        features.append(
-            {
-                "type": "Feature",
-                "geometry": {"type": "MultiPolygon", "coordinates": polygons},
-                "properties": {
-                    "objectType": "annotation",
-                    "name": name,
-                    "classification": {"name": name, "color": list(color)},
-                    "measurements": {
-                        "tokens": int(members.sum()),
-                        "lowest": float(grid[members].min()),
-                        "highest": float(grid[members].max()),
-                    },
-                },
-            }
-        )
-    return {"type": "FeatureCollection", "features": features}
+        values = grid[members]
+        measurements = {"tokens": values.size, "lowest": float(values.min()), "highest": float(values.max())}
+        features.append(annotation(outlines(members), name, color, measurements, origin, tokens.token_size))
+    return feature_collection(features)
 
 
 def _colors(values: np.ndarray) -> np.ndarray:

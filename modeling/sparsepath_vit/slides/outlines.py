@@ -1,5 +1,8 @@
 # Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
-"""Boolean token grids as polygons: the exact outlines of the tokens, with holes, and nothing smoothed."""
+"""Boolean grids as polygons (exact outlines, with holes, nothing smoothed), and polygons as QuPath reads them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -26,6 +29,46 @@ def outlines(grid: np.ndarray) -> list[list[Ring]]:
         # The outer ring runs clockwise and so has positive area where y points down; holes run the other way.
         polygons.append(sorted(rings, key=_area, reverse=True))
     return polygons
+
+
+def annotation(
+    polygons: Sequence[Sequence[Ring]],
+    name: str,
+    color: Sequence[int],
+    measurements: Mapping[str, float],
+    origin: Sequence[float] = (0.0, 0.0),
+    scale: Sequence[float] = (1.0, 1.0),
+    kind: str = "MultiPolygon",
+) -> dict[str, Any]:
+    """Polygons of one class as a GeoJSON feature that QuPath imports as an annotation.
+
+    Args:
+        polygons: per piece its outer ring, then its holes; see `outlines`.
+        name: of the class.
+        color: red, green and blue of the class.
+        measurements: numbers that QuPath lists beside it.
+        origin: (x, y) of the grid's top left corner in level-0 pixels.
+        scale: level-0 pixels per cell of the grid along x and y.
+        kind: "MultiPolygon", or "Polygon" for the only one.
+    """
+    coordinates = [
+        [np.round(np.asarray(origin) + ring * np.asarray(scale), 2).tolist() for ring in rings] for rings in polygons
+    ]
+    return {
+        "type": "Feature",
+        "geometry": {"type": kind, "coordinates": coordinates[0] if kind == "Polygon" else coordinates},
+        "properties": {
+            "objectType": "annotation",
+            "name": name,
+            "classification": {"name": name, "color": list(color)},
+            "measurements": dict(measurements),
+        },
+    }
+
+
+def feature_collection(features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Features as one GeoJSON object."""
+    return {"type": "FeatureCollection", "features": list(features)}
 
 
 def _rings(piece: np.ndarray) -> list[Ring]:

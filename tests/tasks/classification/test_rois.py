@@ -148,3 +148,31 @@ class TestShuffledLabels:
 def test_an_unprepared_folder_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"holds no prepared data set .*scripts/prepare_panda\.py.*--image_folder"):
         load_roi_dataset(tmp_path)
+
+
+class TestAttributes:
+    def save(self, tmp_path, *attributes):
+        rois = [roi(f"r{index}", f"s{index}", attributes=given) for index, given in enumerate(attributes)]
+        save_roi_dataset(dataset_of(*rois), tmp_path / "out", store_images=False)
+        return rois
+
+    def test_they_are_columns_and_come_back_with_their_types(self, tmp_path):
+        (tmp_path / "s0.tiff").touch()
+        rois = self.save(tmp_path, {"centre": "A", "age": 61, "share": 0.5}, {"centre": "B", "age": 7, "share": 1.5})
+        header, first, _ = (tmp_path / "out" / "rois.csv").read_text().splitlines()
+        assert header.endswith("label,split,centre,age,share") and first.endswith("first,train,A,61,0.5")
+        loaded = load_roi_dataset(tmp_path / "out", tmp_path).rois
+        assert loaded == tuple(rois)
+        assert [type(value) for value in loaded[0].attributes.values()] == [str, int, float]
+
+    @pytest.mark.parametrize(
+        ("attributes", "message"),
+        [
+            (({"centre": "A"}, {}), r"r1 has the attributes \[\], r0 has \['centre'\]"),
+            (({"mpp": 0.5}, {"mpp": 0.5}), "attributes=mpp of r0: every ROI has these"),
+        ],
+    )
+    def test_they_are_the_same_for_all_and_hide_no_field(self, tmp_path, attributes, message):
+        with pytest.raises(ValueError, match=message):
+            self.save(tmp_path, *attributes)
+        assert not (tmp_path / "out").exists()

@@ -101,7 +101,7 @@ class TestPreparing:
         assert summary["places"]["beyond_max_rois_per_slide"] == 36
         for roi in dataset.rois:
             mask = tifffile.imread(panda_folder / f"train_label_masks/{roi.slide_id}_mask.tiff")[..., 0]
-            assert roi.label == (mask[roi.y, roi.x] >= (3 if roi.provider == "radboud" else 2))
+            assert roi.label == (mask[roi.y, roi.x] >= (3 if roi.attributes["provider"] == "radboud" else 2))
 
     def test_isup_needs_no_masks(self, tmp_path):
         panda = PandaFolder(tmp_path / "panda")

@@ -18,7 +18,7 @@ from sparsepath_vit.tasks.segmentation.baselines import evaluate_baselines, fitt
 from sparsepath_vit.tasks.segmentation.data import ITEMS, SegmentationCollator, SegmentationImages, augmentation
 from sparsepath_vit.tasks.segmentation.metrics import dice_of, evaluate_segmentation, iou_of, overlap_counts
 from sparsepath_vit.tasks.segmentation.pairs import read_pairs
-from sparsepath_vit.tasks.segmentation.training import INDEPENDENT_LABELS, label_probabilities
+from sparsepath_vit.tasks.segmentation.probabilities import INDEPENDENT_LABELS, label_probabilities
 from sparsepath_vit.tasks.segpath.dataset import ANTIGENS, read_segpath
 
 
@@ -299,8 +299,8 @@ class TestBaselines:
         train, test = (SegmentationImages(pairs.split(split)) for split in ("train", "test"))
         results = evaluate_baselines(train, test, ["nucleus"], samples=0)
         assert results["all_background"]["dice_pooled"] == 0
-        assert results["hematoxylin_otsu"]["dice_pooled"] == results["hematoxylin_fitted"]["dice_pooled"] == 1
-        assert results["hematoxylin_fitted"]["thresholds"]["nucleus"] == fitted_threshold(train)
+        assert results["haematoxylin_otsu"]["dice_pooled"] == results["haematoxylin_fitted"]["dice_pooled"] == 1
+        assert results["haematoxylin_fitted"]["thresholds"]["nucleus"] == fitted_threshold(train)
 
 
 @pytest.fixture(scope="module")

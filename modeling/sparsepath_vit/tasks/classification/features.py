@@ -12,15 +12,18 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from accelerate import PartialState
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 from tqdm import tqdm
 
+from ...runtime.atomic_files import atomic_path, remove_stale_files
+from ...runtime.model_identity import identity_digest, model_identity
+from ...runtime.pixels import prepare
 from ...slides.forward import read_ahead
 from .rois import RoiDataset
 
@@ -32,8 +35,6 @@ logger = logging.getLogger(__name__)
 
 _SHARD_ROIS = 256
 _KEYS = "keys"
-# Fields of a config that say nothing about its numbers.
-_IRRELEVANT_FIELDS = ("_name_or_path", "transformers_version", "auto_map", "architectures", "id2label", "label2id")
 
 
 @dataclass(frozen=True)
@@ -150,14 +151,7 @@ def pooled(
     Returns:
         (images, pooled_size) float32.
     """
-    inputs = processor(
-        list(images),
-        do_resize=False,
-        mask_background=mask_background,
-        input_data_format="channels_last",
-        device=model.device,
-        return_tensors="pt",
-    )
+    inputs = prepare(processor, images, model.device, mask_background=mask_background)
     return model(**inputs).pooler_output.float().cpu().numpy()
 
 
@@ -181,16 +175,9 @@ def _mean_of_tiles(
 
 
 def model_key(model: "SparsePathViTModel", processor: "SparsePathViTImageProcessor", settings: FeatureSettings) -> str:
-    """Hash of all weights, the configuration, the preprocessing and the settings that change the numbers."""
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        digest.update(parameter.detach().cpu().reshape(-1).view(torch.uint8).numpy())
-    config = {name: value for name, value in model.config.to_dict().items() if name not in _IRRELEVANT_FIELDS}
+    """Hash of the model's identity and of the settings that change the numbers."""
     shown = {name: value for name, value in asdict(settings).items() if name not in ("batch_size", "workers")}
-    described = [config, model.config._attn_implementation, processor.to_dict(), shown]
-    digest.update(json.dumps(described, sort_keys=True, default=str).encode())
-    return digest.hexdigest()[:32]
+    return identity_digest({"model": model_identity(model, processor), "shown": shown})
 
 
 class FeatureCache:
@@ -205,6 +192,7 @@ class FeatureCache:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
+        remove_stale_files(folder)
 
     def load(self) -> dict[str, np.ndarray]:
         """Every vector that is there, by its key; a damaged shard is named, removed, and its vectors are missing."""
@@ -229,10 +217,6 @@ class FeatureCache:
         """
         name = hashlib.sha256(" ".join(keys).encode()).hexdigest()[:32]
         path = self.folder / f"{name}.safetensors"
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        try:
-            metadata: dict[str, Any] = {_KEYS: json.dumps(list(keys))}
-            save_file({"features": np.ascontiguousarray(features)}, temporary, metadata)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        metadata = {_KEYS: json.dumps(list(keys))}
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(save({"features": np.ascontiguousarray(features)}, metadata))

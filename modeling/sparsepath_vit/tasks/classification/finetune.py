@@ -10,6 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import EvalPrediction, Trainer
 from transformers.trainer_utils import PredictionOutput
 
+from ...runtime.pixels import prepare
 from .linear_probe import Items, pool_items
 from .metrics import evaluate_predictions
 from .rois import RoiDataset
@@ -94,13 +95,8 @@ class RoiCollator:
         self.processor, self.mask_background = processor, mask_background
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        inputs = self.processor(
-            [example["image"] for example in examples],
-            do_resize=False,
-            mask_background=self.mask_background,
-            input_data_format="channels_last",
-            return_tensors="pt",
-        )
+        images = [example["image"] for example in examples]
+        inputs = prepare(self.processor, images, mask_background=self.mask_background)
         return {**inputs, "labels": torch.tensor([example["label"] for example in examples])}
 
 

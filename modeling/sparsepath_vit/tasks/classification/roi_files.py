@@ -7,9 +7,8 @@ import json
 import logging
 import os
 import shutil
-import tempfile
-from collections.abc import Sequence
-from dataclasses import asdict, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import datasets
 from PIL import Image
 from tqdm import tqdm
 
-from ...runtime.atomic_files import write_atomically
+from ...runtime.atomic_files import atomic_folder, write_atomically
 from .image_folder import read_image_folder
 from .rois import Problem, Roi, RoiDataset
 
@@ -27,6 +26,9 @@ DATASET_FOLDER = "dataset"
 DESCRIPTION_FILE = "description.json"
 ROI_LIST = "rois.csv"
 PROBLEM_LIST = "problems.csv"
+_IMAGE_FOLDER = "images"
+_IMAGE_COLUMN = "image"
+_FIELDS = {field.name: field.type for field in fields(Roi) if field.name != "attributes"}
 
 
 def save_roi_dataset(dataset: RoiDataset, folder: str | os.PathLike[str], store_images: bool = False) -> None:
@@ -38,21 +40,21 @@ def save_roi_dataset(dataset: RoiDataset, folder: str | os.PathLike[str], store_
         store_images: whether the pixels are written as a column `image`, lossless; else the slides are referred to.
 
     Raises:
-        ValueError: a slide in two splits, or pixels that cannot be read.
+        ValueError: a slide in two splits, attributes of some regions only, or pixels that cannot be read.
     """
     dataset.check_no_slide_in_two_splits()
+    _attribute_types(dataset)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=f"{DATASET_FOLDER}.", suffix=".tmp") as temporary:
-        image_folder = Path(temporary) if store_images else None
+    with atomic_folder(folder / DATASET_FOLDER) as temporary:
+        image_folder = temporary / _IMAGE_FOLDER
+        image_folder.mkdir()
         splits = {
-            split: _split_rows(dataset, dataset.indices(split).tolist(), image_folder)
+            split: _split_rows(dataset, dataset.indices(split).tolist(), image_folder if store_images else None)
             for split in sorted({roi.split for roi in dataset.rois})
         }
-        written = Path(temporary) / DATASET_FOLDER
-        datasets.DatasetDict(splits).save_to_disk(written)  # takes the image files' bytes in
-        shutil.rmtree(folder / DATASET_FOLDER, ignore_errors=True)
-        os.replace(written, folder / DATASET_FOLDER)
+        datasets.DatasetDict(splits).save_to_disk(temporary)  # takes the image files' bytes in
+        shutil.rmtree(image_folder)
     description = {
         "task": dataset.task,
         "label_names": list(dataset.label_names),
@@ -61,8 +63,8 @@ def save_roi_dataset(dataset: RoiDataset, folder: str | os.PathLike[str], store_
         "images_stored": store_images,
     }
     write_atomically(folder / DESCRIPTION_FILE, json.dumps(description, indent=2) + "\n")
-    names = [field.name for field in fields(Roi)]
-    rows = [{**asdict(roi), "label": dataset.label_names[roi.label]} for roi in dataset.rois]
+    rows = [{**_columns(roi), "label": dataset.label_names[roi.label]} for roi in dataset.rois]
+    names = [*_FIELDS, *_attribute_types(dataset)]
     write_rows(folder / ROI_LIST, names, [[row[name] for name in names] for row in rows])
 
 
@@ -122,11 +124,10 @@ def load_roi_dataset(folder: str | os.PathLike[str], root: str | os.PathLike[str
         )
     description = json.loads(path.read_text(encoding="utf-8"))
     splits = datasets.load_from_disk(str(folder / DATASET_FOLDER))
-    names = [field.name for field in fields(Roi) if field.name != "split"]
     rois = tuple(
-        Roi(split=split, **{name: row[name] for name in names})
+        _roi(split, row)
         for split, rows in splits.items()
-        for row in rows.select_columns(names)
+        for row in rows.select_columns([name for name in rows.column_names if name != _IMAGE_COLUMN])
     )
     images = datasets.concatenate_datasets(list(splits.values())) if description["images_stored"] else None
     root = Path(description["root"] if root is None else root)
@@ -156,18 +157,47 @@ def write_problems(folder: Path, problems: Sequence[Problem]) -> None:
     write_rows(folder / PROBLEM_LIST, Problem._fields, problems)
 
 
+def _attribute_types(dataset: RoiDataset) -> dict[str, type]:
+    """Names and types of the attributes that all regions have.
+
+    Raises:
+        ValueError: a region has others than the first, or one is called like a field of every region.
+    """
+    types = {name: type(value) for name, value in dataset.rois[0].attributes.items()}
+    if taken := sorted(set(types) & {*_FIELDS, _IMAGE_COLUMN}):
+        raise ValueError(
+            f"attributes={', '.join(taken)} of {dataset.rois[0].roi_id}: every ROI has these; rename them."
+        )
+    for roi in dataset.rois:
+        if set(roi.attributes) != set(types):
+            raise ValueError(
+                f"{roi.roi_id} has the attributes {sorted(roi.attributes)}, {dataset.rois[0].roi_id} has "
+                f"{sorted(types)}: give all regions of a data set the same ones."
+            )
+    return types
+
+
+def _columns(roi: Roi) -> dict[str, Any]:
+    """A region as a flat row: its attributes beside its fields."""
+    return {**{name: getattr(roi, name) for name in _FIELDS}, **roi.attributes}
+
+
+def _roi(split: str, row: Mapping[str, Any]) -> Roi:
+    """The region of a row; what is no field of every region is an attribute."""
+    row_fields = {name: row[name] for name in _FIELDS if name != "split"}
+    return Roi(split=split, **row_fields, attributes={name: row[name] for name in row if name not in _FIELDS})
+
+
 def _split_rows(dataset: RoiDataset, indices: Sequence[int], image_folder: Path | None) -> datasets.Dataset:
     """The rows of a split. Pixels go through files in `image_folder`: those of all ROIs do not fit in memory."""
-    number = {int: datasets.Value("int64"), str: datasets.Value("string")}
-    features = {field.name: number.get(field.type, datasets.Value("float64")) for field in fields(Roi)}
+    column_types = {int: datasets.Value("int64"), str: datasets.Value("string")}
+    types = {name: kind for name, kind in (_FIELDS | _attribute_types(dataset)).items() if name != "split"}
+    features = {name: column_types.get(kind, datasets.Value("float64")) for name, kind in types.items()}
     features["label"] = datasets.ClassLabel(names=list(dataset.label_names))
-    del features["split"]
-    rows = [
-        {name: value for name, value in asdict(dataset.rois[index]).items() if name != "split"} for index in indices
-    ]
+    rows = [{name: _columns(dataset.rois[index])[name] for name in types} for index in indices]
     if image_folder is not None:
-        features["image"] = datasets.Image()
+        features[_IMAGE_COLUMN] = datasets.Image()
         for index, row in zip(tqdm(indices, desc="images", unit="ROI"), rows, strict=True):
-            row["image"] = str(image_folder / f"{index}.png")
-            Image.fromarray(dataset.read(index)).save(row["image"])
+            row[_IMAGE_COLUMN] = str(image_folder / f"{index}.png")
+            Image.fromarray(dataset.read(index)).save(row[_IMAGE_COLUMN])
     return datasets.Dataset.from_list(rows, features=datasets.Features(features))

@@ -4,8 +4,8 @@
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -40,8 +40,8 @@ class Roi:
         mpp: micrometres per pixel at which it is read; None for the file's own pixels.
         label: class index.
         split: one of `SPLITS`, or "fold1", "fold2", ... for cross-validation.
-        provider: the centre that scanned it; empty where unknown.
-        isup_grade: of the slide; -1 where unknown.
+        attributes: whatever else the data set says of it, by name, such as the centre that scanned the slide. All
+            regions of a data set have the same names; they become columns beside these.
     """
 
     roi_id: str
@@ -54,8 +54,7 @@ class Roi:
     mpp: float | None
     label: int
     split: str
-    provider: str = ""
-    isup_grade: int = -1
+    attributes: Mapping[str, str | int | float] = field(default_factory=dict, hash=False)
 
 
 class Problem(NamedTuple):

@@ -335,8 +335,7 @@ def _roi(
         mpp=settings.mpp,
         label=label,
         split=split_of[slide.image_id],
-        provider=slide.provider,
-        isup_grade=slide.isup_grade,
+        attributes={"provider": slide.provider, "isup_grade": slide.isup_grade},
     )
 
 

@@ -11,19 +11,19 @@ from skimage.filters import threshold_otsu
 from .data import SegmentationImages
 from .metrics import METRICS, dice_of, evaluate_segmentation, overlap_counts
 
-BASELINES = ("all_background", "hematoxylin_otsu", "hematoxylin_fitted")
+BASELINES = ("all_background", "haematoxylin_otsu", "haematoxylin_fitted")
 _CANDIDATES = 200
 _FITTING_IMAGES = 50  # a single number needs no more
 
 
-def hematoxylin(image: np.ndarray) -> np.ndarray:
+def haematoxylin(image: np.ndarray) -> np.ndarray:
     """(height, width, 3) uint8 RGB -> (height, width) amount of haematoxylin by colour deconvolution (Ruifrok 2001)."""
     return rgb2hed(image)[..., 0]
 
 
 def fitted_threshold(dataset: SegmentationImages) -> float:
     """The threshold on haematoxylin of the largest pooled Dice on these images."""
-    amounts, truths = zip(*((hematoxylin(image), mask) for image, mask, _ in _arrays(dataset)), strict=True)
+    amounts, truths = zip(*((haematoxylin(image), mask) for image, mask, _ in _arrays(dataset)), strict=True)
     pooled, truth = np.concatenate([a.ravel() for a in amounts]), np.concatenate([t.ravel() for t in truths])
     candidates = np.unique(np.quantile(pooled[::7], np.linspace(0, 1, _CANDIDATES)))
     scores = [float(dice_of(overlap_counts(pooled >= candidate, truth))) for candidate in candidates]
@@ -54,12 +54,12 @@ def evaluate_baselines(
     counts: dict[str, list[np.ndarray]] = {name: [] for name in BASELINES}
     labels, groups = [], []
     for number, (image, truth, label) in enumerate(_arrays(evaluation)):
-        amount = hematoxylin(image)
+        amount = haematoxylin(image)
         is_flat = amount.min() == amount.max()
         masks = {
             "all_background": np.zeros_like(truth),
-            "hematoxylin_otsu": np.zeros_like(truth) if is_flat else amount >= threshold_otsu(amount),
-            "hematoxylin_fitted": amount >= thresholds[label],
+            "haematoxylin_otsu": np.zeros_like(truth) if is_flat else amount >= threshold_otsu(amount),
+            "haematoxylin_fitted": amount >= thresholds[label],
         }
         for name, mask in masks.items():
             counts[name].append(overlap_counts(mask, truth))
@@ -69,7 +69,7 @@ def evaluate_baselines(
     for name in BASELINES:
         metrics = evaluate_segmentation(np.stack(counts[name]), np.array(labels), groups, label_names, samples, seed)
         results[name] = {key: value for key, value in metrics.items() if key.startswith(METRICS)}
-    results["hematoxylin_fitted"]["thresholds"] = {label_names[label]: value for label, value in thresholds.items()}
+    results["haematoxylin_fitted"]["thresholds"] = {label_names[label]: value for label, value in thresholds.items()}
     return results
 
 

@@ -9,6 +9,7 @@ from PIL import Image
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+from ...runtime.pixels import prepare
 from .pairs import SegmentationPair
 
 if TYPE_CHECKING:
@@ -124,13 +125,11 @@ class SegmentationCollator:
         """Images of different sizes are put at the top left of the smallest canvas that holds all."""
         sizes = [tuple(example["mask"].shape) for example in examples]
         height, width = (max(size[axis] for size in sizes) for axis in (0, 1))
-        inputs = self.processor(
+        inputs = prepare(
+            self.processor,
             [example["image"] for example in examples],
-            do_resize=False,
-            mask_background=False,
             min_patch_coverage=0.0,  # every pixel is to get a label, those of a last, narrow patch too
             input_data_format="channels_first",
-            return_tensors="pt",
         )
         batch: dict[str, Any] = {"pixel_values": inputs["pixel_values"][..., :height, :width].contiguous()}
         if len(set(sizes)) > 1:

@@ -11,10 +11,13 @@ from scipy.ndimage import binary_erosion
 from scipy.ndimage import label as connected_pieces
 
 from ...model.segmentation_sparsepath_vit import SparsePathViTForUniversalSegmentation
+from ...runtime.figures import color_overlay
+from ...runtime.load_model import load_model
 from ...runtime.measure import measured
-from ...slides.outlines import outlines
+from ...runtime.pixels import prepare
+from ...slides.outlines import annotation, feature_collection, outlines
+from .probabilities import INDEPENDENT_LABELS, THRESHOLD, all_label_probabilities
 from .sliding_window import WindowGrid, sliding_probabilities
-from .training import INDEPENDENT_LABELS, THRESHOLD, all_label_probabilities
 
 if TYPE_CHECKING:
     from ...model.image_processing_sparsepath_vit import SparsePathViTImageProcessor
@@ -59,9 +62,7 @@ class RegionSegmenter:
                 f"the region is {width} x {height} px (width x height), smaller than one patch of "
                 f"{self.patch_size} px: use a larger one."
             )
-        inputs = self.processor(
-            image, do_resize=False, mask_background=False, input_data_format="channels_last", return_tensors="pt"
-        )
+        inputs = prepare(self.processor, [image])
         # The model pads to whole patches itself, as in training.
         pixels = inputs["pixel_values"][..., :height, :width].to(self.model.device, self.model.dtype)
         return all_label_probabilities(self.model(pixels), (height, width), self.independent).cpu()
@@ -122,13 +123,12 @@ def overlay(image: np.ndarray, labels: np.ndarray) -> Image.Image:
         image: (height, width, 3) uint8 RGB.
         labels: (height, width), see `label_map`.
     """
-    picture = image.astype(np.float32)
+    colors, opacity = np.zeros_like(image), np.zeros(labels.shape)
     for value in np.unique(labels[labels > 0]):
         inside = labels == value
-        color = np.array(color_of(int(value) - 1), dtype=np.float32)
-        picture[inside] = (1 - _TINT) * picture[inside] + _TINT * color
-        picture[inside & ~binary_erosion(inside, iterations=2)] = color
-    return Image.fromarray(picture.round().astype(np.uint8))
+        colors[inside] = color_of(int(value) - 1)
+        opacity[inside] = np.where(binary_erosion(inside, iterations=2), _TINT, 1.0)[inside]
+    return color_overlay(Image.fromarray(image), colors, opacity)
 
 
 def to_geojson(
@@ -155,19 +155,9 @@ def to_geojson(
         for rings, area in zip(outlines(mask), np.bincount(pieces.ravel())[1:].tolist(), strict=True):
             if area < min_area:
                 continue
-            coordinates = [np.round(np.array(origin) + ring * np.array(scale), 2).tolist() for ring in rings]
-            features.append(
-                {
-                    "type": "Feature",
-                    "geometry": {"type": "Polygon", "coordinates": coordinates},
-                    "properties": {
-                        "objectType": "annotation",
-                        "classification": {"name": name, "color": list(color_of(label))},
-                        "measurements": {"area_px": round(area * scale[0] * scale[1], 2)},
-                    },
-                }
-            )
-    return {"type": "FeatureCollection", "features": features}
+            measurements = {"area_px": round(area * scale[0] * scale[1], 2)}
+            features.append(annotation([rings], name, color_of(label), measurements, origin, scale, "Polygon"))
+    return feature_collection(features)
 
 
 def compare_attention(
@@ -230,5 +220,5 @@ def load_segmenter(
     config = SparsePathViTForUniversalSegmentation.config_class.from_pretrained(path)
     if window_size is not None:
         config.backbone_config.window_size = window_size or None
-    model = SparsePathViTForUniversalSegmentation.from_pretrained(path, config=config, dtype=dtype)
-    return RegionSegmenter(model.to(device), processor)
+    model, _ = load_model(path, device, dtype, model_class=SparsePathViTForUniversalSegmentation, config=config)
+    return RegionSegmenter(model, processor)
