@@ -1,8 +1,8 @@
 # Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
 """What is written for readers is true: code runs, commands parse, links and files are there, tables are true.
 
-Python blocks run one after the other, page by page, in a folder that holds `region.png` and `slide.tiff`. One that is not
-meant to run stands below a comment that says why.
+Python blocks run one after the other, page by page, in a folder that holds `region.png` and `slide.tiff`. One that is
+not meant to run stands below a comment that says why.
 """
 
 import ast
