@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 SOURCES := modeling scripts studies tests configuration docs examples
 
-.PHONY: demo test docs notebooks lint format figures benchmark clean
+.PHONY: demo test docs notebooks lint format figures benchmark gpu clean
 
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -c "import sys; assert (3, 11) <= sys.version_info[:2] < (3, 13), 'Python 3.11 or 3.12 is needed, this is %d.%d: make PYTHON=python3.12' % sys.version_info[:2]"
@@ -43,6 +43,9 @@ figures: $(INSTALLED)  ## pictures and tables of README, pages and model card, f
 
 benchmark: $(INSTALLED)  ## the README's table, measured on this machine
 	$(BIN)/python scripts/benchmark.py model
+
+gpu: $(INSTALLED)  ## needs an NVIDIA GPU: is the kernel right there, and how fast; about ten minutes, goes on where it stopped
+	$(BIN)/python scripts/gpu_acceptance.py --output_dir outputs/gpu --record
 
 clean:
 	rm -rf $(VENV) build dist docs/_build .pytest_cache .ruff_cache .hypothesis

@@ -30,12 +30,13 @@ class AttentionCase:
     Attributes:
         tokens: patch tokens of the full grid, rounded down to a square.
         window_size: tokens per block side.
-        kept_share: 1.0, or the share that is kept at random.
+        kept_share: 1.0, or the share that is kept.
         heads: attention heads.
         head_dim: width of each.
         dtype: of queries, keys and values.
         device: where it runs.
         global_tokens: G.
+        is_clustered: whether what is kept lies together, as tissue does; otherwise it is drawn at random.
     """
 
     tokens: int
@@ -46,6 +47,7 @@ class AttentionCase:
     dtype: torch.dtype
     device: str
     global_tokens: int = 9
+    is_clustered: bool = False
 
     def grid(self) -> TokenGrid:
         """The tokens, pruned at random with a fixed seed."""
@@ -58,9 +60,10 @@ class AttentionCase:
         )
         if self.kept_share == 1.0:
             return grid
-        generator = torch.Generator().manual_seed(0)
-        kept = torch.randperm(side * side, generator=generator)[: round(self.kept_share * side * side)]
-        return grid.select(kept.sort().values.to(self.device), [len(kept)])
+        kept = grid_places(side, self.is_clustered)[: round(self.kept_share * side * side)].to(self.device)
+        # Places are in raster order, tokens in that of the grid.
+        kept = grid.raster_order()[kept] if self.is_clustered else kept
+        return grid.select(kept.sort().values, [len(kept)])
 
     def states(self, grid: TokenGrid) -> list[torch.Tensor]:
         """Query, key and value, (1, heads, tokens, head_dim): views of one projection, as in the model."""
@@ -68,6 +71,16 @@ class AttentionCase:
         shape = (1, grid.num_tokens, 3, self.heads, self.head_dim)
         qkv = torch.randn(shape, generator=generator, dtype=self.dtype, device=self.device)
         return [states.transpose(1, 2) for states in qkv.unbind(2)]
+
+
+def grid_places(side: int, is_clustered: bool) -> torch.Tensor:
+    """(side * side,) places of a square grid, those to keep first: at random, or by a smooth random field."""
+    generator = torch.Generator().manual_seed(0)
+    if not is_clustered:
+        return torch.randperm(side * side, generator=generator)
+    coarse = torch.randn(1, 1, *[max(3, side // 16)] * 2, generator=generator)
+    field = torch.nn.functional.interpolate(coarse, size=(side, side), mode="bicubic")
+    return field.flatten().argsort(descending=True)
 
 
 def check(peer: AttentionPeer, case: AttentionCase, grid: TokenGrid) -> float:
@@ -170,6 +183,7 @@ def _row(
         "tokens": grid.num_tokens,
         "window_size": case.window_size,
         "kept_share": case.kept_share,
+        "kept": "" if case.kept_share == 1.0 else "clustered" if case.is_clustered else "random",
         "keys_per_query": round(peer.pairs / grid.num_tokens, 1),
         "heads": case.heads,
         "head_dim": case.head_dim,

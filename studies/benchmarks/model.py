@@ -16,6 +16,7 @@ from torch import nn
 from tqdm import tqdm
 
 from sparsepath_vit.conversion import architecture, convert_checkpoint
+from sparsepath_vit.conversion.mapping import plan_mapping
 from sparsepath_vit.conversion.peers import timm_network, transformers_form
 from sparsepath_vit.model.configuration_sparsepath_vit import SparsePathViTConfig
 from sparsepath_vit.model.modeling_sparsepath_vit import SparsePathViTModel
@@ -168,20 +169,23 @@ def _features_of(model: Callable) -> Callable[[torch.Tensor], torch.Tensor]:
     return lambda pixel_values: model(pixel_values).last_hidden_state
 
 
-def random_weights(model_class: type, config: object, dtype: torch.dtype) -> nn.Module:
+def random_weights(
+    model_class: type, config: object, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> nn.Module:
     """A model with random weights, made in its final dtype without the slow initialisation."""
     with torch.device("meta"):
         model = model_class(config)
-    model = model.to(dtype).to_empty(device="cpu").eval()
+    model = model.to(dtype).to_empty(device=device).eval()
     return draw_weights(model)
 
 
 @torch.no_grad()
 def draw_weights(model: nn.Module) -> nn.Module:
     """Weights large enough that attention is not uniform and residual branches count."""
-    generator = torch.Generator().manual_seed(0)
+    device = next(model.parameters()).device
+    generator = torch.Generator(device).manual_seed(0)
     for name, parameter in model.named_parameters():
-        values = torch.empty(parameter.shape)
+        values = torch.empty(parameter.shape, device=device)
         is_scale = parameter.ndim == 1 and (
             ("norm" in name and "weight" in name) or "gamma" in name or "lambda" in name
         )
@@ -190,9 +194,22 @@ def draw_weights(model: nn.Module) -> nn.Module:
     return model
 
 
-def random_timm_network(config: SparsePathViTConfig, dtype: torch.dtype) -> nn.Module:
+def random_timm_network(
+    config: SparsePathViTConfig, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> nn.Module:
     """timm's VisionTransformer of that shape with random weights."""
-    return draw_weights(timm_network(config).to(dtype).to_empty(device="cpu").eval())
+    return draw_weights(timm_network(config).to(dtype).to_empty(device=device).eval())
+
+
+def sharing_weights(network: nn.Module, config: SparsePathViTConfig) -> SparsePathViTModel:
+    """Our model on timm's very tensors, on the device where they are."""
+    tensors = network.state_dict()
+    plan = plan_mapping({name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    with torch.device("meta"):
+        ours = SparsePathViTModel(config)
+    # timm's own names need no stacking: one tensor becomes one parameter.
+    ours.load_state_dict({target: tensors[name] for target, (name,) in plan.sources.items()}, assign=True)
+    return ours.eval()
 
 
 def converted(network: nn.Module, config: SparsePathViTConfig) -> SparsePathViTModel:
@@ -208,7 +225,8 @@ def converted(network: nn.Module, config: SparsePathViTConfig) -> SparsePathViTM
 def check_against_timm(ours: SparsePathViTModel, network: nn.Module, dense: SparsePathViTConfig) -> None:
     """Raises a ValueError where ours is not the same network as timm's, dense and (one neighbourhood) sparse."""
     dtype = ours.dtype
-    pixel_values = torch.randn(1, 3, CHECKED_SIZE, CHECKED_SIZE, generator=torch.Generator().manual_seed(1)).to(dtype)
+    pixel_values = torch.randn(1, 3, CHECKED_SIZE, CHECKED_SIZE, generator=torch.Generator().manual_seed(1))
+    pixel_values = pixel_values.to(ours.device, dtype)
     with torch.inference_mode():
         expected = network.forward_features(pixel_values).float()
         half_the_grid = -(-CHECKED_SIZE // dense.patch_size // 2)  # 2 x 2 blocks are one neighbourhood: sparse is dense

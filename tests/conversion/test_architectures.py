@@ -6,7 +6,7 @@ import pytest
 from source_networks import DINOV2_MODELS, TIMM_MODELS, TRANSFORMERS_MODELS, timm_network, transformers_network
 
 from sparsepath_vit import SparsePathViTConfig
-from sparsepath_vit.conversion import architecture, known_architectures
+from sparsepath_vit.conversion import architecture, architectures, known_architectures
 from sparsepath_vit.conversion.architectures import architecture_of_hub_id, parse_architecture
 from sparsepath_vit.conversion.mapping import infer_structure, plan_mapping
 
@@ -109,3 +109,12 @@ def test_a_config_that_the_model_refuses_is_refused_when_read():
     values["config"]["num_attention_heads"] = 7
     with pytest.raises(ValueError, match="num_attention_heads=7"):
         parse_architecture(json.dumps(values))
+
+
+def test_a_checkout_that_is_not_installed_has_them_too(monkeypatch):
+    def missing(package):
+        raise ModuleNotFoundError(f"No module named {package!r}")
+
+    monkeypatch.setattr(architectures.resources, "files", missing)
+    names = {entry.stem for entry in architectures._folder().glob("*.json")}
+    assert names == {known.name for known in known_architectures()}

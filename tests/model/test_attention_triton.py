@@ -5,6 +5,7 @@ The interpreter is slow, so the full product of grids, windows and masks is thin
 of values; SPARSEPATH_ALL_KERNEL_CASES=1 runs the product.
 """
 
+import inspect
 import itertools
 import json
 import math
@@ -27,6 +28,8 @@ from sparsepath_vit.model import attention_triton as kernel
 from sparsepath_vit.model.attention_triton_tables import attention_tiles
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# torch's deterministic algorithms, which poison memory, ask for this before any matrix product on a GPU.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 if DEVICE == "cpu" and not kernel.IS_INTERPRETED:
     pytest.skip("needs a GPU, or TRITON_INTERPRET=1 before Triton is imported", allow_module_level=True)
 
@@ -277,6 +280,40 @@ def test_launch_shapes_part_tiles_evenly():
     ):
         shape = kernel.launch_shape(name, head_dim, dtype, tile_size, capability)
         assert tile_size % shape.block_m == 0 and shape.block_n >= 16
+
+
+class Recorder:
+    """Stands for a kernel and keeps what Triton compiles anew for: constants, and what it specialises arguments by."""
+
+    NOT_SPECIALISED = ("num_tokens", "num_splits", "num_split_programs")
+
+    def __init__(self, function):
+        self.names, self.forms = list(inspect.signature(function.fn).parameters), set()
+
+    def __getitem__(self, programs):
+        return self.launch
+
+    def launch(self, *arguments, **constants):
+        described = []
+        for name, value in zip(self.names, arguments, strict=False):
+            if isinstance(value, torch.Tensor):
+                described.append((value.dtype, value.data_ptr() % 16 == 0))
+            elif isinstance(value, int) and name not in self.NOT_SPECIALISED:
+                described.append((name, value == 1, value % 16 == 0))
+        self.forms.add((*described, *sorted(constants.items())))
+
+
+def test_kernels_are_compiled_once_for_all_sizes_and_numbers_of_heads(monkeypatch):
+    """Regression: the reduction was compiled for each number of splits, both for odd and even numbers of heads."""
+    names = [name for name in vars(kernel) if name.endswith("_kernel")]
+    recorders = {name: Recorder(getattr(kernel, name)) for name in names}
+    for name, recorder in recorders.items():
+        monkeypatch.setattr(kernel, name, recorder)
+    for heads, side in itertools.product((6, 9), (1, 5, 14, 20, 31, 37, 43, 50, 55, 64)):
+        grid = TokenGrid.create([(side, side)], num_global_tokens=3, window_size=8, device=DEVICE)
+        kernel.triton_block_attention(*split(fused_states(grid, 16, heads)), grid).sum().backward()
+    assert len(recorders) == 6
+    assert {name: len(recorder.forms) for name, recorder in recorders.items()} == dict.fromkeys(names, 1)
 
 
 def test_empty_tiles_of_an_upper_bound_do_nothing():

@@ -47,6 +47,45 @@ def model(request, models):
     return models[request.param]
 
 
+# Parts that hold several layers, between which rounding decides what masked attention leaves out.
+WHOLES = ("Decoder", "Encoder", "TransformerModule", "Backbone", "Segmenter", "PixelLevelModule", "Model")
+
+
+def recorded_calls(model, images):
+    """(name, arguments, keywords, output) of every part that was called, but for those that hold all layers."""
+    calls = []
+
+    def record(name):
+        def hook(_, arguments, keywords, output):
+            if float_tensors(output):
+                # Copies, since what follows a part may change its output in place.
+                calls.append((name, *(copy.deepcopy(values) for values in (arguments, keywords, output))))
+
+        return hook
+
+    parts = [(name, part) for name, part in model.named_modules() if name and not type(part).__name__.endswith(WHOLES)]
+    hooks = [part.register_forward_hook(record(name), with_kwargs=True) for name, part in parts]
+    model(images)
+    for hook in hooks:
+        hook.remove()
+    return calls
+
+
+def float_tensors(values):
+    if isinstance(values, torch.Tensor):
+        return [values] if values.is_floating_point() else []
+    values = list(values.values()) if isinstance(values, dict) else values
+    return [one for value in values for one in float_tensors(value)] if isinstance(values, tuple | list) else []
+
+
+def in_bfloat16(values):
+    if isinstance(values, torch.Tensor):
+        return values.bfloat16() if values.is_floating_point() else values
+    if isinstance(values, dict):
+        return {name: in_bfloat16(value) for name, value in values.items()}
+    return type(values)(map(in_bfloat16, values)) if isinstance(values, tuple | list) else values
+
+
 class TestConfig:
     @pytest.mark.parametrize("head", HEADS)
     def test_saved_and_loaded(self, head, tmp_path):
@@ -170,14 +209,23 @@ class TestOutputs:
 
     @torch.no_grad()
     @pytest.mark.parametrize("is_autocast", [False, True])
-    def test_bfloat16_is_close_to_float32(self, model, is_autocast):
-        images, expected = random_images(1, 50, 70), model(random_images(1, 50, 70))
+    def test_every_part_alone_is_close_to_float32_in_bfloat16(self, model, is_autocast):
+        """Each part on the inputs it has in the float32 model.
+
+        Of the whole model this cannot be asked: with large random weights its layers amplify rounding (the same model
+        gave cosines of 0.74 and 0.999 with other draws), and masked attention turns it into other keys.
+        """
+        calls = recorded_calls(model, random_images(1, 50, 70))
         lower = copy.deepcopy(model) if is_autocast else copy.deepcopy(model).bfloat16()
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=is_autocast):
-            outputs = lower(images if is_autocast else images.bfloat16())
-        for name in ("class_queries_logits", "masks_queries_logits"):
-            similarity = torch.cosine_similarity(outputs[name].float().flatten(), expected[name].flatten(), dim=0)
-            assert similarity > 0.8, name  # rounding decides what masked attention leaves out
+        for name, arguments, keywords, expected in calls:
+            part = lower.get_submodule(name)
+            if not is_autocast:
+                arguments, keywords = in_bfloat16(arguments), in_bfloat16(keywords)
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=is_autocast):
+                outputs = part(*arguments, **keywords)
+            for output, wanted in zip(float_tensors(outputs), float_tensors(expected), strict=True):
+                error = (output.double() - wanted.double()).norm() / wanted.double().norm()
+                assert error < 0.05, f"{name}, {type(part).__name__}: {error:.3f}"
 
     @pytest.mark.parametrize(
         "change, message",

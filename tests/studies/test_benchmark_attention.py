@@ -49,3 +49,14 @@ def test_useful_work_counts_pairs_and_five_more_products_in_the_backward():
     tflop = [row["useful_tflop_per_second"] * row["seconds_median"] for row in (forward, both)]
     assert tflop[0] == pytest.approx(4 * pairs * 2 * 16 / 1e12, rel=0.1)  # recorded with few digits
     assert tflop[1] == pytest.approx(3.5 * tflop[0], rel=0.2)
+
+
+def test_what_is_kept_lies_together_where_it_is_clustered():
+    def kept_neighbours(is_clustered):
+        grid = dataclasses.replace(CASE, tokens=2500, kept_share=0.4, is_clustered=is_clustered).grid()
+        assert grid.counts == (1000,)
+        present = torch.zeros(50, 50)
+        present[grid.rows, grid.columns] = 1.0
+        return (present[1:] * present[:-1]).sum().item() / 1000
+
+    assert kept_neighbours(False) < 0.5 < 0.9 < kept_neighbours(True)

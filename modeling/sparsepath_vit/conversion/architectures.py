@@ -6,6 +6,8 @@ import json
 from dataclasses import dataclass, fields
 from functools import cache
 from importlib import resources
+from importlib.resources.abc import Traversable
+from pathlib import Path
 from typing import Any
 
 from ..model.configuration_sparsepath_vit import SparsePathViTConfig
@@ -119,10 +121,18 @@ def parse_architecture(text: str) -> Architecture:
     return Architecture(**values)
 
 
+def _folder() -> Traversable:
+    """Where the files are: in the package, or in a checkout that runs without being installed."""
+    try:
+        return resources.files("sparsepath_vit.architectures")
+    except ModuleNotFoundError:
+        return Path(__file__).parents[3] / "configuration" / "architectures"
+
+
 @cache
 def _table() -> dict[str, Architecture]:
     table = {}
-    for entry in resources.files("sparsepath_vit.architectures").iterdir():
+    for entry in _folder().iterdir():
         if entry.name.endswith(".json"):
             parsed = parse_architecture(entry.read_text(encoding="utf-8"))
             if f"{parsed.name}.json" != entry.name:

@@ -167,7 +167,8 @@ def launch_block_attention(
     output = query.new_empty(query.shape)
     logsumexp = query.new_empty((num_heads, num_tokens), dtype=torch.float32)
     partial = logsumexp.new_empty((num_images, num_heads, num_splits, tiles.num_global_tokens, head_dim))
-    partial_max, partial_sum = logsumexp.new_empty((2, *partial.shape[:-1]))
+    # Two tensors: halves of one would be aligned for some numbers of heads only, and the kernel compiled for both.
+    partial_max, partial_sum = (partial.new_empty(partial.shape[:-1]) for _ in range(2))
     tensors = (output, logsumexp, tiles.table, tiles.block_columns, tiles.image_offsets)
     with torch.cuda.device_of(query):
         _launch(
@@ -189,7 +190,7 @@ def launch_block_attention(
             num_splits,
             NUM_GLOBALS=tiles.num_global_tokens,
             HEAD_DIM=head_dim,
-            BLOCK_S=triton.next_power_of_2(num_splits),
+            BLOCK_S=_MAX_SPLITS,  # not of their number, which would compile for each
         )
     return output, logsumexp
 
@@ -245,7 +246,7 @@ def launch_block_attention_backward(
             scale,
             NUM_GLOBALS=tiles.num_global_tokens,
             HEAD_DIM=head_dim,
-            BLOCK_S=triton.next_power_of_2(num_splits),
+            BLOCK_S=_MAX_SPLITS,  # not of their number, which would compile for each
         )
     return grad_query, grad_key, grad_value
 
