@@ -3,9 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-SOURCES := modeling scripts studies tests configuration
+SOURCES := modeling scripts studies tests configuration docs examples
 
-.PHONY: demo test lint format figures benchmark gpu clean
+.PHONY: demo test docs notebooks lint format figures benchmark gpu clean
 
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -c "import sys; assert (3, 11) <= sys.version_info[:2] < (3, 13), 'Python 3.11 or 3.12 is needed, this is %d.%d: make PYTHON=python3.12' % sys.version_info[:2]"
@@ -20,6 +20,14 @@ demo: $(INSTALLED)  ## one real region, dense, sparse and pruned: table, feature
 test: $(INSTALLED)  ## the whole test suite; no network, no GPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
+docs: $(INSTALLED)  ## the pages as HTML in docs/_build/html; a broken link or reference is an error
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --editable ".[docs]"
+	$(BIN)/python -m sphinx -W --keep-going -E -q -b html docs docs/_build/html
+	@echo "open docs/_build/html/index.html"
+
+notebooks: $(INSTALLED)  ## executes examples/ and keeps what they print and draw
+	$(BIN)/python docs/run_notebooks.py
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
@@ -28,8 +36,10 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
 
-figures: $(INSTALLED)  ## the pictures of README and model card
+figures: $(INSTALLED)  ## pictures and tables of README, pages and model card, from what was measured
 	$(BIN)/python -m studies.make_figures
+	$(BIN)/python docs/draw_architecture.py
+	$(BIN)/python docs/tables.py
 
 benchmark: $(INSTALLED)  ## the README's table, measured on this machine
 	$(BIN)/python scripts/benchmark.py model
@@ -38,4 +48,4 @@ gpu: $(INSTALLED)  ## needs an NVIDIA GPU: is the kernel right there, and how fa
 	$(BIN)/python scripts/gpu_acceptance.py --output_dir outputs/gpu --record
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist docs/_build .pytest_cache .ruff_cache .hypothesis

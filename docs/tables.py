@@ -1,0 +1,160 @@
+#!/usr/bin/env python
+# Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
+"""Writes the tables of measured numbers into README and pages, from model_card/results (`make figures`).
+
+A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`; what is between them is replaced. So a number
+in a table is one that a command wrote into a CSV, never one that somebody typed.
+"""
+
+import csv
+import os
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "model_card" / "results"
+PAGES = ("README.md", "docs/benchmarks.md", "docs/evidence.md")
+TITLES = {"vit-small-14-reg8": "ViT-S/14", "uni2-h": "UNI2-h's shape"}
+NOT_RUN = "not run"
+_TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+
+Row = dict[str, str]
+
+
+def read(name: str) -> list[Row]:
+    """The rows of `model_card/results/NAME.csv`."""
+    with (RESULTS / f"{name}.csv").open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def markdown(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table that ends with a line break."""
+    lines = [titles, ["---"] * len(titles), *rows]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def seconds(row: Row | None) -> str:
+    """The median time of a row with three digits."""
+    if row is None:
+        return NOT_RUN
+    value = float(row["seconds_median"])
+    return f"{value * 1000:.0f} ms" if value < 1 else f"{value:.3g} s"
+
+
+def interval(row: Row, name: str) -> str:
+    """A number with its 95 % interval."""
+    return f"{float(row[name]):.2f} ({float(row[f'{name}_low']):.2f} to {float(row[f'{name}_high']):.2f})"
+
+
+def models() -> str:
+    """Seconds of a whole forward pass, by architecture and size."""
+    rows = [row for row in read("benchmark_model") if (row["dtype"], row["threads"]) == ("bfloat16", "2")]
+    cases = sorted(
+        {(row["architecture"] != "vit-small-14-reg8", row["architecture"], int(row["size"])) for row in rows}
+    )
+    table = []
+    for _, architecture, size in cases:
+        of = {row["model"]: row for row in rows if (row["architecture"], row["size"]) == (architecture, str(size))}
+        tokens = int(next(iter(of.values()))["tokens"])
+        speedup = f"{float(of['pruned']['speedup_over_fastest_dense_peer']):.1f} x" if "timm" in of else "-"
+        title = f"{TITLES[architecture]}, {size:,} px ({tokens:,} tokens)"
+        table.append([title, *(seconds(of.get(name)) for name in ("timm", "sparse", "pruned")), speedup])
+    return markdown(
+        ["bf16, two CPU cores", "dense (timm)", "w = 8", "w = 8, 60 % pruned", "pruned against dense"], table
+    )
+
+
+def attention() -> str:
+    """Seconds of attention alone over unpruned tokens, ours against dense and compiled FlexAttention."""
+    chosen = {"kept_share": "1", "dtype": "bfloat16", "threads": "1"}
+    rows = [row for row in read("benchmark_attention") if chosen.items() <= row.items()]
+    cases = sorted({(int(row["tokens"]), int(row["window_size"]), row["direction"]) for row in rows})
+    table = []
+    for tokens, window, direction in cases:
+        of = {
+            row["attention"]: row
+            for row in rows
+            if (int(row["tokens"]), int(row["window_size"]), row["direction"]) == (tokens, window, direction)
+        }
+        peers = [seconds(of.get(name)) for name in ("block_sparse", "sdpa_dense", "flex_attention")]
+        table.append([f"{tokens:,}", str(window), direction.replace("+", " + "), *peers])
+    titles = ["tokens", "w", "what", "block_sparse", "dense (SDPA)", "FlexAttention, compiled"]
+    return markdown(titles, table)
+
+
+def fidelity() -> str:
+    """Cosines of sparse to dense features of the tiny checkpoint, the mean over images."""
+    rows = read("tiny_fidelity")
+    windows = sorted({int(row["window_size"]) for row in rows})
+    table = []
+    for size in sorted({int(row["size"]) for row in rows}):
+        cells = []
+        for window in windows:
+            of = [row for row in rows if (int(row["size"]), int(row["window_size"])) == (size, window)]
+            means = [sum(float(row[name]) for row in of) / len(of) for name in ("cls_cosine", "patch_cosine")]
+            cells.append(f"{means[0]:.3f} / {means[1]:.3f}")
+        table.append([f"{size} px", *cells])
+    return markdown(["CLS / patches", *(f"w = {window}" for window in windows)], table)
+
+
+def probe() -> str:
+    """Balanced accuracy of linear probes on osteosarcoma regions."""
+    rows = read("tiny_probe")
+    sizes = sorted({int(row["size"]) for row in rows})
+    names = dict.fromkeys((row["features"], row["variant"]) for row in rows)
+    table = []
+    for features, variant in sorted(names, key=lambda name: (name[0] != "trained", name[0] != "random", name[1])):
+        cells = [
+            interval(row, "balanced_accuracy")
+            for size in sizes
+            for row in rows
+            if (row["features"], row["variant"], int(row["size"])) == (features, variant, size)
+        ]
+        table.append([f"{features} weights, {variant}" if variant else features, *cells])
+    return markdown(["balanced accuracy (95 %)", *(f"{size} px" for size in sizes)], table)
+
+
+def nuclei() -> str:
+    """Dice of the segmentation heads on TNBC, and of thresholds."""
+    titles = ["nuclei of TNBC, 80 crops of 5 images (95 %)", "pooled Dice", "mean Dice", "mean IoU"]
+    table = [
+        [row["method"].replace("_", " "), *(interval(row, name) for name in ("dice_pooled", "dice_mean", "iou_mean"))]
+        for row in read("segpath_tnbc")
+    ]
+    return markdown(titles, table)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "models": models,
+    "attention": attention,
+    "fidelity": fidelity,
+    "probe": probe,
+    "nuclei": nuclei,
+}
+
+
+def with_tables(text: str) -> str:
+    """A page with the tables of the present CSVs.
+
+    Raises:
+        KeyError: it asks for a table that is not in `TABLES`.
+    """
+    return _TABLE.sub(lambda found: found[1] + TABLES[found[2]]() + found[3], text)
+
+
+def main() -> None:
+    """Rewrites the tables of all pages."""
+    for name in PAGES:
+        path = ROOT / name
+        before = path.read_text(encoding="utf-8")
+        after = with_tables(before)
+        if after != before:
+            temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+            temporary.write_text(after, encoding="utf-8")
+            os.replace(temporary, path)
+            print(f"wrote the tables of {name}")
+
+
+if __name__ == "__main__":
+    main()
