@@ -60,7 +60,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seam_band", type=int, default=SEAM_BAND, help="pixels on either side of a window's edge")
     parser.add_argument("--no_whole", action="store_true", help="with --window: do not compare with the whole region")
     parser.add_argument("--mpp", type=float, help="micrometres per pixel to segment at; level 0 as it is by default")
-    parser.add_argument("--image_mpp", type=float, help="micrometres per pixel of level 0, where the file is silent")
+    parser.add_argument(
+        "--slide-mpp", "--image_mpp", dest="image_mpp", type=float,
+        help="micrometres per pixel of level 0, where the file is silent",
+    )  # fmt: skip
     parser.add_argument(
         "--region", type=int, nargs=4, metavar=("X", "Y", "WIDTH", "HEIGHT"), help="in level-0 pixels; all by default"
     )

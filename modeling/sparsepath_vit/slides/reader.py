@@ -12,13 +12,16 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .backends import DAMAGED, Backend, SlideError, open_backend
+from .backends import Backend, open_backend
+from .description import SlideDescription, describe
+from .errors import DAMAGED, SlideError, UnsupportedSlideError
 from .resolution import CREDIBLE_MPP, MppXY, is_credible
 
 logger = logging.getLogger(__name__)
 
 # Scanners state mpp to about 1 %. Within it a level is taken as it is: resampling 0.499 to 0.5 would only blur.
 MPP_TOLERANCE = 0.01
+_NOTEWORTHY = 0.1  # of a resolution: more than scanners, and people who round, differ by
 _CACHE_BYTES = 64 * 2**20
 _BAND_PIXELS = 8 * 2**20  # level pixels held at once while a large region is read
 _COMPOUND_SUFFIXES = (".ome.tif", ".ome.tiff")
@@ -57,6 +60,7 @@ class Slide:
                 "a 20x scan about 0.5)."
             )
         self._given_mpp = mpp
+        self._has_warned = False  # of being enlarged: once a slide
         self._forget_handle()
         self._open()
         self._warn_of_contradiction()
@@ -76,7 +80,7 @@ class Slide:
             return self._handle
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "_given_mpp": self._given_mpp}
+        return {"path": self.path, "_given_mpp": self._given_mpp, "_has_warned": self._has_warned}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -123,6 +127,11 @@ class Slide:
         return self._open().level_dimensions
 
     @property
+    def description(self) -> SlideDescription:
+        """What the file holds and who reads it, found out anew."""
+        return describe(self.path)
+
+    @property
     def states_mpp(self) -> bool:
         """Whether the file itself states a believable resolution."""
         return self._open().stated_mpp is not None
@@ -142,8 +151,9 @@ class Slide:
         if backend.stated_mpp is None:
             power = f"; its objective power is stated as {backend.objective_power}x" if backend.objective_power else ""
             raise SlideError(
-                f"{self.path} does not state its resolution in micrometres per pixel{power}. Find it out and pass it: "
-                f"Slide(path, mpp=0.5), on the command line --mpp 0.5, in a CSV the column mpp."
+                f"{self.path} does not state its resolution in micrometres per pixel{power}. Find it out and pass it, "
+                "such as 0.25 for a 40x scan: Slide(path, mpp=0.25), on the command line --slide-mpp 0.25 (--mpp is the "
+                "resolution asked for, not the slide's own), in a CSV the column mpp."
             )
         mpp_x, mpp_y = backend.stated_mpp
         if abs(mpp_x / mpp_y - 1) <= MPP_TOLERANCE:
@@ -157,11 +167,20 @@ class Slide:
 
     def _warn_of_contradiction(self) -> None:
         stated = self._open().stated_mpp
-        if self._given_mpp and stated and abs(self._given_mpp / stated[0] - 1) > 0.1:
+        if self._given_mpp and stated and any(abs(self._given_mpp / own - 1) > _NOTEWORTHY for own in stated):
+            along_y = f" (along y {stated[1]:.4g})" if abs(stated[0] / stated[1] - 1) > MPP_TOLERANCE else ""
             logger.warning(
-                "%s states %.4g micrometres per pixel, and is read at the %.4g that was passed instead.",
-                self.path, stated[0], self._given_mpp,
+                "%s states %.4g micrometres per pixel%s, and is read at the %.4g that was passed instead.",
+                self.path, stated[0], along_y, self._given_mpp,
             )  # fmt: skip
+
+    def enlargement(self, mpp: float | None) -> float:
+        """How many times larger than its own pixels the slide is shown at `mpp`: above 1 detail is made up.
+
+        Raises:
+            SlideError: as `scale` does.
+        """
+        return 1 / min(self.scale(mpp))
 
     def scale(self, mpp: float | None) -> tuple[float, float]:
         """Level-0 pixels per output pixel along x and y at `mpp` (None: level 0 itself).
@@ -180,7 +199,18 @@ class Slide:
         for downsample in self._downsamples():
             if all(abs(own / asked - 1) <= MPP_TOLERANCE for own, asked in zip(downsample, wanted, strict=True)):
                 return downsample
+        self._warn_of_enlargement(mpp, min(wanted))
         return wanted
+
+    def _warn_of_enlargement(self, mpp: float, scale: float) -> None:
+        if scale * (1 + _NOTEWORTHY) >= 1 or self._has_warned:
+            return
+        self._has_warned = True
+        logger.warning(
+            "%s is asked for at %.4g micrometres per pixel and has %s itself: it is enlarged %.2g times, which adds no "
+            "detail. If that is not meant, ask for a coarser mpp, or correct the slide's own (--slide-mpp).",
+            self.path, mpp, " x ".join(f"{own:.4g}" for own in dict.fromkeys(self.mpp_xy)), 1 / scale,
+        )  # fmt: skip
 
     def size_at(self, mpp: float | None) -> tuple[int, int]:
         """(width, height) in output pixels of the whole slide at `mpp`, rounded down."""
@@ -246,6 +276,8 @@ class Slide:
         for level in reversed(fine_enough):
             try:
                 return self._read_from(level, downsamples[level], origin, size, scale)
+            except UnsupportedSlideError as error:  # of a sound file: a finer level has no other meaning
+                raise UnsupportedSlideError(f"{self.path} is not supported here, because {error}.") from error
             except SlideError as error:
                 if level == 0:
                     raise SlideError(

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .backends import SlideError
+from .errors import SlideError
 from .reader import Slide
 from .resolution import is_credible
 from .tissue import TissueMask

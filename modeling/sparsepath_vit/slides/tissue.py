@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from ..runtime.extras import require
-from .backends import SlideError
+from .errors import SlideError
 from .reader import Slide
 
 _OVERVIEW_MPP = 8.0
@@ -160,12 +160,27 @@ def find_tissue(
     mask = ~_without_small(~mask, largest_hole / pixel_area, keep_at_edge=True)
     mask = _without_small(mask, min(smallest_piece / pixel_area, 0.005 * mask.size))
     if not mask.any():
-        raise SlideError(
-            f"{slide.path}: no tissue was found. If there is some (very pale, or in the colour of a pen), mark it by "
-            "hand and pass --tissue-mask FILE (an image or GeoJSON polygons), or take everything: --tissue-mask all."
-        )
+        raise SlideError(f"{slide.path}: no tissue was found{_why_no_tissue(overview)}")
     mask = require("skimage.morphology").isotropic_dilation(mask, margin / pixel_side)
     return TissueMask.of_mask(mask, slide)
+
+
+def _why_no_tissue(overview: np.ndarray) -> str:
+    """The end of the message. Nobody is sent to --tissue-mask all who has no stained slide."""
+    by_hand = "mark it by hand and pass --tissue-mask FILE (an image or GeoJSON polygons)"
+    if (overview == overview[..., :1]).all():
+        return (
+            ": it is gray, without any colour. Models of stained slides do not know fluorescence and single channels. If "
+            f"it is a stained slide that was scanned in gray, {by_hand}."
+        )
+    if np.median(overview.max(-1)) < 255 * _DARKEST_TISSUE:
+        return (
+            ": it is almost black. Fluorescence, or samples of more than 8 bits that a program cut, look like this, and "
+            f"models of stained slides do not know them. If there is tissue, {by_hand}."
+        )
+    return (
+        f". If there is some (very pale, or in the colour of a pen), {by_hand}, or take everything: --tissue-mask all."
+    )
 
 
 def _overview(slide: Slide) -> np.ndarray:

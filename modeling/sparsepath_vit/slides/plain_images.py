@@ -1,0 +1,100 @@
+# Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
+"""PNG, JPEG and other plain images: one level, decoded whole at the first read, by the image processor's rules."""
+
+import threading
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ..model.image_inputs import open_without_limit, pil_to_rgb, reason_to_refuse_pil
+from . import resolution
+from .description import SlideDescription, Statement, describe
+from .errors import DECODER_ERRORS, SlideError, UnsupportedSlideError
+
+_MOST_PIXELS = 2**29  # 1.6 GB of RGB
+_EXIF_ORIENTATION = 0x0112
+
+
+def describe_image(path: Path) -> SlideDescription:
+    """Describes a plain image by its header; without levels where Pillow does not know the file."""
+    try:
+        with open_without_limit(path) as image:
+            orientation = int(image.getexif().get(_EXIF_ORIENTATION, 1))
+            size = image.size[::-1] if orientation >= 5 else image.size  # 5..8 swap the axes
+            refusal = _sentence(reason_to_refuse_pil(image))
+            found = SlideDescription(
+                path, image.format or "image", readers=("Pillow",), levels=(size,), axes="YX", tiled=False,
+                orientation=orientation, codec=image.format, resolution=_resolution(image),
+            )  # fmt: skip
+    except DECODER_ERRORS:
+        return SlideDescription(path, "image", readers=("Pillow",))
+    if refusal is None and size[0] * size[1] > _MOST_PIXELS:
+        refusal = (
+            f"it is {size[0]} x {size[1]} pixels, and a {found.format} can only be decoded whole: convert it to a tiled "
+            "TIFF, such as vips tiffsave IN OUT.tif --tile --pyramid --compression deflate"
+        )
+    return SlideDescription(**{**vars(found), "refusal": refusal, "readers": () if refusal else found.readers})
+
+
+def _sentence(refusal: str | None) -> str | None:
+    """The image processor's words, which follow an image's name, as they follow "because"."""
+    return f"it {refusal.rstrip('.')}" if refusal else None
+
+
+def _resolution(image: Image.Image) -> Statement | None:
+    dpi = image.info.get("dpi") or (None, None)
+    mpp = resolution.from_resolution_tags(float(dpi[0] or 0), float(dpi[1] or 0), "inch")
+    return Statement(mpp, f"{image.format} pixels per inch") if mpp else None
+
+
+class PillowBackend:
+    """A PNG, JPEG or other plain image: one level, decoded whole at the first read."""
+
+    name = "Pillow"
+    objective_power = None
+
+    def __init__(self, path: Path, cache_bytes: int, description: SlideDescription | None = None) -> None:
+        description = description or describe(path)
+        if description.refusal:
+            raise UnsupportedSlideError(description.refusal)
+        self._path = path
+        if not description.levels or "Pillow" not in description.readers:
+            _raise_reason(path)
+        self.level_dimensions = description.levels
+        self.stated_mpp = description.resolution.mpp if description.resolution else None
+        self._pixels: np.ndarray | None = None
+        self._lock = threading.Lock()
+
+    def read(self, level: int, x: int, y: int, width: int, height: int) -> np.ndarray:
+        """See `Backend.read`."""
+        with self._lock:
+            if self._pixels is None:
+                self._pixels = self._decode()
+        return self._pixels[y : y + height, x : x + width].copy()
+
+    def _decode(self) -> np.ndarray:
+        try:
+            with open_without_limit(self._path) as image:
+                pixels, refusal = pil_to_rgb(image, transpose=True)
+        except DECODER_ERRORS as error:
+            raise SlideError(str(error) or repr(error)) from error
+        if refusal:
+            raise UnsupportedSlideError(_sentence(refusal))
+        return pixels
+
+    def close(self) -> None:
+        """See `Backend.close`."""
+        self._pixels = None
+
+
+def _raise_reason(path: Path) -> None:
+    """Says what Pillow says of a file that it does not open."""
+    try:
+        with open_without_limit(path):
+            pass
+    except Image.UnidentifiedImageError as error:  # which repeats the path; the caller names it already
+        raise SlideError("not an image it knows") from error
+    except DECODER_ERRORS as error:
+        raise SlideError(str(error) or repr(error)) from error
+    raise SlideError("not a plain image")
