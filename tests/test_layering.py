@@ -240,11 +240,10 @@ def test_no_name_of_a_package_hides_a_module_of_it():
     for name, file in FILES.items():
         if file.name == "__init__.py":
             inner = {other.removeprefix(f"{name}.") for other in FILES if other.startswith(f"{name}.")}
-            nodes = ast.walk(ast.parse(file.read_text()))
-            names = {
-                alias.asname or alias.name for node in nodes if isinstance(node, ast.ImportFrom) for alias in node.names
-            }
-            names |= {node.name for node in ast.parse(file.read_text()).body if isinstance(node, ast.FunctionDef)}
+            body = ast.parse(file.read_text()).body
+            imported = [alias for node in body if isinstance(node, ast.ImportFrom) for alias in node.names]
+            names = {alias.asname or alias.name for alias in imported}
+            names |= {node.name for node in body if isinstance(node, ast.FunctionDef)}
             assert not inner & names, name
 
 
