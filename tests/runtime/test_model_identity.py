@@ -5,9 +5,10 @@ import dataclasses
 import json
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-from small_models import SMALL, small_config, small_model
+from small_models import SMALL, random_pixels, small_config, small_model
 from transformers import PreTrainedConfig
 
 from sparsepath_vit import SparsePathViTConfig, SparsePathViTImageProcessor, SparsePathViTModel
@@ -109,6 +110,24 @@ def test_each_setting_of_the_processor_counts_or_is_harmless(field):
         assert (identities[0] != identities[1]) != (field in HARMLESS_PROCESSOR_FIELDS)
     else:
         assert field in HARMLESS_PROCESSOR_FIELDS
+
+
+@pytest.mark.parametrize("field", sorted(HARMLESS_CONFIG_FIELDS & set(OTHER_CONFIG_VALUES)))
+def test_a_harmless_field_changes_no_output(field):
+    model = small_model(SparsePathViTModel, prune_ratio=0.5)
+    other = SparsePathViTModel(small_config(prune_ratio=0.5, **{field: OTHER_CONFIG_VALUES[field]})).eval()
+    other.load_state_dict(model.state_dict())
+    pixels = random_pixels(1, 9, 7)
+    with torch.no_grad():
+        expected, found = (network(pixels).last_hidden_state for network in (model, other))
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_a_harmless_setting_changes_no_pixel():
+    image = np.random.default_rng(0).integers(0, 256, (30, 22, 3), dtype=np.uint8)
+    harmless = {name: OTHER_PROCESSOR_VALUES[name] for name in HARMLESS_PROCESSOR_FIELDS & set(OTHER_PROCESSOR_VALUES)}
+    batches = [SparsePathViTImageProcessor(**settings)(image, return_tensors="pt") for settings in ({}, harmless)]
+    assert harmless and all(torch.equal(batches[0][name], batches[1][name]) for name in batches[0])
 
 
 def test_a_field_that_nobody_listed_counts():
