@@ -186,7 +186,9 @@ def reason_to_refuse_pil(image: "PIL.Image.Image") -> str | None:
 
 def _is_deep(image: "PIL.Image.Image") -> bool:
     """Whether Pillow will drop the lower byte of the file's samples; known until the image is loaded."""
-    raw_modes = [str(part.args[0] if isinstance(part.args, tuple) else part.args) for part in getattr(image, "tile", ())]
+    raw_modes = [
+        str(part.args[0] if isinstance(part.args, tuple) else part.args) for part in getattr(image, "tile", ())
+    ]
     return image.mode in ("RGB", "RGBA", "LA", "CMYK") and any(";16" in mode for mode in raw_modes)
 
 
