@@ -87,6 +87,16 @@ def test_no_tissue_at_all_is_an_error_with_the_way_out(slide_of, colour):
         find_tissue(slide_of(image))
 
 
+@pytest.mark.parametrize(("value", "words"), [(200, "gray, without any colour"), (9, "gray"), (None, "almost black")])
+def test_what_is_no_stained_slide_is_not_sent_to_all(slide_of, value, words):
+    image = np.full((512, 512, 3), value or 0, np.uint8)
+    if value is None:
+        image[...] = (0, 9, 4)
+    with pytest.raises(SlideError, match=f"no tissue was found: it is .*{words}.*--tissue-mask FILE") as raised:
+        find_tissue(slide_of(image))
+    assert "--tissue-mask all" not in str(raised.value)
+
+
 def test_tissue_needs_the_mpp(slide_of):
     with pytest.raises(SlideError, match="does not state its resolution"):
         find_tissue(slide_of(stained_image(SIDE, SIDE, [TISSUE]), mpp=None))

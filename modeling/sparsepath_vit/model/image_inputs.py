@@ -186,7 +186,9 @@ def reason_to_refuse_pil(image: "PIL.Image.Image") -> str | None:
 
 def _is_deep(image: "PIL.Image.Image") -> bool:
     """Whether Pillow will drop the lower byte of the file's samples; known until the image is loaded."""
-    raw_modes = [str(part.args[0] if isinstance(part.args, tuple) else part.args) for part in getattr(image, "tile", ())]
+    raw_modes = [
+        str(part.args[0] if isinstance(part.args, tuple) else part.args) for part in getattr(image, "tile", ())
+    ]
     return image.mode in ("RGB", "RGBA", "LA", "CMYK") and any(";16" in mode for mode in raw_modes)
 
 
@@ -255,14 +257,14 @@ def pil_to_rgb(image: "PIL.Image.Image", transpose: bool = False) -> tuple[np.nd
 
 def _from_pil(image: "PIL.Image.Image", name: str, max_pixels: int, transpose: bool = False) -> torch.Tensor:
     check_pixel_count(image.height, image.width, max_pixels, name)
-    refusal = reason_to_refuse_pil(image)
-    if refusal is None:
-        try:
+    try:
+        refusal = reason_to_refuse_pil(image)
+        if refusal is None:
             pixels, refusal = pil_to_rgb(image, transpose)
-        except (OSError, SyntaxError, ValueError, EOFError, struct.error, PIL.Image.DecompressionBombError) as error:
-            raise OSError(
-                f"{name} cannot be decoded ({error}): the file is truncated or damaged. Copy or download it again."
-            ) from error
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error, PIL.Image.DecompressionBombError) as error:
+        raise OSError(
+            f"{name} cannot be decoded ({error}): the file is truncated or damaged. Copy or download it again."
+        ) from error
     if refusal is not None:
         raise ValueError(f"{name} {refusal}")
     return torch.from_numpy(pixels).permute(2, 0, 1)  # (height, width, 3) -> (3, height, width)

@@ -50,20 +50,20 @@ def open_backend(path: Path, cache_bytes: int) -> Backend:
     description = describe(path)
     if description.refusal:
         raise UnsupportedSlideError(f"{path} is not supported here, because {description.refusal}.")
-    reasons = []
+    reasons, is_sound = [], True
     for name in description.readers:
         try:
             backend = _BACKENDS[name](path, cache_bytes, description)
-        except UnsupportedSlideError as error:
-            raise UnsupportedSlideError(f"{path} is not supported here, because {error}.") from error
         except SlideError as error:
             reasons.append(f"{name}: {error}")
+            is_sound &= isinstance(error, UnsupportedSlideError)
             continue
         if name == "OpenSlide" and "tifffile" in description.readers and not _sees_all(backend, description):
             backend.close()
-            reasons.append(f"{name}: sees other levels than the file has ({backend.level_dimensions})")
             continue
         return backend
+    if is_sound:
+        raise UnsupportedSlideError(f"{path} is not supported here, because {'; '.join(reasons)}.")
     raise SlideError(
         f"{path} cannot be read as a slide ({'; '.join(reasons)}). It starts with {first_bytes(path)[:8]!r}. {DAMAGED}"
     )
@@ -100,7 +100,9 @@ class OpenSlideBackend:
         try:
             slide = self._openslide.OpenSlide(self._path)
         except self._openslide.OpenSlideError as error:
-            raise SlideError(str(error)) from error
+            # libtiff was built without the codec: tifffile may have it.
+            kind = UnsupportedSlideError if "Unsupported TIFF compression" in str(error) else SlideError
+            raise kind(str(error)) from error
         slide.set_cache(self._openslide.OpenSlideCache(self._cache_bytes))
         return slide
 

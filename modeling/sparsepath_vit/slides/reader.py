@@ -178,9 +178,9 @@ class Slide:
         """How many times larger than its own pixels the slide is shown at `mpp`: above 1 detail is made up.
 
         Raises:
-            SlideError: as `scale` does.
+            SlideError: the slide's own resolution is unknown.
         """
-        return 1 / min(self.scale(mpp))
+        return 1.0 if mpp is None else max(self.mpp_xy) / mpp
 
     def scale(self, mpp: float | None) -> tuple[float, float]:
         """Level-0 pixels per output pixel along x and y at `mpp` (None: level 0 itself).

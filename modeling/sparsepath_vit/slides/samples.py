@@ -76,7 +76,9 @@ class Samples:
         return None
 
 
-def white_of(kind: str, bits: int, stated: list[float], lowest: list[float], significant_bits: int | None) -> float | None:
+def white_of(
+    kind: str, bits: int, stated: list[float], lowest: list[float], significant_bits: int | None
+) -> float | None:
     """The value of white, or None where it is not known.
 
     Args:

@@ -47,7 +47,9 @@ class TifffileBackend:
         except DECODER_ERRORS as error:
             if hasattr(self, "_file"):
                 self._file.close()
-            raise error if isinstance(error, ImportError | SlideError) else SlideError(str(error) or repr(error)) from error
+            if isinstance(error, SlideError):
+                raise
+            raise SlideError(str(error) or repr(error)) from error
         if description.samples is None:
             self._file.close()
             raise SlideError("its tags cannot be understood")
@@ -153,11 +155,12 @@ class TifffileBackend:
             with self._lock:
                 self._file.filehandle.seek(offset)
                 data = self._file.filehandle.read(size)
-            segment, _, shape = keyframe.decode(
+            segment, place, _ = keyframe.decode(
                 data, index, jpegtables=keyframe.jpegtables, jpegheader=keyframe.jpegheader
             )
+            rows, columns = keyframe.imagelength - place[2], keyframe.imagewidth - place[3]
             # (depth 1, height, width, samples)
-            return None if segment is None else segment[0, : shape[1], : shape[2]]
+            return None if segment is None else segment[0, :rows, :columns]
         except DECODER_ERRORS as error:
             raise SlideError(f"tile {index} cannot be decoded: {error}") from error
 

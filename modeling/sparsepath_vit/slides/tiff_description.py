@@ -188,7 +188,7 @@ def _codestream_transforms(file: Any, page: Any) -> bool:
     file.filehandle.seek(first[0])
     data = file.filehandle.read(min(first[1], 65536))
     place = data.find(b"\xff\x4f\xff\x51") + 2  # start of the code stream, then its marker segments
-    while 2 <= place and place + 9 <= len(data) and data[place : place + 2] != b"\xff\x90":
+    while place >= 2 and place + 9 <= len(data) and data[place : place + 2] != b"\xff\x90":
         if data[place : place + 2] == b"\xff\x52":  # COD: length, style, progression, layers (2), transformation
             return data[place + 8] == 1
         place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")

@@ -170,13 +170,13 @@ def _why_no_tissue(overview: np.ndarray) -> str:
     by_hand = "mark it by hand and pass --tissue-mask FILE (an image or GeoJSON polygons)"
     if (overview == overview[..., :1]).all():
         return (
-            ": it is gray, without any colour. Models of stained slides do not know fluorescence and single channels. If "
-            f"it is a stained slide that was scanned in gray, {by_hand}."
+            ": it is gray, without any colour. Models of stained slides do not know fluorescence and single channels. "
+            f"If it is a stained slide that was scanned in gray, {by_hand}."
         )
     if np.median(overview.max(-1)) < 255 * _DARKEST_TISSUE:
         return (
-            ": it is almost black. Fluorescence, or samples of more than 8 bits that a program cut, look like this, and "
-            f"models of stained slides do not know them. If there is tissue, {by_hand}."
+            ": it is almost black. Fluorescence, or samples of more than 8 bits that a program cut, look like this, "
+            f"and models of stained slides do not know them. If there is tissue, {by_hand}."
         )
     return (
         f". If there is some (very pale, or in the colour of a pen), {by_hand}, or take everything: --tissue-mask all."
