@@ -17,6 +17,7 @@ from ..checkpoints import tiny_checkpoint
 from ..model.image_processing_sparsepath_vit import SparsePathViTImageProcessor
 from ..model.modeling_outputs_sparsepath_vit import SparsePathViTModelOutput
 from ..model.modeling_sparsepath_vit import SparsePathViTModel
+from ..runtime.checkpoint_source import checkpoint_source
 from ..runtime.cost import mean_keys_per_query, token_grid_of_size
 from ..runtime.figures import block_pattern_figure, prune_map_figure, save_image
 from ..runtime.measure import measured
@@ -116,7 +117,7 @@ def _load(source: str | None, device: str) -> tuple[SparsePathViTModel, SparsePa
     """Model in the dtype that is faster on this machine, its processor, and what to call it."""
     dtype = faster_dtype(device)
     name = source or "sparsepath-vit-tiny, trained on 89 tissue images for demonstration, no foundation model"
-    source = source or str(tiny_checkpoint())
+    source = str(tiny_checkpoint()) if source is None else checkpoint_source(source)
     model = SparsePathViTModel.from_pretrained(source)
     processor = SparsePathViTImageProcessor.from_pretrained(source)
     return model.eval().to(device, dtype), processor, f"{name} ({dtype}, {device})"

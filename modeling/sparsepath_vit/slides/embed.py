@@ -14,6 +14,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object, parse_flag_from_env
 from transformers import AutoImageProcessor, AutoModel
 
+from ..runtime.checkpoint_source import checkpoint_source
 from ..runtime.compute import torch_device, weight_dtype
 from .embedder import DEFAULT_MPP, EmbedReport, EmbedSettings, SlideEmbedder, default_workers
 from .reader import Slide
@@ -72,7 +73,7 @@ def embed_slides(
     _check_arguments(slides, settings, slide_mpp, tissue_mask)
     state = _process_state(device)
     chosen = torch_device(device) if device is not None and state.num_processes == 1 else state.device
-    model, processor = load_model(model_source, chosen, dtype)
+    model, processor = load_model(checkpoint_source(model_source), chosen, dtype)
     embedder = SlideEmbedder(
         model,
         processor,
