@@ -6,7 +6,7 @@ The data are SegPath's own files (--segpath_dir, --antigens), or pairs X_HE.png 
 antigen is a question of its own: in an image stained for one, the other labels are ignored, not taken for negatives.
 Writes OUTPUT_DIR/all_results.json (pooled Dice, mean Dice and mean IoU, per antigen and over all, with bootstrap 95 %
 intervals), examples.png (some held-back images, their masks and what the model finds) and a checkpoint that
-AutoModelForUniversalSegmentation and scripts/segment.py load.
+AutoModelForUniversalSegmentation and `sparsepath segment` load.
 
 All flags of Transformers' TrainingArguments are taken, too. A YAML recipe can stand first; flags after it overrule it.
 

@@ -1,51 +1,60 @@
 # Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
 """Pathology foundation models on large regions: block-local attention and token pruning for Transformers."""
 
-from transformers import (
-    AutoBackbone,
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModel,
-    AutoModelForImageClassification,
-    AutoModelForUniversalSegmentation,
-)
+from typing import TYPE_CHECKING
 
-from .checkpoints import copy_tiny_checkpoint, tiny_checkpoint
-from .model.adapter_sparsepath_vit import SparsePathViTAdapterBackbone
-from .model.attention_backends import set_block_attention_backend
-from .model.attention_operator import block_attention
-from .model.configuration_segmentation_sparsepath_vit import (
-    SparsePathViTAdapterConfig,
-    SparsePathViTUniversalSegmentationConfig,
-)
-from .model.configuration_sparsepath_vit import SparsePathViTConfig
-from .model.image_processing_sparsepath_vit import SparsePathViTImageProcessor, SparsePathViTImageProcessorPil
-from .model.modeling_sparsepath_vit import (
-    SparsePathViTBackbone,
-    SparsePathViTForImageClassification,
-    SparsePathViTModel,
-    SparsePathViTPreTrainedModel,
-)
-from .model.segmentation_postprocessing import post_process_semantic_segmentation, semantic_probabilities
-from .model.segmentation_sparsepath_vit import SparsePathViTForUniversalSegmentation
-from .model.token_grid import TokenGrid
+from .runtime.auto_classes import register_auto_classes
+from .runtime.lazy_names import lazy_names
 from .version import __version__
 
-AutoConfig.register("sparsepath_vit", SparsePathViTConfig, exist_ok=True)
-AutoModel.register(SparsePathViTConfig, SparsePathViTModel, exist_ok=True)
-AutoModelForImageClassification.register(SparsePathViTConfig, SparsePathViTForImageClassification, exist_ok=True)
-AutoBackbone.register(SparsePathViTConfig, SparsePathViTBackbone, exist_ok=True)
-AutoConfig.register("sparsepath_vit_adapter", SparsePathViTAdapterConfig, exist_ok=True)
-AutoBackbone.register(SparsePathViTAdapterConfig, SparsePathViTAdapterBackbone, exist_ok=True)
-AutoConfig.register("sparsepath_vit_segmentation", SparsePathViTUniversalSegmentationConfig, exist_ok=True)
-AutoModelForUniversalSegmentation.register(
-    SparsePathViTUniversalSegmentationConfig, SparsePathViTForUniversalSegmentation, exist_ok=True
+if TYPE_CHECKING:
+    from .checkpoints import copy_tiny_checkpoint, tiny_checkpoint
+    from .model.adapter_sparsepath_vit import SparsePathViTAdapterBackbone
+    from .model.attention_backends import set_block_attention_backend
+    from .model.attention_operator import block_attention
+    from .model.configuration_segmentation_sparsepath_vit import (
+        SparsePathViTAdapterConfig,
+        SparsePathViTUniversalSegmentationConfig,
+    )
+    from .model.configuration_sparsepath_vit import SparsePathViTConfig
+    from .model.image_processing_sparsepath_vit import SparsePathViTImageProcessor, SparsePathViTImageProcessorPil
+    from .model.modeling_sparsepath_vit import (
+        SparsePathViTBackbone,
+        SparsePathViTForImageClassification,
+        SparsePathViTModel,
+        SparsePathViTPreTrainedModel,
+    )
+    from .model.segmentation_postprocessing import post_process_semantic_segmentation, semantic_probabilities
+    from .model.segmentation_sparsepath_vit import SparsePathViTForUniversalSegmentation
+    from .model.token_grid import TokenGrid
+
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "checkpoints": ("copy_tiny_checkpoint", "tiny_checkpoint"),
+        "model.adapter_sparsepath_vit": ("SparsePathViTAdapterBackbone",),
+        "model.attention_backends": ("set_block_attention_backend",),
+        "model.attention_operator": ("block_attention",),
+        "model.configuration_segmentation_sparsepath_vit": (
+            "SparsePathViTAdapterConfig",
+            "SparsePathViTUniversalSegmentationConfig",
+        ),
+        "model.configuration_sparsepath_vit": ("SparsePathViTConfig",),
+        "model.image_processing_sparsepath_vit": ("SparsePathViTImageProcessor", "SparsePathViTImageProcessorPil"),
+        "model.modeling_sparsepath_vit": (
+            "SparsePathViTBackbone",
+            "SparsePathViTForImageClassification",
+            "SparsePathViTModel",
+            "SparsePathViTPreTrainedModel",
+        ),
+        "model.segmentation_postprocessing": ("post_process_semantic_segmentation", "semantic_probabilities"),
+        "model.segmentation_sparsepath_vit": ("SparsePathViTForUniversalSegmentation",),
+        "model.token_grid": ("TokenGrid",),
+    },
 )
-AutoImageProcessor.register(
-    SparsePathViTConfig,
-    image_processor_classes={"torchvision": SparsePathViTImageProcessor, "pil": SparsePathViTImageProcessorPil},
-    exist_ok=True,
-)
+
+# The Auto classes know the models from here on; the models are imported when one of them, or a name below, is used.
+register_auto_classes()
 
 __all__ = [
     "SparsePathViTAdapterBackbone",

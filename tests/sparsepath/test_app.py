@@ -9,6 +9,8 @@ from small_models import small_model
 from typer.testing import CliRunner
 
 from sparsepath import app as cli
+from sparsepath import console
+from sparsepath.convert import parse_setting
 from sparsepath_vit import SparsePathViTModel
 from sparsepath_vit.conversion import known_architectures
 from sparsepath_vit.runtime import doctor
@@ -18,14 +20,14 @@ runner = CliRunner()
 
 def test_every_known_model_is_listed_by_its_whole_name(monkeypatch):
     """A terminal of 80 columns cut the names off that --architecture takes."""
-    monkeypatch.setattr(cli, "console", Console(width=80))
+    monkeypatch.setattr(console, "console", Console(width=80))
     result = runner.invoke(cli.app, ["models"])
     assert result.exit_code == 0
     assert all(known.name in result.output for known in known_architectures())
     assert "\u2026" not in result.output, "nothing is cut off"
 
 
-@pytest.mark.parametrize("command", ["demo", "convert", "models", "doctor", "embed", "heatmap", "estimate"])
+@pytest.mark.parametrize("command", ["demo", "convert", "models", "doctor", "embed", "heatmap", "estimate", "segment"])
 def test_help_has_examples(command):
     result = runner.invoke(cli.app, [command, "--help"], env={"COLUMNS": "200"})
     assert result.exit_code == 0
@@ -41,7 +43,7 @@ def timm_checkpoint(folder):
 
 
 def test_convert_sets_fields_and_prints_the_parity(tmp_path, monkeypatch):
-    monkeypatch.setattr(cli, "console", Console(width=200))
+    monkeypatch.setattr(console, "console", Console(width=200))
     out = tmp_path / "out"
     arguments = ["convert", str(timm_checkpoint(tmp_path)), str(out), "--set", "num_attention_heads=2"]
     arguments += ["--set", "prune_ratio=0.6", "--set", "prune_after_layer=2", "--verify"]
@@ -76,7 +78,7 @@ def test_install_commands_keep_their_brackets(monkeypatch, capsys):
         cli.main()
     assert command in capsys.readouterr().err
     monkeypatch.undo()
-    monkeypatch.setattr(cli, "console", Console(width=250))
+    monkeypatch.setattr(console, "console", Console(width=250))
     monkeypatch.setattr(doctor, "examine", lambda: [doctor.Finding("h5py", False, "not installed", command)])
     assert command in runner.invoke(cli.app, ["doctor"]).output
 
@@ -92,13 +94,13 @@ def test_a_setting_of_the_wrong_type_is_one_line(tmp_path, monkeypatch, capsys):
 
 def test_a_setting_without_value_names_the_form():
     with pytest.raises(ValueError, match="NAME=VALUE"):
-        cli._parse_setting("prune_ratio")
+        parse_setting("prune_ratio")
 
 
 def test_settings_are_json_values_or_words():
-    assert cli._parse_setting("window_size=null") == ("window_size", None)
-    assert cli._parse_setting("prune_ratio=0.6") == ("prune_ratio", 0.6)
-    assert cli._parse_setting("pooling=cls_mean") == ("pooling", "cls_mean")
+    assert parse_setting("window_size=null") == ("window_size", None)
+    assert parse_setting("prune_ratio=0.6") == ("prune_ratio", 0.6)
+    assert parse_setting("pooling=cls_mean") == ("pooling", "cls_mean")
 
 
 def test_the_converted_model_computes_what_the_demo_model_computes(tmp_path):

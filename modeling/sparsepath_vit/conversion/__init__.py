@@ -1,9 +1,23 @@
 # Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
 """Checkpoints of pathology foundation models -> SparsePathViT, with a parity report."""
 
-from .architectures import Architecture, architecture, known_architectures
-from .convert import ConversionReport, convert_checkpoint
-from .verify import Parity, verify_conversion
+from typing import TYPE_CHECKING
+
+from ..runtime.lazy_names import lazy_names
+
+if TYPE_CHECKING:
+    from .architectures import Architecture, architecture, known_architectures
+    from .convert import ConversionReport, convert_checkpoint
+    from .verify import Parity, verify_conversion
+
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "architectures": ("Architecture", "architecture", "known_architectures"),
+        "convert": ("ConversionReport", "convert_checkpoint"),
+        "verify": ("Parity", "verify_conversion"),
+    },
+)
 
 __all__ = [
     "Architecture",

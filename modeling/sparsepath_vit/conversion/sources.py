@@ -93,7 +93,7 @@ def open_source(source: str | Path, known: Architecture | None = None) -> Checkp
     ):
         raise ValueError(
             f"source={name!r}: no such file or folder, and it is neither a Hub id (owner/name) nor a known model. "
-            "Check the spelling; `sparsepath models` lists the known models."
+            f"Check the spelling (the working directory is {Path.cwd()}); `sparsepath models` lists the known models."
         )
     published = architecture_of_hub_id(hub_id)
     weights = _download(hub_id, published or known)

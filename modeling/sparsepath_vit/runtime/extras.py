@@ -21,12 +21,13 @@ def install_command(extra: str) -> str:
 
 
 @contextmanager
-def imports_of_extra(extra: str, *used_later: str) -> Iterator[None]:
-    """Around the imports of a script: where one fails, the script ends with the command that installs the extra.
+def imports_of_extra(extra: str, *used_later: str, asked_by: str = "this script") -> Iterator[None]:
+    """Around the imports of a script or command: where one fails, it ends with the command that installs the extra.
 
     Args:
         extra: the extra that installs what is imported.
         *used_later: modules that the script imports only when it comes to them, perhaps after hours.
+        asked_by: what the message calls the script or command.
 
     Raises:
         SystemExit: a module of the extra is missing; the message names it.
@@ -47,7 +48,7 @@ def imports_of_extra(extra: str, *used_later: str) -> Iterator[None]:
         if (error.name or "").startswith("sparsepath_vit"):  # a fault of this package, which no extra mends
             raise
         raise SystemExit(
-            f"error: this script needs the extra '{extra}', and {error.name or 'a library of it'} cannot be imported "
+            f"error: {asked_by} needs the extra '{extra}', and {error.name or 'a library of it'} cannot be imported "
             f"({error}). Install it with: {install_command(extra)}"
         ) from error
 

@@ -1,15 +1,39 @@
 # Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
 """From a slide to embeddings (extra `slides`): reader, tissue, regions, whole-slide forward, store."""
 
-from .description import SlideDescription, describe
-from .embed import embed_slides
-from .embedder import EmbedReport, EmbedSettings
-from .errors import SlideError
-from .forward import Embedding, embed_regions, embed_slide
-from .reader import Slide
-from .regions import Region, read_inputs, tissue_regions
-from .store import EmbeddingStore, StoreError
-from .tissue import TissueMask, find_tissue
+from typing import TYPE_CHECKING
+
+from ..runtime.lazy_names import lazy_names
+
+if TYPE_CHECKING:
+    from .description import SlideDescription, describe
+    from .embed import embed_slides
+    from .embedder import EmbedReport, EmbedSettings
+    from .errors import SlideError
+    from .estimate import estimate_for
+    from .forward import Embedding, embed_regions, embed_slide
+    from .heatmap import read_token_values, write_heatmap
+    from .reader import Slide
+    from .regions import Region, read_inputs, tissue_regions
+    from .store import EmbeddingStore, StoreError
+    from .tissue import TissueMask, find_tissue
+
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "description": ("SlideDescription", "describe"),
+        "embed": ("embed_slides",),
+        "embedder": ("EmbedReport", "EmbedSettings"),
+        "errors": ("SlideError",),
+        "estimate": ("estimate_for",),
+        "forward": ("Embedding", "embed_regions", "embed_slide"),
+        "heatmap": ("read_token_values", "write_heatmap"),
+        "reader": ("Slide",),
+        "regions": ("Region", "read_inputs", "tissue_regions"),
+        "store": ("EmbeddingStore", "StoreError"),
+        "tissue": ("TissueMask", "find_tissue"),
+    },
+)
 
 __all__ = [
     "EmbedReport",
@@ -26,7 +50,10 @@ __all__ = [
     "embed_regions",
     "embed_slide",
     "embed_slides",
+    "estimate_for",
     "find_tissue",
     "read_inputs",
+    "read_token_values",
     "tissue_regions",
+    "write_heatmap",
 ]

@@ -1,2 +1,51 @@
 # Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
 """Classification of regions, whatever they show: data sets, features, linear probes, fine-tuning."""
+
+from typing import TYPE_CHECKING
+
+from ...runtime.lazy_names import lazy_names
+
+if TYPE_CHECKING:
+    from .features import FeatureCache, FeatureSettings, compute_features, embed_rois
+    from .finetune import RoiCollator, RoiImages, RoiTrainer, with_lora
+    from .image_folder import read_image_folder
+    from .linear_probe import LinearHead, ProbeResult, ProbeSettings, merge_head, probe
+    from .metrics import evaluate_predictions
+    from .roi_files import load_labelled_rois, load_roi_dataset, save_roi_dataset
+    from .rois import Roi, RoiDataset
+
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "features": ("FeatureCache", "FeatureSettings", "compute_features", "embed_rois"),
+        "finetune": ("RoiCollator", "RoiImages", "RoiTrainer", "with_lora"),
+        "image_folder": ("read_image_folder",),
+        "linear_probe": ("LinearHead", "ProbeResult", "ProbeSettings", "merge_head", "probe"),
+        "metrics": ("evaluate_predictions",),
+        "roi_files": ("load_labelled_rois", "load_roi_dataset", "save_roi_dataset"),
+        "rois": ("Roi", "RoiDataset"),
+    },
+)
+
+__all__ = [
+    "FeatureCache",
+    "FeatureSettings",
+    "LinearHead",
+    "ProbeResult",
+    "ProbeSettings",
+    "Roi",
+    "RoiCollator",
+    "RoiDataset",
+    "RoiImages",
+    "RoiTrainer",
+    "compute_features",
+    "embed_rois",
+    "evaluate_predictions",
+    "load_labelled_rois",
+    "load_roi_dataset",
+    "merge_head",
+    "probe",
+    "read_image_folder",
+    "save_roi_dataset",
+    "with_lora",
+]

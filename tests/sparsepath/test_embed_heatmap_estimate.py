@@ -1,21 +1,20 @@
 # Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
 import h5py
 import pytest
-import typer
 from accelerate import PartialState
 from rich.console import Console
 from slide_files import stained_image, write_pyramid
 from typer.testing import CliRunner
 
-from sparsepath.slide_commands import register
+from sparsepath import console
+from sparsepath.app import app
 
 runner = CliRunner()
 
 
 @pytest.fixture
-def invoke():
-    app = typer.Typer()
-    register(app, Console(width=200))
+def invoke(monkeypatch):
+    monkeypatch.setattr(console, "console", Console(width=200))
     return lambda *arguments: runner.invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200"})
 
 

@@ -6,19 +6,21 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from run_script import load_script
 from small_models import large_weights_, small_config
+from typer.testing import CliRunner
 
+from sparsepath.app import app
 from sparsepath_vit import (
     SparsePathViTForUniversalSegmentation,
     SparsePathViTImageProcessor,
     SparsePathViTModel,
     SparsePathViTUniversalSegmentationConfig,
 )
+from sparsepath_vit.tasks.segmentation import file_segmentation
 from sparsepath_vit.tasks.segmentation.probabilities import INDEPENDENT_LABELS
 from sparsepath_vit.tasks.segmentation.regions import label_map, to_geojson
 
-segment = load_script("segment")
+runner = CliRunner()
 LABELS = ("first", "second")
 
 
@@ -46,12 +48,20 @@ def image_path(tmp_path_factory):
     return path
 
 
+def segment(*arguments):
+    """Runs `sparsepath segment`; raises what ends in one line of the terminal."""
+    result = runner.invoke(app, ["segment", *arguments])
+    if result.exception is not None:
+        raise result.exception
+    return result.output
+
+
 def report_of(folder):
     return json.loads((folder / "region_report.json").read_text())
 
 
-def test_writes_mask_overlay_polygons_and_report(run_script, model_dir, image_path, tmp_path):
-    run_script(segment, str(image_path), "--model", str(model_dir), "--out", str(tmp_path / "new"))
+def test_writes_mask_overlay_polygons_and_report(model_dir, image_path, tmp_path):
+    segment(str(image_path), "--model", str(model_dir), "--out", str(tmp_path / "new"))
     files = sorted(path.name for path in (tmp_path / "new").iterdir())
     assert files == ["region.geojson", "region_mask.png", "region_overlay.png", "region_report.json"]
     report = report_of(tmp_path / "new")
@@ -66,37 +76,37 @@ def test_writes_mask_overlay_polygons_and_report(run_script, model_dir, image_pa
     assert area == pytest.approx(50 * 70 * sum(report["area_share"].values()))
 
 
-def test_exclusive_labels_share_the_pixels(run_script, model_dir, image_path, tmp_path):
+def test_exclusive_labels_share_the_pixels(model_dir, image_path, tmp_path):
     folder = shutil.copytree(model_dir, tmp_path / "exclusive")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "problem_type": None}))
-    run_script(segment, str(image_path), "--model", str(folder), "--out", str(tmp_path))
+    segment(str(image_path), "--model", str(folder), "--out", str(tmp_path))
     assert sum(report_of(tmp_path)["area_share"].values()) == pytest.approx(1)
     assert np.asarray(Image.open(tmp_path / "region_mask.png")).min() == 1
 
 
-def test_windows_are_compared_with_the_whole(run_script, model_dir, image_path, tmp_path):
+def test_windows_are_compared_with_the_whole(model_dir, image_path, tmp_path):
     arguments = [str(image_path), "--model", str(model_dir), "--out", str(tmp_path)]
-    run_script(segment, *arguments, "--window", "24", "--stride", "16", "--seam_band", "3")
+    segment(*arguments, "--window-size", "24", "--stride", "16", "--seam-band", "3")
     seams = report_of(tmp_path)["seams"]
     assert (seams["num_windows"], seams["window"], seams["stride"]) == (3 * 4, 24, 16)
     assert seams["seam_band"]["pixels"] + seams["elsewhere"]["pixels"] == seams["all"]["pixels"] == 50 * 70
     assert 0 < seams["all"]["mean_absolute_difference"] < 1
-    run_script(segment, *arguments, "--window", "50", "--stride", "20", "--no_whole")
+    segment(*arguments, "--window-size", "50", "--stride", "20", "--no-whole")
     assert "seams" not in report_of(tmp_path)
 
 
-def test_one_window_is_the_whole(run_script, model_dir, tmp_path):
+def test_one_window_is_the_whole(model_dir, tmp_path):
     pixels = np.random.default_rng(1).integers(0, 256, (24, 24, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "region.png")
-    arguments = ["--model", str(model_dir), "--out", str(tmp_path), "--window", "24"]
-    run_script(segment, str(tmp_path / "region.png"), *arguments)
+    arguments = ["--model", str(model_dir), "--out", str(tmp_path), "--window-size", "24"]
+    segment(str(tmp_path / "region.png"), *arguments)
     assert report_of(tmp_path)["seams"]["all"]["mean_absolute_difference"] == 0
 
 
-def test_attention_windows_are_compared_with_dense(run_script, model_dir, image_path, tmp_path):
+def test_attention_windows_are_compared_with_dense(model_dir, image_path, tmp_path):
     arguments = [str(image_path), "--model", str(model_dir), "--out", str(tmp_path)]
-    run_script(segment, *arguments, "--attention_window", "0", "--compare_attention", "2", "64")
+    segment(*arguments, "--attention-window", "0", "--compare-attention", "2", "--compare-attention", "64")
     rows = report_of(tmp_path)["attention"]
     assert [row["window_size"] for row in rows] == [2, 64, 0]
     # 18 x 13 tokens: a window of 64 holds them all
@@ -104,9 +114,9 @@ def test_attention_windows_are_compared_with_dense(run_script, model_dir, image_
     assert all(row["peak_bytes"] > 0 for row in rows)
 
 
-def test_a_region_lies_where_it_was_cut_out(run_script, model_dir, image_path, tmp_path):
+def test_a_region_lies_where_it_was_cut_out(model_dir, image_path, tmp_path):
     arguments = [str(image_path), "--model", str(model_dir), "--out", str(tmp_path)]
-    run_script(segment, *arguments, "--image_mpp", "0.25", "--mpp", "0.5", "--region", "10", "8", "48", "40")
+    segment(*arguments, "--slide-mpp", "0.25", "--mpp", "0.5", "--region", "10", "8", "48", "40")
     report = report_of(tmp_path)
     assert report["size"] == [24, 20] and report["level0_pixels_per_pixel"] == [2, 2]
     features = json.loads((tmp_path / "region.geojson").read_text())["features"]
@@ -118,41 +128,43 @@ def test_a_region_lies_where_it_was_cut_out(run_script, model_dir, image_path, t
 @pytest.mark.parametrize(
     ("size", "flags", "message"),
     [
-        ((40, 30), ["--window", "64"], r"thin.png: the region is 40 x 30 px .*smaller than a window of 64 px"),
+        ((40, 30), ["--window-size", "64"], r"thin.png: the region is 40 x 30 px .*smaller than a window of 64 px"),
         ((1, 60), [], r"thin.png: the region is 1 x 60 px .*smaller than one patch of 4 px"),
-        ((40, 30), ["--stride", "8"], "pass --window, too"),
-        ((40, 30), ["--window", "16", "--stride", "17"], "would leave gaps"),
+        ((40, 30), ["--stride", "8"], "give window_size, too"),
+        ((40, 30), ["--window-size", "16", "--stride", "17"], "would leave gaps"),
         ((40, 30), ["--region", "20", "0", "30", "30"], "is not inside"),
         ((40, 30), ["--mpp", "0.5"], "does not state its resolution"),
     ],
 )
-def test_what_cannot_be_segmented_is_named(run_script, model_dir, tmp_path, size, flags, message):
+def test_what_cannot_be_segmented_is_named(model_dir, tmp_path, size, flags, message):
     Image.new("RGB", size, "pink").save(tmp_path / "thin.png")
-    with pytest.raises(SystemExit, match=message):
-        run_script(segment, str(tmp_path / "thin.png"), "--model", str(model_dir), "--out", str(tmp_path), *flags)
+    with pytest.raises((ValueError, OSError), match=message):
+        segment(str(tmp_path / "thin.png"), "--model", str(model_dir), "--out", str(tmp_path), *flags)
 
 
-def test_too_large_regions_need_windows(run_script, model_dir, image_path, tmp_path, monkeypatch):
+def test_too_large_regions_need_windows(model_dir, image_path, tmp_path, monkeypatch):
     arguments = [str(image_path), "--model", str(model_dir), "--out", str(tmp_path)]
-    monkeypatch.setattr(segment, "MAX_WHOLE_PIXELS", 2000)
-    with pytest.raises(SystemExit, match=r"70 x 50 px .*more than 2,000 px in one piece: pass --window"):
-        run_script(segment, *arguments)
-    run_script(segment, *arguments, "--window", "40")
+    monkeypatch.setattr(file_segmentation, "MAX_WHOLE_PIXELS", 2000)
+    with pytest.raises(
+        (ValueError, OSError), match=r"70 x 50 px .*more than 2,000 px in one piece: pass --window-size"
+    ):
+        segment(*arguments)
+    segment(*arguments, "--window-size", "40")
     assert "seams" not in report_of(tmp_path)
-    monkeypatch.setattr(segment, "MAX_PIXELS", 3000)
-    with pytest.raises(SystemExit, match=r"more than 3,000 px in all: name a part with --region"):
-        run_script(segment, *arguments, "--window", "40")
+    monkeypatch.setattr(file_segmentation, "MAX_PIXELS", 3000)
+    with pytest.raises((ValueError, OSError), match=r"more than 3,000 px in all: name a part with --region"):
+        segment(*arguments, "--window-size", "40")
 
 
-def test_another_kind_of_model_is_refused(run_script, image_path, tmp_path):
+def test_another_kind_of_model_is_refused(image_path, tmp_path):
     SparsePathViTModel(small_config()).save_pretrained(tmp_path / "vit")
-    with pytest.raises(SystemExit, match="is a sparsepath_vit, no segmentation model"):
-        run_script(segment, str(image_path), "--model", str(tmp_path / "vit"), "--out", str(tmp_path))
+    with pytest.raises((ValueError, OSError), match="is a sparsepath_vit, no segmentation model"):
+        segment(str(image_path), "--model", str(tmp_path / "vit"), "--out", str(tmp_path))
 
 
-def test_missing_files_are_named(run_script, model_dir, tmp_path):
-    with pytest.raises(SystemExit, match=r"nowhere.png"):
-        run_script(segment, str(tmp_path / "nowhere.png"), "--model", str(model_dir), "--out", str(tmp_path))
+def test_missing_files_are_named(model_dir, tmp_path):
+    with pytest.raises((ValueError, OSError), match=r"nowhere.png"):
+        segment(str(tmp_path / "nowhere.png"), "--model", str(model_dir), "--out", str(tmp_path))
 
 
 class TestLabelMap:

@@ -1,0 +1,81 @@
+# Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
+"""`sparsepath embed`: slides -> embeddings."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from . import options
+from .console import say
+
+if TYPE_CHECKING:
+    from sparsepath_vit.slides.embedder import EmbedReport
+
+EXAMPLES = (
+    "Examples:  `sparsepath embed slides/ --model ./uni2-h --out embeddings`   ·   "
+    "`sparsepath embed list.csv --model ./uni2-h --out dense --whole-slide --dense`   ·   "
+    "several GPUs: `accelerate launch -m sparsepath embed slides/ --model ./uni2-h --out embeddings`   ·   "
+    "two processes, also without a GPU: `torchrun --nproc_per_node 2 -m sparsepath embed slides/ "
+    "--model ./uni2-h --out embeddings`"
+)
+
+Slides = Annotated[list[Path], typer.Argument(help="Slide files, folders, or a CSV: slide,mpp,x,y,width,height,label.")]
+EmbeddingsFolder = Annotated[Path, typer.Option(help="Folder for one HDF5 file per slide.")]
+MinimumTissue = Annotated[
+    float, typer.Option(min=0, max=1, help="Leave out regions with a smaller share of tissue tokens.")
+]
+Dense = Annotated[bool, typer.Option("--dense", help="Store the features of all kept patch tokens.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Regions per forward.")]
+
+
+def embed(
+    slides: Slides,
+    model: options.Checkpoint,
+    out: EmbeddingsFolder,
+    mpp: options.Mpp = None,
+    slide_mpp: options.SlideMpp = None,
+    region_size: options.RegionSize = 3430,
+    overlap: options.Overlap = 0,
+    minimum_tissue: MinimumTissue = 0.0,
+    whole_slide: options.WholeSlide = False,
+    dense: Dense = False,
+    tissue_mask: options.TissueMask = None,
+    batch_size: BatchSize = 1,
+    workers: options.Workers = None,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+) -> None:
+    """Embed slides, one HDF5 file each; run it again to go on where it stopped."""
+    from sparsepath_vit.slides import EmbedSettings, embed_slides
+
+    report = embed_slides(
+        slides,
+        model,
+        out,
+        EmbedSettings(mpp, region_size, overlap, minimum_tissue, whole_slide, dense),
+        slide_mpp=slide_mpp,
+        tissue_mask=tissue_mask,
+        batch_size=batch_size,
+        workers=workers,
+        device=device,
+        dtype=dtype,
+    )
+    _finish(report, out)
+
+
+def _finish(report: "EmbedReport", out: Path) -> None:
+    """Prints the report and makes the exit code 1 where slides failed: in the first process, for all of them.
+
+    A launcher stops all processes when one ends with an error: the first could be stopped before it has printed.
+    """
+    from accelerate import PartialState
+
+    from sparsepath_vit.slides.store import FAILURES_FILE
+
+    if not PartialState().is_main_process:
+        return
+    say(report)
+    if report.failed:
+        say(f"{len(report.failed)} failed: see {out / FAILURES_FILE}")
+        raise typer.Exit(1)
