@@ -172,6 +172,7 @@ class TestTheFolder:
         config = small_config()
         config.save_pretrained(tmp_path)
         before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+        assert "modeling_sparsepath_vit.py" in before
 
         def half(source, target):
             Path(target).write_bytes(Path(source).read_bytes()[:100])
