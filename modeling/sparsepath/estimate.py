@@ -55,7 +55,7 @@ def _config_of(model: str) -> "SparsePathViTConfig":
     from transformers import AutoConfig
 
     from sparsepath_vit.conversion import architecture
-    from sparsepath_vit.runtime.checkpoint_source import existing_source
+    from sparsepath_vit.runtime.checkpoint_paths import existing_source
 
     is_checkpoint = "/" in model or Path(model).expanduser().is_dir()
     if not is_checkpoint:

@@ -4,7 +4,7 @@
 from typing import TYPE_CHECKING
 
 from .runtime.auto_classes import register_auto_classes
-from .runtime.lazy_names import lazy_names
+from .runtime.lazy_loading import lazy_names
 from .version import __version__
 
 if TYPE_CHECKING:

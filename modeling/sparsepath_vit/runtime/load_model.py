@@ -8,7 +8,7 @@ import torch
 from transformers import AutoImageProcessor, AutoModel, PreTrainedModel
 
 from ..model.image_processing_sparsepath_vit import SparsePathViTImageProcessor
-from .checkpoint_source import existing_source
+from .checkpoint_paths import existing_source
 from .compute import torch_device, weight_dtype
 
 

@@ -3,7 +3,7 @@
 
 from typing import TYPE_CHECKING
 
-from ...runtime.lazy_names import lazy_names
+from ...runtime.lazy_loading import lazy_names
 
 if TYPE_CHECKING:
     from .features import FeatureCache, FeatureSettings, compute_features, embed_rois

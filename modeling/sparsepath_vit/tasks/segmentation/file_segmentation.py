@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoImageProcessor
 
 from ...model.configuration_segmentation_sparsepath_vit import SparsePathViTUniversalSegmentationConfig
 from ...runtime.atomic_files import write_atomically
-from ...runtime.checkpoint_source import existing_source
+from ...runtime.checkpoint_paths import existing_source
 from ...runtime.compute import torch_device, weight_dtype
 from ...runtime.figures import save_image
 from ...slides.reader import Slide

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from sparsepath_vit.runtime.checkpoint_source import existing_source
+from sparsepath_vit.runtime.checkpoint_paths import existing_source
 from sparsepath_vit.runtime.load_model import load_model
 
 
