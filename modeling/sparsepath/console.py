@@ -31,7 +31,9 @@ def run(app: Callable[[], object]) -> None:
     """
     try:
         app()
-    except _expected_errors() as error:  # evaluated only where something was raised
+    except Exception as error:  # not `except _expected_errors()`: SystemExit, which ends --help, would import the Hub
+        if not isinstance(error, _expected_errors()):
+            raise
         Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise SystemExit(1) from error
 

@@ -55,9 +55,9 @@ def _config_of(model: str) -> "SparsePathViTConfig":
     from transformers import AutoConfig
 
     from sparsepath_vit.conversion import architecture
-    from sparsepath_vit.runtime.checkpoint_source import checkpoint_source
+    from sparsepath_vit.runtime.checkpoint_source import existing_source
 
     is_checkpoint = "/" in model or Path(model).expanduser().is_dir()
     if not is_checkpoint:
         return architecture(model).build_config()
-    return AutoConfig.from_pretrained(checkpoint_source(model))
+    return AutoConfig.from_pretrained(existing_source(model))

@@ -276,18 +276,9 @@ def cuda_graph(scale: Scale) -> Iterator[Finding]:
     expected = model(second)
     replay, outputs = captured(model, first.clone(), scale)
     replay(second)
-    wait(scale)
-    start = time.perf_counter()
-    for _ in range(scale.repeats):
-        replay(second)
-    wait(scale)
-    seconds = (time.perf_counter() - start) / scale.repeats
-    start = time.perf_counter()
-    for _ in range(scale.repeats):
-        expected = model(second)
-    wait(scale)
-    eager_seconds = (time.perf_counter() - start) / scale.repeats
     actual = outputs()
+    seconds = seconds_of(lambda: replay(second), scale)
+    eager_seconds = seconds_of(lambda: model(second), scale)
     is_equal = torch.equal(actual.last_hidden_state, expected.last_hidden_state)
     kept_alike = (actual.patch_positions == expected.patch_positions).all(dim=-1).float().mean().item()
     difference = (actual.pooler_output.double() - expected.pooler_output.double()).norm().item()
@@ -308,6 +299,16 @@ def cuda_graph(scale: Scale) -> Iterator[Finding]:
             },
         ),
     )
+
+
+def seconds_of(call: Callable[[], object], scale: Scale) -> float:
+    """Mean seconds of a call among `scale.repeats` of them in a row."""
+    wait(scale)
+    start = time.perf_counter()
+    for _ in range(scale.repeats):
+        call()
+    wait(scale)
+    return (time.perf_counter() - start) / scale.repeats
 
 
 def captured(

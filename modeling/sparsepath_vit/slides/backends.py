@@ -1,5 +1,5 @@
 # Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
-"""Who reads a slide file: OpenSlide, tifffile for what OpenSlide does not read or would misread, Pillow for plain images.
+"""Who reads a slide file: OpenSlide, tifffile for what that would not read rightly, Pillow for plain images.
 
 A backend knows its levels, the resolution the file states, and how to read a rectangle that lies inside one level.
 Everything else (coordinates, resampling, padding) is `Slide`'s.

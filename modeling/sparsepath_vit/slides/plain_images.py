@@ -31,8 +31,8 @@ def describe_image(path: Path) -> SlideDescription:
         return SlideDescription(path, "image", readers=("Pillow",))
     if refusal is None and size[0] * size[1] > _MOST_PIXELS:
         refusal = (
-            f"it is {size[0]} x {size[1]} pixels, and a {found.format} can only be decoded whole: convert it to a tiled "
-            "TIFF, such as vips tiffsave IN OUT.tif --tile --pyramid --compression deflate"
+            f"it is {size[0]} x {size[1]} pixels, and a {found.format} can only be decoded whole: convert it to a "
+            "tiled TIFF, such as vips tiffsave IN OUT.tif --tile --pyramid --compression deflate"
         )
     return SlideDescription(**{**vars(found), "refusal": refusal, "readers": () if refusal else found.readers})
 

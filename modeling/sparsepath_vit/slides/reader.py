@@ -152,8 +152,8 @@ class Slide:
             power = f"; its objective power is stated as {backend.objective_power}x" if backend.objective_power else ""
             raise SlideError(
                 f"{self.path} does not state its resolution in micrometres per pixel{power}. Find it out and pass it, "
-                "such as 0.25 for a 40x scan: Slide(path, mpp=0.25), on the command line --slide-mpp 0.25 (--mpp is the "
-                "resolution asked for, not the slide's own), in a CSV the column mpp."
+                "such as 0.25 for a 40x scan: Slide(path, mpp=0.25), on the command line --slide-mpp 0.25 (--mpp is "
+                "the resolution asked for, not the slide's own), in a CSV the column mpp."
             )
         mpp_x, mpp_y = backend.stated_mpp
         if abs(mpp_x / mpp_y - 1) <= MPP_TOLERANCE:

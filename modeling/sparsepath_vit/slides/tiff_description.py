@@ -241,8 +241,8 @@ def _refused_axes(series: Any, separate: bool) -> str | None:
         if axis not in "YXS"
     ]
     return (
-        f"its axes are {series.axes}, not one RGB image: it holds {', '.join(held) or 'no plane'}. Stains, fluorescence "
-        "and focal planes cannot be made one picture here: export a single plane as RGB first"
+        f"its axes are {series.axes}, not one RGB image: it holds {', '.join(held) or 'no plane'}. Stains, "
+        "fluorescence and focal planes cannot be made one picture here: export a single plane as RGB first"
     )
 
 
@@ -261,8 +261,8 @@ def _undecodable(pages: list[Any]) -> str | None:
             codec = getattr(page.compression, "name", page.compression)
             subsampled = ", its chroma subsampled without JPEG" if page.is_subsampled else ""
             return (
-                f"tifffile has no decoder for its pixels ({codec}, {page.dtype}{subsampled}): convert it to a tiled RGB "
-                "TIFF"
+                f"tifffile has no decoder for its pixels ({codec}, {page.dtype}{subsampled}): convert it to a tiled "
+                "RGB TIFF"
             )
         rows, columns = (page.tilelength, page.tilewidth) if page.is_tiled else (page.rowsperstrip, page.imagewidth)
         if min(rows, page.imagelength) * columns > _MOST_PIXELS_OF_A_CHUNK:

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoImageProcessor
 
 from ...model.configuration_segmentation_sparsepath_vit import SparsePathViTUniversalSegmentationConfig
 from ...runtime.atomic_files import write_atomically
-from ...runtime.checkpoint_source import checkpoint_source
+from ...runtime.checkpoint_source import existing_source
 from ...runtime.compute import torch_device, weight_dtype
 from ...runtime.figures import save_image
 from ...slides.reader import Slide
@@ -104,7 +104,7 @@ def segment_file(
     """
     settings = settings or SegmentSettings()
     region = _read_region(image, settings)
-    model_source = checkpoint_source(model_source)
+    model_source = existing_source(model_source)
     config = AutoConfig.from_pretrained(model_source)
     if not isinstance(config, SparsePathViTUniversalSegmentationConfig):
         raise ValueError(
