@@ -327,10 +327,10 @@ class SlideEmbedder:
 
 def open_slide(path: Path, slide_mpp: float | None, mpp: float | None) -> Slide:
     """Opens a slide; where neither it nor `slide_mpp` gives its resolution, an explicit target `mpp` does."""
-    slide = Slide(path, mpp=slide_mpp)
+    slide = Slide(path, mpp=slide_mpp, apart=True)
     if slide_mpp is None and mpp is not None and not slide.states_mpp:
         logger.warning("%s does not state its resolution; taken to be %g micrometres per pixel.", path, mpp)
-        return Slide(path, mpp=mpp)
+        return Slide(path, mpp=mpp, apart=True)
     return slide
 
 

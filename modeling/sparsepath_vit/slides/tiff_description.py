@@ -12,6 +12,7 @@ import numpy as np
 
 from ..runtime.extras import require
 from . import resolution
+from .declared_sizes import check_page
 from .description import SlideDescription, Statement
 from .resolution import OmeImage
 from .samples import Samples, YCbCr, white_of
@@ -58,7 +59,8 @@ def describe_tiff(path: Path) -> tuple[SlideDescription, str | None]:
         cannot decode it (None where it can).
 
     Raises:
-        ValueError and others of `DECODER_ERRORS`: the file is damaged.
+        DeclaredSizeError: the sizes in the tags contradict each other.
+        Exception: of any kind that `errors.decoding` knows: the file is damaged.
         ImportError: tifffile is missing.
     """
     tifffile = require("tifffile")
@@ -68,6 +70,8 @@ def describe_tiff(path: Path) -> tuple[SlideDescription, str | None]:
         chosen, refusal = choose_image(images)
         series = file.series[chosen.index]
         pages = [level.keyframe for level in series.levels]
+        for level, level_page in enumerate(pages):
+            check_page(level_page, level)
         page = pages[0]
         orientation = int(page.tags.valueof("Orientation", 1))
         orientation = orientation if 1 <= orientation <= 8 else 1  # what no viewer turns

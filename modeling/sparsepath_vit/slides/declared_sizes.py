@@ -1,0 +1,64 @@
+# Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
+"""Whether the sizes that a header declares can be true of so few bytes: asked before a decoder allocates them."""
+
+import math
+from typing import Any
+
+from .errors import DeclaredSizeError
+
+_HARMLESS_BYTES = 2**26  # of one tile, strip or plain image: allocated and filled in no time
+# Decoded bytes per stored byte at most. Deflate writes 258 bytes in 2 bits; a JPEG needs a bit for each block of 8 x 8
+# samples. Codecs that are not listed write a blank image in next to nothing.
+_LARGEST_RATIO_OF_TIFF = {1: 1, 5: 2048, 7: 2048, 8: 1032, 32773: 64, 32946: 1032}
+_LARGEST_RATIO_OF_FORMAT = {"PNG": 1032, "JPEG": 2048, "BMP": 255}
+
+
+def check_plain_image(image_format: str | None, size: tuple[int, int], channels: int, file_bytes: int) -> None:
+    """Checks a plain image, which is decoded whole.
+
+    Args:
+        image_format: Pillow's name of the format.
+        size: (width, height) in pixels.
+        channels: bytes per pixel.
+        file_bytes: of the file.
+
+    Raises:
+        DeclaredSizeError: so few bytes cannot hold it.
+    """
+    declared, ratio = math.prod(size) * channels, _LARGEST_RATIO_OF_FORMAT.get(image_format or "")
+    if ratio is not None and declared > max(_HARMLESS_BYTES, file_bytes * ratio):
+        raise DeclaredSizeError(
+            f"its header declares {size[0]} x {size[1]} pixels, which {file_bytes:,} bytes of {image_format} cannot hold"
+        )
+
+
+def check_page(page: Any, level: int) -> None:
+    """Checks a page of tifffile: as many tiles or strips as its size needs, none larger than its bytes can hold.
+
+    Raises:
+        DeclaredSizeError: the tags contradict each other.
+    """
+    rows, columns = (page.tilelength, page.tilewidth) if page.is_tiled else (page.rowsperstrip, page.imagewidth)
+    if min(page.imagewidth, page.imagelength, rows, columns) < 1:
+        raise DeclaredSizeError(
+            f"level {level} has {page.imagewidth} x {page.imagelength} pixels in tiles or strips of {columns} x {rows}"
+        )
+    rows = rows if page.is_tiled else min(rows, page.imagelength)
+    planes = page.samplesperpixel if page.planarconfig == 2 else 1
+    needed = -(-page.imagewidth // columns) * -(-page.imagelength // rows) * planes
+    if len(page.dataoffsets) < needed or len(page.databytecounts) < needed:
+        raise DeclaredSizeError(
+            f"level {level} of {page.imagewidth} x {page.imagelength} pixels needs {needed:,} tiles or strips of "
+            f"{columns} x {rows}, and the file lists {min(len(page.dataoffsets), len(page.databytecounts)):,}"
+        )
+    samples = page.samplesperpixel // planes
+    declared, stored = rows * columns * samples * _bits(page) // 8, max(page.databytecounts)
+    ratio = _LARGEST_RATIO_OF_TIFF.get(int(page.compression))
+    if ratio is not None and stored and declared > max(_HARMLESS_BYTES, stored * ratio):
+        raise DeclaredSizeError(
+            f"level {level} declares tiles or strips of {columns} x {rows} pixels, which {stored:,} bytes cannot hold"
+        )
+
+
+def _bits(page: Any) -> int:
+    return max(page.bitspersample) if isinstance(page.bitspersample, tuple) else page.bitspersample
