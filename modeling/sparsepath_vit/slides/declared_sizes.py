@@ -1,7 +1,8 @@
 # Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
-"""Whether the sizes that a header declares can be true of so few bytes: asked before a decoder allocates them."""
+"""Whether what a header declares can be true, asked before a decoder allocates it or follows it for ever."""
 
 import math
+import struct
 from typing import Any
 
 from .errors import DeclaredSizeError
@@ -28,8 +29,31 @@ def check_plain_image(image_format: str | None, size: tuple[int, int], channels:
     declared, ratio = math.prod(size) * channels, _LARGEST_RATIO_OF_FORMAT.get(image_format or "")
     if ratio is not None and declared > max(_HARMLESS_BYTES, file_bytes * ratio):
         raise DeclaredSizeError(
-            f"its header declares {size[0]} x {size[1]} pixels, which {file_bytes:,} bytes of {image_format} cannot hold"
+            f"its header declares {size[0]} x {size[1]} pixels, which {file_bytes:,} bytes of {image_format} cannot "
+            "hold"
         )
+
+
+def check_chain(file: Any) -> None:
+    """Checks that the pages of a `tifffile.TiffFile`, each of which says where the next one lies, come to an end.
+
+    Raises:
+        DeclaredSizeError: the chain leads back to a page that was passed, so that a reader would follow it for ever.
+    """
+    tiff, handle, passed = file.tiff, file.filehandle, set()
+    offset = file.pages.first.offset
+    while offset not in passed:
+        passed.add(offset)
+        handle.seek(offset)
+        number_of_tags = handle.read(tiff.tagnosize)
+        if len(number_of_tags) < tiff.tagnosize:
+            return  # cut short, which whoever counts the pages says
+        handle.seek(offset + tiff.tagnosize + struct.unpack(tiff.tagnoformat, number_of_tags)[0] * tiff.tagsize)
+        link = handle.read(tiff.offsetsize)
+        offset = struct.unpack(tiff.offsetformat, link)[0] if len(link) == tiff.offsetsize else 0
+        if offset == 0:
+            return
+    raise DeclaredSizeError(f"its list of pages leads from page {len(passed)} back to an earlier one")
 
 
 def check_page(page: Any, level: int) -> None:

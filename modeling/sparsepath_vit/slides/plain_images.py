@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from ..model.pillow_images import open_without_limit, pil_to_rgb, reason_to_refuse_pil
 from . import resolution
 from .declared_sizes import check_plain_image
 from .description import SlideDescription, Statement, describe
@@ -18,8 +19,6 @@ _EXIF_ORIENTATION = 0x0112
 
 def describe_image(path: Path) -> SlideDescription:
     """Describes a plain image by its header; without levels where Pillow does not know the file."""
-    from ..model.image_inputs import open_without_limit, reason_to_refuse_pil  # which imports torch
-
     try:
         with decoding(), open_without_limit(path) as image:
             check_plain_image(image.format, image.size, len(image.getbands()), path.stat().st_size)
@@ -79,8 +78,6 @@ class PillowBackend:
         return self._pixels[y : y + height, x : x + width].copy()
 
     def _decode(self) -> np.ndarray:
-        from ..model.image_inputs import open_without_limit, pil_to_rgb
-
         with decoding(), open_without_limit(self._path) as image:
             pixels, refusal = pil_to_rgb(image, transpose=True)
         if refusal:
@@ -94,8 +91,6 @@ class PillowBackend:
 
 def _raise_reason(path: Path) -> None:
     """Says what Pillow says of a file that it does not open."""
-    from ..model.image_inputs import open_without_limit
-
     with decoding():
         try:
             with open_without_limit(path):

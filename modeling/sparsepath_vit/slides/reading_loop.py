@@ -117,4 +117,3 @@ def main(more_bytes: int) -> None:
         work = {"open": slides.open, "read": slides.read, "close": slides.close}[request["work"]]
         pool.submit(_answer, replies, request["number"], work, request["arguments"])
     os._exit(0)  # also where a decoder hangs
-

@@ -12,7 +12,7 @@ import numpy as np
 
 from ..runtime.extras import require
 from . import resolution
-from .declared_sizes import check_page
+from .declared_sizes import check_chain, check_page
 from .description import SlideDescription, Statement
 from .resolution import OmeImage
 from .samples import Samples, YCbCr, white_of
@@ -66,6 +66,7 @@ def describe_tiff(path: Path) -> tuple[SlideDescription, str | None]:
     tifffile = require("tifffile")
     require("imagecodecs")
     with tifffile.TiffFile(path) as file:
+        check_chain(file)
         images = _images(file)
         chosen, refusal = choose_image(images)
         series = file.series[chosen.index]
