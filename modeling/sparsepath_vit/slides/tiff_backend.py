@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..runtime.extras import require
+from .declared_sizes import places_of_chunks
 from .description import SlideDescription, describe
 from .errors import SlideError, UnsupportedSlideError, decoding
 from .samples import to_rgb
@@ -42,8 +43,11 @@ class TifffileBackend:
         require("imagecodecs")
         with decoding(), ExitStack() as close_after_failure:
             self._file = close_after_failure.enter_context(tifffile.TiffFile(path))
-            self._levels = [list(level.pages) for level in self._file.series[description.series].levels]
-            self._keyframes = [level.keyframe for level in self._file.series[description.series].levels]
+            if description.series >= len(self._file.series):
+                raise SlideError("it holds no image")
+            levels = self._file.series[description.series].levels
+            self._levels = [list(level.pages) for level in levels]
+            self._keyframes = [level.keyframe for level in levels]
             self._check_complete()
             close_after_failure.pop_all()
         if description.samples is None:
@@ -67,11 +71,7 @@ class TifffileBackend:
         if len(link) < self._file.tiff.offsetsize or any(link):
             raise SlideError(f"the file ends before page {count + 1}")
         for level, level_pages in enumerate(self._levels):
-            if any(
-                offset + size > handle.size
-                for page in level_pages
-                for offset, size in zip(page.dataoffsets, page.databytecounts, strict=True)
-            ):
+            if any(offset + size > handle.size for page in level_pages for offset, size in places_of_chunks(page)):
                 raise SlideError(f"the file ends inside the tiles of level {level}")
 
     def read(self, level: int, x: int, y: int, width: int, height: int) -> np.ndarray:
