@@ -246,7 +246,7 @@ def _read_polygons(path: Path, slide: Slide) -> TissueMask:
     draw = require("skimage.draw")
     try:
         polygons = list(_polygons(json.loads(path.read_text(encoding="utf-8"))))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise SlideError(f"the tissue mask {path} is no GeoJSON of polygons ({error!r}).") from error
     longest = max(slide.dimensions)
     scale = longest / min(_OVERVIEW_MAX_SIDE, max(1, round(longest * slide.mpp / _OVERVIEW_MPP)))
