@@ -16,6 +16,7 @@ from ..runtime.load_model import load_model
 from ..runtime.model_identity import model_identity
 from .embedder import DEFAULT_MPP, EmbedReport, EmbedSettings, SlideEmbedder, default_workers
 from .reader import Slide
+from .reading_process import reading_process
 from .regions import SlideInput, read_inputs
 from .resolution import is_credible
 from .store import EmbeddingStore
@@ -66,6 +67,7 @@ def embed_slides(
     _check_arguments(slides, settings, slide_mpp, tissue_mask)
     state = _process_state(device)
     chosen = torch_device(device) if device is not None and state.num_processes == 1 else state.device
+    reading_process()  # starts while the model is loaded
     model, processor = load_model(model_source, chosen, dtype)
     embedder = SlideEmbedder(
         model,
