@@ -9,6 +9,8 @@ Nothing here waits for the device: the number of tiles is an upper bound compute
 beyond the last one are empty.
 """
 
+import itertools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -49,14 +51,15 @@ def attention_tile_size(window_size: int | None) -> int:
 def attention_tiles(grid: TokenGrid) -> AttentionTiles:
     """The tiles of a grid, which all layers share."""
     tile_size = attention_tile_size(grid.window_size)
-    image_offsets = _starts(per_image(grid.counts, grid.device) + grid.num_global_tokens)
+    image_offsets = _starts([count + grid.num_global_tokens for count in grid.counts], grid.device)
     rows = _block_rows(grid)
     # One element per tile; those beyond the last tile are made of the last block row, and empty.
-    first_tiles = _starts(-((rows.start - rows.end) // tile_size))
+    num_tiles = -((rows.start - rows.end) // tile_size)
+    end_tiles = num_tiles.cumsum(dim=0)
     tile = torch.arange(_most_tiles(grid, tile_size), device=grid.device)
-    row = torch.searchsorted(first_tiles[1:], tile, right=True).clamp(max=len(rows.image) - 1)
+    row = torch.searchsorted(end_tiles, tile, right=True).clamp(max=len(rows.image) - 1)
     rows = _BlockRows(*(of_row[row] for of_row in rows))
-    start = torch.minimum(rows.start + (tile - first_tiles[row]) * tile_size, rows.end)
+    start = torch.minimum(rows.start + (tile - (end_tiles - num_tiles)[row]) * tile_size, rows.end)
     end = torch.minimum(start + tile_size, rows.end)
     num_globals_before = grid.num_global_tokens * (rows.image + 1)
     last_patch = len(grid.blocks) - 1
@@ -101,10 +104,12 @@ def _block_rows(grid: TokenGrid) -> _BlockRows:
     num_rows = per_image([rows for rows, _ in grid.block_counts], grid.device)
     num_columns = per_image([columns for _, columns in grid.block_counts], grid.device)
     row = torch.arange(sum(rows for rows, _ in grid.block_counts), device=grid.device)
-    first_rows = _starts(num_rows)
-    image = torch.searchsorted(first_rows[1:], row, right=True)
+    first_rows = _starts([rows for rows, _ in grid.block_counts], grid.device)
+    # A sum, not a slice of the starts, because inductor takes no slice to search in.
+    image = torch.searchsorted(first_rows[:-1] + num_rows, row, right=True)
     row = row - first_rows[image]
-    entry = _starts(num_rows * (num_columns + 1))[image] + row * (num_columns[image] + 1)
+    first_entries = _starts([rows * (columns + 1) for rows, columns in grid.block_counts], grid.device)
+    entry = first_entries[image] + row * (num_columns[image] + 1)
     start, end = grid.block_offsets[entry], grid.block_offsets[entry + num_columns[image]]
     return _BlockRows(image, row, num_rows[image] - 1, num_columns[image] - 1, entry, start, end)
 
@@ -143,6 +148,11 @@ def _most_tiles(grid: TokenGrid, tile_size: int) -> int:
     return min(most, (sum(grid.counts) + total_block_rows * (tile_size - 1)) // tile_size)
 
 
-def _starts(sizes: torch.Tensor) -> torch.Tensor:
-    """(n + 1,) where each of n consecutive pieces starts, and where the last one ends."""
-    return torch.nn.functional.pad(sizes.cumsum(dim=0), (1, 0))
+def _starts(sizes: Sequence[int], device: torch.device) -> torch.Tensor:
+    """(n + 1,) where each of n consecutive pieces starts, and where the last one ends.
+
+    Added up on the host: inductor of torch 2.11 fails on the cumulative sum of a tensor filled with a symbolic number.
+    """
+    if all(size == sizes[0] for size in sizes):
+        return torch.arange(len(sizes) + 1, device=device) * sizes[0]
+    return per_image(list(itertools.accumulate(sizes, initial=0)), device)

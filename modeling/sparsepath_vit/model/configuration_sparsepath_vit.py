@@ -150,8 +150,8 @@ class SparsePathViTConfig(ConfigRemoteCodeMixin, BackboneConfigMixin, PreTrained
             with pruning off. Pooled features do not change.
         hidden_dropout, attention_dropout, drop_path_rate (`float`): regularisation in training.
         initializer_range (`float`): standard deviation of the weight initialisation.
-        chunk_size_feed_forward (`int`): tokens per MLP chunk at inference; 0 runs all at once. Bounds the peak memory
-            by the hidden states instead of the wide MLP activation.
+        chunk_size_feed_forward (`int`): tokens per MLP chunk at inference, on CUDA four times as many; 0 runs all at
+            once. Bounds the peak memory by the hidden states instead of the wide MLP activation.
         apply_layernorm (`bool`): whether the backbone normalises its feature maps.
 
     Example:

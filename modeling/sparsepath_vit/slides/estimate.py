@@ -15,6 +15,7 @@ from transformers import AutoModel
 
 from ..model.configuration_sparsepath_vit import SparsePathViTConfig
 from ..model.embeddings import token_grid_of_sizes
+from ..model.encoder_sparsepath_vit import feed_forward_chunk_size
 from ..model.token_grid import TokenGrid
 from ..model.token_pruning import num_kept
 from ..runtime.compute import torch_device, weight_dtype
@@ -223,7 +224,7 @@ class _Probe:
         attention = extra[1] + slope * (tokens - sizes[1])
         embedding = extra[1] + row * (tokens - sizes[1])
         widths = (4 if config.mlp_type == "swiglu" else 2) * config.intermediate_size + 3 * config.hidden_size
-        chunk = min(tokens, chunk_size or tokens)
+        chunk = min(tokens, feed_forward_chunk_size(self.model.config, self.device) or tokens)
         mlp = 4 * tokens * row + chunk * widths * itemsize
         return self.idle_bytes + self._full_weight_bytes() + max(attention, embedding, mlp)
 
