@@ -1,18 +1,15 @@
 # Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
-"""The fused kernels of a layer against float64: each result is rounded once. Interpreted on a CPU, compiled on a GPU."""
+"""The fused kernels of a layer against float64: each result is rounded once.
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+They run interpreted on a CPU, compiled on a GPU.
+"""
 
 import pytest
 import torch
 from small_models import small_model
 
 from sparsepath_vit import SparsePathViTModel
-from sparsepath_vit.model import encoder_sparsepath_vit, fused_elementwise
+from sparsepath_vit.model import fused_elementwise
 from sparsepath_vit.model.encoder_sparsepath_vit import feed_forward_chunk_size
 
 pytest.importorskip("triton")

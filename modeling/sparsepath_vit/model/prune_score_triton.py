@@ -1,5 +1,5 @@
 # Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
-# ruff: noqa: ANN001, ANN202 (Triton infers types)
+# ruff: noqa: ANN001, ANN201, ANN202 (Triton infers types)
 """The prune score on NVIDIA GPUs, in two launches; `token_pruning.py` holds the specification.
 
 The first launch takes the log-sum-exp of each global query's logits over a split of its image's keys. The second walks
