@@ -96,3 +96,31 @@ def test_tiles_are_made_without_reading_the_device():
 
 def test_large_blocks_get_large_tiles():
     assert [attention_tile_size(window) for window in (2, 8, 15, 16, 64, None)] == [64, 64, 64, 128, 128, 128]
+
+
+class Lowered(Exception):
+    """Inductor took the graph; its code is not compiled, which takes a CPU a minute."""
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("is_dynamic", [True, False], ids=["symbolic sizes", "fixed sizes"])
+def test_inductor_takes_the_making_of_the_tables(is_dynamic, batch, monkeypatch):
+    """torch 2.11 failed on the cumulative sum of a filled tensor, and, on GPUs, on a search in a slice."""
+    from torch._inductor.graph import GraphLowering
+
+    def stop(self):
+        raise Lowered("lowered")
+
+    monkeypatch.setattr(GraphLowering, "compile_to_module", stop)
+    monkeypatch.setattr(GraphLowering, "has_feature", lambda *_: True)  # the searches of a GPU
+
+    def tables(pixels):
+        size = (pixels.shape[2] // 4, pixels.shape[3] // 4)
+        grid = TokenGrid.create([size] * batch, num_global_tokens=3, window_size=4, device=pixels.device)
+        pruned = grid.select(torch.arange(0, sum(grid.counts), 2), [count // 2 for count in grid.counts])
+        return attention_tiles(grid).table, attention_tiles(pruned).table
+
+    torch._dynamo.reset()
+    compiled = torch.compile(tables, fullgraph=True, dynamic=is_dynamic)
+    with torch._inductor.config.patch(force_disable_caches=True), pytest.raises(Exception, match="lowered"):
+        compiled(torch.empty(batch, 3, 40, 48))

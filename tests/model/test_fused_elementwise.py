@@ -14,7 +14,8 @@ from sparsepath_vit.model.encoder_sparsepath_vit import feed_forward_chunk_size
 
 pytest.importorskip("triton")
 
-from sparsepath_vit.model.attention_triton import IS_INTERPRETED
+from sparsepath_vit.model import fused_elementwise_triton
+from sparsepath_vit.model.attention_triton_launch import IS_INTERPRETED
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu" and not IS_INTERPRETED:
@@ -39,8 +40,10 @@ def kernels(monkeypatch):
     launches = []
     monkeypatch.setattr(fused_elementwise, "kernels_run_on", lambda device: True)
     for name in ("launch_add_scaled", "launch_gated_silu"):
-        launch = getattr(fused_elementwise, name)
-        monkeypatch.setattr(fused_elementwise, name, lambda *a, launch=launch: launches.append(launch) or launch(*a))
+        launch = getattr(fused_elementwise_triton, name)
+        monkeypatch.setattr(
+            fused_elementwise_triton, name, lambda *a, launch=launch: launches.append(launch) or launch(*a)
+        )
     return launches
 
 

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sparsepath_vit import SparsePathViTModel
-from sparsepath_vit.model import attention_backends
+from sparsepath_vit.model import attention_backends, prune_score_operator
 
 
 class NoTensorsOfTheHost(TorchDispatchMode):
@@ -41,6 +41,7 @@ def fake_cuda():
 def test_a_forward_with_pruning_never_waits_for_the_device(batch, image_sizes, pooling, monkeypatch):
     monkeypatch.setattr(attention_backends, "_missing", lambda name, device: None)
     monkeypatch.setattr(attention_backends, "_unwanted", lambda name, device: None)
+    monkeypatch.setattr(prune_score_operator, "kernels_run_on", lambda device: True)
     config = small_config(prune_ratio=0.5, pooling=pooling)
     with torch.device("meta"):
         model = SparsePathViTModel(config).eval()

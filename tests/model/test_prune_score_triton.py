@@ -6,12 +6,12 @@ import torch
 from small_models import random_mask
 
 from sparsepath_vit import TokenGrid
-from sparsepath_vit.model import token_pruning
+from sparsepath_vit.model import prune_score_operator, token_pruning
 
 pytest.importorskip("triton")
 
 from sparsepath_vit.model import prune_score_triton as kernel
-from sparsepath_vit.model.attention_triton import IS_INTERPRETED
+from sparsepath_vit.model.attention_triton_launch import IS_INTERPRETED
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu" and not IS_INTERPRETED:
@@ -35,7 +35,7 @@ def poisoned_memory():
 @pytest.fixture(autouse=True)
 def kernel_runs(monkeypatch):
     """`prune_scores` takes the kernel, interpreted or not, with splits small enough that these images have several."""
-    monkeypatch.setattr(token_pruning, "kernels_run_on", lambda device: True)
+    monkeypatch.setattr(prune_score_operator, "kernels_run_on", lambda device: True)
     monkeypatch.setattr(kernel, "_TOKENS_PER_SPLIT", 30)
 
 
@@ -103,7 +103,7 @@ def test_large_logits_do_not_overflow():
 
 
 def test_what_the_kernel_does_not_take_runs_in_torch(monkeypatch):
-    monkeypatch.setattr(token_pruning, "prune_score_operator", lambda *_: pytest.fail("the kernel was called"))
+    monkeypatch.setattr(token_pruning, "kernel_prune_scores", lambda *_: pytest.fail("the kernel was called"))
     for dtype, head_dim, num_globals in [(torch.float64, 16, 1), (torch.float32, 144, 1), (torch.float32, 16, 65)]:
         grid = TokenGrid.create([(2, 3)], num_global_tokens=num_globals, window_size=4, device=DEVICE)
         assert token_pruning.prune_scores(*states(grid, 1, head_dim, dtype), grid, scale=0.1).isfinite().all()
@@ -113,4 +113,4 @@ def test_the_operator_passes_the_checks_of_torch_library():
     grid = TokenGrid.create([(5, 3)], num_global_tokens=2, window_size=4, device=DEVICE)
     packed = [part.transpose(1, 2).reshape(-1, 2, 16) for part in states(grid, 2, 16, torch.float32)]
     offsets = torch.tensor(grid.image_offsets, device=DEVICE)
-    torch.library.opcheck(kernel.prune_score_operator, (*packed, offsets, 15, 2, 0.25, "attention_value"))
+    torch.library.opcheck(prune_score_operator._prune_scores, (*packed, offsets, 15, 2, 0.25, "attention_value"))

@@ -5,7 +5,8 @@ The torch form of each function is the specification. It runs in training, on th
 inductor fuses it and its neighbours itself: a custom operator would move as many bytes and stand in the way of fusing
 the next layer's norm. In eager inference on NVIDIA GPUs a Triton kernel runs instead. It computes in float32 and rounds
 each result once, where the torch form rounds after every operation, so that in 16 bits it is the closer to the exact
-result; the norm is that of the sum before it is rounded.
+result; the norm is that of the sum before it is rounded. The kernels are imported when first launched, as those of
+attention are.
 
 Bytes moved for N tokens of width C in 16 bits, in units of 2 N C, C the width and the gated MLP 16/3 C wide as in
 UNI2-h: LayerScale, residual and norm 4 instead of 7, LayerScale and residual 3 instead of 5, SwiGLU 8 instead of 13.3.
@@ -14,12 +15,7 @@ UNI2-h: LayerScale, residual and norm 4 instead of 7, LayerScale and residual 3 
 import torch
 from torch import nn
 
-try:
-    from .fused_elementwise_triton import launch_add_scaled, launch_gated_silu
-
-    _HAS_TRITON = True
-except ImportError:
-    _HAS_TRITON = False
+from .attention_triton import is_installed
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # A program of the kernel holds whole rows in its registers.
@@ -29,7 +25,7 @@ _MOST_CHANNELS = 8192
 @torch.compiler.assume_constant_result
 def kernels_run_on(device: torch.device) -> bool:
     """Whether Triton kernels run on a device; those that the interpreter runs on the CPU are for tests only."""
-    if not _HAS_TRITON or device.type != "cuda" or not torch.cuda.is_available() or torch.version.hip:
+    if device.type != "cuda" or not torch.cuda.is_available() or torch.version.hip or not is_installed():
         return False
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
@@ -82,6 +78,8 @@ def add_scaled_and_normalise(
         The sum and the normalised sum, each (..., width), both new tensors.
     """
     if _fuses_sum(residual, branch, scale, norm.weight, norm.bias):
+        from .fused_elementwise_triton import launch_add_scaled
+
         total = torch.empty_like(residual)
         return total, launch_add_scaled(residual, branch, scale, total, norm)
     total = residual + (branch if scale is None else branch * scale)
@@ -97,6 +95,8 @@ def add_scaled_(residual: torch.Tensor, branch: torch.Tensor, scale: torch.Tenso
     """
     if not _fuses_sum(residual, branch, scale):
         return residual.add_(branch if scale is None else branch * scale)
+    from .fused_elementwise_triton import launch_add_scaled
+
     launch_add_scaled(residual, branch, scale, residual)
     return residual
 
@@ -113,6 +113,8 @@ def gated_silu(packed: torch.Tensor, may_fuse: bool = True) -> torch.Tensor:
         (..., width).
     """
     if may_fuse and fuses(packed):
+        from .fused_elementwise_triton import launch_gated_silu
+
         return launch_gated_silu(packed)
     gate, value = packed.chunk(2, dim=-1)
     return nn.functional.silu(gate) * value

@@ -12,7 +12,7 @@ except ImportError as error:
 
 # A program holds about so many numbers of each operand: 32 a thread, in 16-byte loads.
 _NUMBERS_PER_PROGRAM = 4096
-_NUM_WARPS = 4
+NUM_WARPS = 4
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -96,7 +96,7 @@ def launch_add_scaled(
             SCALES=scale is not None,
             NORMALISES=norm is not None,
             BLOCK_M=block,
-            num_warps=_NUM_WARPS,
+            num_warps=NUM_WARPS,
         )
     return normalised
 
@@ -108,6 +108,6 @@ def launch_gated_silu(packed: torch.Tensor) -> torch.Tensor:
     block = gated_silu_block(width)
     with torch.cuda.device_of(packed):
         gated_silu_kernel[(output.numel() // width, triton.cdiv(width, block))](
-            packed, output, WIDTH=width, BLOCK_N=block, num_warps=_NUM_WARPS
+            packed, output, WIDTH=width, BLOCK_N=block, num_warps=NUM_WARPS
         )
     return output

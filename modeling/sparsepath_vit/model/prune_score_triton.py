@@ -1,6 +1,6 @@
 # Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
 # ruff: noqa: ANN001, ANN201, ANN202 (Triton infers types)
-"""The prune score on NVIDIA GPUs, in two launches; `token_pruning.py` holds the specification.
+"""The prune score on NVIDIA GPUs, in two launches; `prune_score_operator.py` calls them.
 
 The first launch takes the log-sum-exp of each global query's logits over a split of its image's keys. The second walks
 the heads for a tile of keys and adds up what these receive. The keys are read twice, and nothing as long as they are is
@@ -17,12 +17,9 @@ try:
 except ImportError as error:
     raise ImportError("The prune score kernel needs Triton, which is not installed: pip install triton.") from error
 
-KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-MOST_HEAD_DIM, MOST_QUERIES = 128, 64
-
-_MAX_SPLITS = 64
+MAX_SPLITS = 64
 _TOKENS_PER_SPLIT = 1024
-_NUM_WARPS = 4
+NUM_WARPS = 4
 
 
 @triton.jit
@@ -35,13 +32,13 @@ def _load_rows(states_ptr, tokens, stride, is_token, HEAD_DIM: tl.constexpr):
 
 @triton.jit(do_not_specialize=["num_splits"])
 def split_logsumexp_kernel(
-    query_ptr, key_ptr, logsumexp_ptr, image_ptr, query_stride, query_head_stride, key_stride, key_head_stride,
+    query_ptr, key_ptr, logsumexp_ptr, image_offset_ptr, query_stride, query_head_stride, key_stride, key_head_stride,
     num_splits, logit_scale, NUM_QUERIES: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_G: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """(images, heads, splits, queries); -inf where a split has no key. Grid (images * splits, heads)."""
     image, split, head = tl.program_id(0) // num_splits, tl.program_id(0) % num_splits, tl.program_id(1).to(tl.int64)
-    start, end = tl.load(image_ptr + image), tl.load(image_ptr + image + 1)
+    start, end = tl.load(image_offset_ptr + image), tl.load(image_offset_ptr + image + 1)
     split_size = tl.cdiv(end - start, num_splits)
     first = start + split * split_size
     last = tl.minimum(first + split_size, end)
@@ -65,14 +62,14 @@ def split_logsumexp_kernel(
 
 @triton.jit(do_not_specialize=["num_heads", "num_splits"])
 def prune_score_kernel(
-    query_ptr, key_ptr, value_ptr, logsumexp_ptr, image_ptr, score_ptr, query_stride, query_head_stride, key_stride,
-    key_head_stride, value_stride, value_head_stride, num_heads, num_splits, logit_scale, NUM_GLOBALS: tl.constexpr,
+    query_ptr, key_ptr, value_ptr, logsumexp_ptr, image_offset_ptr, score_ptr, query_stride, query_head_stride,
+    key_stride, key_head_stride, value_stride, value_head_stride, num_heads, num_splits, logit_scale, NUM_GLOBALS: tl.constexpr,
     NUM_QUERIES: tl.constexpr, WEIGHS_VALUES: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_G: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Scores of BLOCK_N patch tokens of one image; grid (tiles of the longest image, images)."""
     image = tl.program_id(1)
-    start, end = tl.load(image_ptr + image), tl.load(image_ptr + image + 1)
+    start, end = tl.load(image_offset_ptr + image), tl.load(image_offset_ptr + image + 1)
     tokens = start + NUM_GLOBALS + tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     is_token = tokens < end
     queries, splits = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_S)
@@ -127,7 +124,7 @@ def launch_prune_scores(
     num_tokens, num_heads, head_dim = query.shape
     num_images = len(image_offsets) - 1
     num_queries = 1 if kind == "cls_attention" else num_global_tokens
-    num_splits = min(_MAX_SPLITS, triton.cdiv(num_tokens, num_images * _TOKENS_PER_SPLIT))
+    num_splits = min(MAX_SPLITS, triton.cdiv(num_tokens, num_images * _TOKENS_PER_SPLIT))
     block_g = max(16, triton.next_power_of_2(num_queries))
     block_n = score_block(query.dtype)
     shape = {"NUM_QUERIES": num_queries, "HEAD_DIM": head_dim, "BLOCK_G": block_g, "BLOCK_N": block_n}
@@ -137,24 +134,19 @@ def launch_prune_scores(
     logit_scale = scale * math.log2(math.e)
     with torch.cuda.device_of(query):
         split_logsumexp_kernel[(num_images * num_splits, num_heads)](
-            query, key, logsumexp, image_offsets, *strides[:4], num_splits, logit_scale, **shape, num_warps=_NUM_WARPS
+            query, key, logsumexp, image_offsets, *strides[:4], num_splits, logit_scale, **shape, num_warps=NUM_WARPS
         )
         prune_score_kernel[(triton.cdiv(most_patch_tokens, block_n), num_images)](
-            query,
-            key,
-            value,
-            logsumexp,
-            image_offsets,
-            scores,
+            *(query, key, value, logsumexp, image_offsets, scores),
             *strides,
             num_heads,
             num_splits,
             logit_scale,
             NUM_GLOBALS=num_global_tokens,
             WEIGHS_VALUES=kind == "attention_value",
-            BLOCK_S=_MAX_SPLITS,
+            BLOCK_S=MAX_SPLITS,
             **shape,
-            num_warps=_NUM_WARPS,
+            num_warps=NUM_WARPS,
         )
     return scores
 
@@ -162,33 +154,3 @@ def launch_prune_scores(
 def score_block(dtype: torch.dtype) -> int:
     """Keys that a program takes at a time."""
     return 32 if dtype == torch.float32 else 64
-
-
-@torch.library.custom_op("sparsepath_vit::prune_scores", mutates_args=())
-def prune_score_operator(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    image_offsets: torch.Tensor,
-    most_patch_tokens: int,
-    num_global_tokens: int,
-    scale: float,
-    kind: str,
-) -> torch.Tensor:
-    """`launch_prune_scores` as one node of a compiled graph."""
-    return launch_prune_scores(query, key, value, image_offsets, most_patch_tokens, num_global_tokens, scale, kind)
-
-
-@prune_score_operator.register_fake
-def _prune_score_fake(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    image_offsets: torch.Tensor,
-    most_patch_tokens: int,
-    num_global_tokens: int,
-    scale: float,
-    kind: str,
-) -> torch.Tensor:
-    num_scored = query.shape[0] - (image_offsets.shape[0] - 1) * num_global_tokens
-    return query.new_empty(num_scored, dtype=torch.float32)

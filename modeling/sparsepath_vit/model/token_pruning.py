@@ -12,13 +12,8 @@ from typing import NamedTuple
 import torch
 from transformers.utils.generic import maybe_autocast
 
-from .fused_elementwise import kernels_run_on
-from .token_grid import TokenGrid, per_image
-
-try:
-    from .prune_score_triton import KERNEL_DTYPES, MOST_HEAD_DIM, MOST_QUERIES, prune_score_operator
-except ImportError:
-    prune_score_operator = None
+from .prune_score_operator import has_prune_score_kernel, kernel_prune_scores
+from .token_grid import TokenGrid
 
 
 class Pruning(NamedTuple):
@@ -144,8 +139,8 @@ def prune_scores(
     """
     # Autocast would compute the logits in its lower precision.
     with torch.no_grad(), maybe_autocast(query.device.type, enabled=False):
-        if _has_kernel(query, grid.num_global_tokens):
-            return _kernel_scores(query, key, value, grid, scale, kind)
+        if has_prune_score_kernel(query, grid):
+            return kernel_prune_scores(query, key, value, grid, scale, kind)
         if grid.is_uniform:
             return _image_scores(query, key, value, grid.num_global_tokens, scale, kind).reshape(-1)
         bounds = zip(grid.image_offsets[:-1], grid.image_offsets[1:], strict=True)
@@ -156,23 +151,6 @@ def prune_scores(
             for start, end in bounds
         ]
         return torch.cat(scores, dim=1).reshape(-1)
-
-
-def _has_kernel(query: torch.Tensor, num_global_tokens: int) -> bool:
-    if prune_score_operator is None or not kernels_run_on(query.device):
-        return False
-    return query.dtype in KERNEL_DTYPES and query.shape[-1] <= MOST_HEAD_DIM and num_global_tokens <= MOST_QUERIES
-
-
-def _kernel_scores(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, grid: TokenGrid, scale: float, kind: str
-) -> torch.Tensor:
-    """What `_image_scores` computes, for all images in two launches where it takes seven a head."""
-    heads, head_dim = query.shape[1], query.shape[3]
-    # (batch, heads, tokens, head_dim) -> (batch * tokens, heads, head_dim): a view of a fused projection
-    packed = [states.transpose(1, 2).reshape(-1, heads, head_dim) for states in (query, key, value)]
-    image_offsets = per_image(grid.image_offsets, query.device)
-    return prune_score_operator(*packed, image_offsets, max(grid.counts), grid.num_global_tokens, scale, kind)
 
 
 def _image_scores(
