@@ -63,9 +63,9 @@ def split_logsumexp_kernel(
 @triton.jit(do_not_specialize=["num_heads", "num_splits"])
 def prune_score_kernel(
     query_ptr, key_ptr, value_ptr, logsumexp_ptr, image_offset_ptr, score_ptr, query_stride, query_head_stride,
-    key_stride, key_head_stride, value_stride, value_head_stride, num_heads, num_splits, logit_scale, NUM_GLOBALS: tl.constexpr,
-    NUM_QUERIES: tl.constexpr, WEIGHS_VALUES: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_G: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr,
+    key_stride, key_head_stride, value_stride, value_head_stride, num_heads, num_splits, logit_scale,
+    NUM_GLOBALS: tl.constexpr, NUM_QUERIES: tl.constexpr, WEIGHS_VALUES: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Scores of BLOCK_N patch tokens of one image; grid (tiles of the longest image, images)."""
     image = tl.program_id(1)
