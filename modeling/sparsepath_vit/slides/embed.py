@@ -15,7 +15,7 @@ from ..runtime.compute import torch_device
 from ..runtime.load_model import load_model
 from ..runtime.model_identity import model_identity
 from .embedder import DEFAULT_MPP, EmbedSettings, SlideEmbedder, default_workers
-from .folders import report_left_out
+from .folders import LeftOut, report_left_out
 from .reader import Slide
 from .regions import SlideInput, find_inputs
 from .report import EmbedReport
@@ -68,8 +68,6 @@ def embed_slides(
     slides = _by_name(inputs)
     _check_arguments(slides, settings, slide_mpp, tissue_mask)
     state = _process_state(device)
-    if state.is_main_process:
-        report_left_out(left_out)
     chosen = torch_device(device) if device is not None and state.num_processes == 1 else state.device
     model, processor = load_model(model_source, chosen, dtype)
     embedder = SlideEmbedder(
@@ -87,12 +85,19 @@ def embed_slides(
         store = EmbeddingStore(out, {**model_identity(model, processor), **asdict(settings), "mpp": embedder.mpp})
         if state.is_main_process:
             store.forget_failures(item.path for item in slides.values())
-            embedder.report.left_out = [(str(path), reason) for path, reason in left_out]
-            store.record_left_out(embedder.report.left_out)
+            embedder.report.left_out = _record_left_out(left_out, store)
     with state.split_between_processes(list(slides)) as names:
         embedder.run({name: slides[name] for name in names}, store)
     state.wait_for_everyone()
     return EmbedReport.of_processes(gather_object([embedder.report]))
+
+
+def _record_left_out(left_out: Sequence[LeftOut], store: EmbeddingStore) -> list[tuple[str, str]]:
+    """Logs and lists what is left out, and returns it as the report holds it."""
+    report_left_out(left_out)
+    entries = [(str(path), reason) for path, reason in left_out]
+    store.record_left_out(entries)
+    return entries
 
 
 def _check_arguments(

@@ -173,7 +173,7 @@ class SlideEmbedder:
             logger.warning("%s: %s", item.path, reason)
             store.record_failure(item.path, reason)
         for reason in impossible.values():
-            logger.warning("%s: %s", item.path, reason)
+            logger.warning("%s", reason)
             store.record_failure(item.path, reason)
         self.report.regions_without_tissue += len(skipped)
         self.report.impossible_regions += len(impossible)
