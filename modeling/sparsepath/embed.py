@@ -10,7 +10,7 @@ from . import options
 from .console import say
 
 if TYPE_CHECKING:
-    from sparsepath_vit.slides.embedder import EmbedReport
+    from sparsepath_vit.slides import EmbedReport
 
 EXAMPLES = (
     "Examples:  `sparsepath embed slides/ --model ./uni2-h --out embeddings`   ·   "
