@@ -36,7 +36,7 @@ class Region:
 
 @dataclass(frozen=True)
 class Box:
-    """A rectangle of a slide, all in level-0 pixels, as manifests give it."""
+    """A rectangle of a slide, all in level-0 pixels from the corner of `Slide.frame`, as manifests give it."""
 
     x: int
     y: int
@@ -51,15 +51,16 @@ class Box:
             SlideError: the box is not inside the slide.
         """
         slide_width, slide_height = slide.dimensions
-        right, bottom = self.x + self.width, self.y + self.height
-        if self.x < 0 or self.y < 0 or right > slide_width or bottom > slide_height:
+        x, y = self.x + slide.frame[0], self.y + slide.frame[1]
+        right, bottom = x + self.width, y + self.height
+        if x < 0 or y < 0 or right > slide_width or bottom > slide_height:
             raise SlideError(
-                f"the region x={self.x}..{right}, y={self.y}..{bottom} (level-0 pixels) is not inside {slide.path}, "
+                f"the region x={x}..{right}, y={y}..{bottom} (level-0 pixels) is not inside {slide.path}, "
                 f"which is {slide_width} x {slide_height}: move or shrink it."
             )
         scale_x, scale_y = slide.scale(mpp)
         width, height = math.floor(self.width / scale_x + 1e-6), math.floor(self.height / scale_y + 1e-6)
-        return Region(self.x, self.y, width, height, self.label)
+        return Region(x, y, width, height, self.label)
 
 
 @dataclass(frozen=True)
