@@ -26,8 +26,8 @@ TissueMask = Annotated[
 Origin = Annotated[
     Literal["bounds", "slide"],
     typer.Option(
-        help="Where coordinates (annotations, tables, results) start on a slide that states its scanned area: there, as "
-        "in QuPath (bounds), or at the corner of level 0, as in OpenSlide (slide)."
+        help="Where coordinates (annotations, tables, results) start on a slide that states its scanned area: there, "
+        "as in QuPath (bounds), or at the corner of level 0, as in OpenSlide (slide)."
     ),
 ]
 Workers = Annotated[int | None, typer.Option(min=1, help="Threads that read ahead; one per core, at most 8.")]

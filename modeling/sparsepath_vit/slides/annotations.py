@@ -157,7 +157,10 @@ def _ring(text: str) -> Ring | None:
         return None
     vertices = text.count("]")
     size = numbers.count(",") + 1
-    values = np.fromstring(numbers, dtype=float, sep=",")
+    try:
+        values = np.fromstring(numbers, dtype=float, sep=",")
+    except ValueError:  # older NumPy warns and ends there
+        values = np.empty(0)
     if len(values) != size or size % vertices or size // vertices < 2 or not np.isfinite(values).all():
         raise ValueError(f"the ring that starts with {numbers[:60]} is no list of (x, y)")
     return values.reshape(vertices, -1)[:, :2]

@@ -21,7 +21,7 @@ from .samples import Samples
 from .tissue import TissueMask, find_tissue
 
 _TISSUE_COLOR, _REGION_COLOR, _FRAME_COLOR = (44, 160, 80), (44, 111, 176), (214, 69, 65)
-_TISSUE_OPACITY = 0.35
+_TISSUE_OPACITY = 0.25
 _TITLE_HEIGHT = 24
 _MOST_LISTED = 8
 
@@ -105,19 +105,20 @@ def _inspect_open_slide(
     """Adds what the pixels tell, as far as they can be had."""
     tissue, regions = None, []
     mpp = DEFAULT_MPP if settings.mpp is None else settings.mpp
+    found.facts += _slide_facts(slide, description)
     try:
-        found.facts += _slide_facts(slide, description)
         overview = slide.thumbnail(max_size)
+    except SlideError as error:
+        found.problems.append(str(error))
+        return
+    try:
         found.facts.append(("resolution", _resolution(slide, description)))
         tissue = find_tissue(slide, tissue_mask)
-        # Of the slide's whole area, and of what was scanned where that is less.
         found.facts.append(("tissue", _tissue_share(slide, tissue)))
         regions = _regions(slide, tissue, settings, patch_size, mpp)
         found.facts.append(("embed", _what_embed_does(slide, tissue, regions, settings, patch_size, mpp)))
     except SlideError as error:
         found.problems.append(str(error))
-        if "overview" not in locals():
-            return
     found.picture = _picture(overview, slide, tissue, regions, mpp)
 
 
@@ -203,8 +204,8 @@ def _what_embed_does(
     enlarged = slide.enlargement(mpp)
     note = f"; enlarged {enlarged:.3g} times, which adds no detail" if enlarged > 1.01 else ""
     return (
-        f"{where} at {mpp:g} micrometres per pixel ({width:,} x {height:,} px in all), {sum(tokens):,} tissue tokens of "
-        f"patch size {patch_size}, at most {max(tokens):,} a forward{note}"
+        f"{where} at {mpp:g} micrometres per pixel ({width:,} x {height:,} px in all), {sum(tokens):,} tissue tokens "
+        f"of patch size {patch_size}, at most {max(tokens):,} a forward{note}"
     )
 
 
