@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .estimate import estimate_for
     from .forward import Embedding, embed_regions, embed_slide
     from .heatmap import read_token_values, write_heatmap
+    from .inspection import Inspection, inspect_slide
     from .reader import Slide
     from .regions import Region, read_inputs, tissue_regions
     from .report import EmbedReport
@@ -29,6 +30,7 @@ __getattr__, __dir__ = lazy_names(
         "estimate": ("estimate_for",),
         "forward": ("Embedding", "embed_regions", "embed_slide"),
         "heatmap": ("read_token_values", "write_heatmap"),
+        "inspection": ("Inspection", "inspect_slide"),
         "reader": ("Slide",),
         "regions": ("Region", "read_inputs", "tissue_regions"),
         "report": ("EmbedReport",),
@@ -42,6 +44,7 @@ __all__ = [
     "EmbedSettings",
     "Embedding",
     "EmbeddingStore",
+    "Inspection",
     "Region",
     "Slide",
     "SlideDescription",
@@ -54,6 +57,7 @@ __all__ = [
     "embed_slides",
     "estimate_for",
     "find_tissue",
+    "inspect_slide",
     "read_inputs",
     "read_token_values",
     "tissue_regions",

@@ -51,6 +51,7 @@ class EmbedSettings:
         minimum_tissue: share of tissue tokens below which a region is left out; 0 leaves out none that has any.
         whole_slide: all tissue of a slide in one forward instead of regions.
         dense: whether to store the features of the patch tokens too.
+        origin: where coordinates of annotations, manifests and results start; see `Slide`.
     """
 
     mpp: float | None = None
@@ -59,6 +60,7 @@ class EmbedSettings:
     minimum_tissue: float = 0.0
     whole_slide: bool = False
     dense: bool = False
+    origin: str = "bounds"
 
 
 class SlideEmbedder:
@@ -145,7 +147,7 @@ class SlideEmbedder:
 
     def _make(self, name: str, item: SlideInput, mask_file: str | Path | None, writer: SlideWriter) -> None:
         """Embeds one slide into its file."""
-        with open_slide(item.path, item.mpp or self.slide_mpp, self.settings.mpp) as slide:
+        with open_slide(item.path, item.mpp or self.slide_mpp, self.settings.mpp, self.settings.origin) as slide:
             tissue = find_tissue(slide, mask_file)
             regions, blank, impossible = self._regions(slide, tissue, item)
             with writer, closing(self._embed(slide, tissue, regions, name)) as embeddings:
@@ -305,6 +307,7 @@ class SlideEmbedder:
             "target_magnification": round(10 / mpp),
             "level0_width": slide.dimensions[0],
             "level0_height": slide.dimensions[1],
+            "origin_level0": slide.frame[:2],  # the level-0 pixel that all coordinates in the file count from
         }
         writer.describe("coords", attributes)
         writer.describe("features", {"name": name, **({"label": item.label} if item.label else {})})
@@ -320,12 +323,12 @@ def _rows(boxes: Iterable[Box]) -> np.ndarray:
     return np.asarray([[box.x, box.y, box.width, box.height] for box in boxes], dtype=np.int64)
 
 
-def open_slide(path: Path, slide_mpp: float | None, mpp: float | None) -> Slide:
+def open_slide(path: Path, slide_mpp: float | None, mpp: float | None, origin: str = "bounds") -> Slide:
     """Opens a slide; where neither it nor `slide_mpp` gives its resolution, an explicit target `mpp` does."""
-    slide = Slide(path, mpp=slide_mpp)
+    slide = Slide(path, mpp=slide_mpp, origin=origin)
     if slide_mpp is None and mpp is not None and not slide.states_mpp:
         logger.warning("%s does not state its resolution; taken to be %g micrometres per pixel.", path, mpp)
-        return Slide(path, mpp=mpp)
+        return Slide(path, mpp=mpp, origin=origin)
     return slide
 
 
@@ -337,9 +340,9 @@ def default_workers() -> int:
 def _write(
     writer: SlideWriter, slide: Slide, region: Region, embedding: Embedding, mpp: float, patch_size: int
 ) -> None:
-    """Adds a region to the file; token coordinates are level-0 pixels of their top left corners, like the region's."""
+    """Adds a region to the file; coordinates of regions and tokens are those of their top left corners in the frame."""
     scale = np.asarray(slide.scale(mpp))
-    corner = np.asarray([region.x, region.y])
+    corner = np.asarray([region.x, region.y]) - slide.frame[:2]  # level-0 pixels
 
     def level0(positions: np.ndarray) -> np.ndarray:  # (tokens, 2) row, column -> x, y
         return np.rint(corner + positions[:, ::-1] * patch_size * scale).astype(np.int64)

@@ -92,7 +92,7 @@ def estimate_for(
     if size is not None:
         return estimate_size(config, size, size, chosen, number_type)
     workers = workers or default_workers()
-    with open_slide(Path(slide), slide_mpp, settings.mpp) as opened:
+    with open_slide(Path(slide), slide_mpp, settings.mpp, settings.origin) as opened:
         mpp = DEFAULT_MPP if settings.mpp is None else settings.mpp
         tissue = find_tissue(opened, tissue_mask)
         return estimate_slide(config, opened, tissue, settings, mpp, chosen, number_type, workers)

@@ -16,6 +16,7 @@ from .backends import Backend, open_backend
 from .description import SlideDescription, describe
 from .errors import DAMAGED, SlideError, UnsupportedSlideError
 from .resolution import CREDIBLE_MPP, MppXY, is_credible
+from .viewer_frame import Frame, checked_origin, viewer_frame
 
 logger = logging.getLogger(__name__)
 
@@ -39,9 +40,12 @@ class Slide:
     Args:
         path: the slide file.
         mpp: micrometres per pixel of level 0, for a file that does not state it or states it wrongly.
+        origin: where coordinates of annotations, manifests and results start: "bounds" at the scanned area that the
+            file states, as in QuPath; "slide" at the corner of level 0. `read_region` always counts from the latter.
 
     Raises:
-        SlideError: the file is missing, a folder, unreadable, empty or damaged; or `mpp` cannot be a full resolution.
+        SlideError: the file is missing, a folder, unreadable, empty or damaged; `mpp` cannot be a full resolution; an
+            unknown `origin`.
         ImportError: a library of the `slides` extra is missing; the message gives the install command.
 
     Example:
@@ -51,8 +55,9 @@ class Slide:
     ```
     """
 
-    def __init__(self, path: str | os.PathLike[str], mpp: float | None = None) -> None:
+    def __init__(self, path: str | os.PathLike[str], mpp: float | None = None, origin: str = "bounds") -> None:
         self.path = Path(path)
+        self._origin, self._frame = checked_origin(origin), None
         if mpp is not None and not is_credible(mpp):
             raise SlideError(
                 f"mpp={mpp!r} cannot be the full resolution of {self.path}: it is in micrometres per pixel, between "
@@ -80,7 +85,8 @@ class Slide:
             return self._handle
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "_given_mpp": self._given_mpp, "_has_warned": self._has_warned}
+        kept = ("path", "_given_mpp", "_has_warned", "_origin", "_frame")
+        return {name: getattr(self, name) for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -130,6 +136,17 @@ class Slide:
     def description(self) -> SlideDescription:
         """What the file holds and who reads it, found out anew."""
         return describe(self.path)
+
+    @property
+    def frame(self) -> Frame:
+        """(x, y, width, height) in level-0 pixels of what the users' viewer shows as the slide.
+
+        Annotations, manifests and results count from its corner. It is all of level 0, unless the file states a
+        scanned area and the slide was opened with `origin="bounds"`. The first use logs a line where they differ.
+        """
+        if self._frame is None:
+            self._frame = viewer_frame(self.path, self.dimensions, self._origin)
+        return self._frame
 
     @property
     def states_mpp(self) -> bool:

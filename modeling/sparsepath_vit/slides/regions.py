@@ -36,7 +36,10 @@ class Region:
 
 @dataclass(frozen=True)
 class Box:
-    """A rectangle of a slide, all in level-0 pixels, as manifests give it. It may reach over the slide's edge."""
+    """A rectangle of a slide, as manifests give it: level-0 pixels from the corner of `Slide.frame`.
+
+    It may reach over the slide's edge.
+    """
 
     x: int
     y: int
@@ -51,22 +54,24 @@ class Box:
             SlideError: nothing of the box lies inside the slide, or far more than all of the slide.
         """
         slide_width, slide_height = slide.dimensions
-        right, bottom = self.x + self.width, self.y + self.height
-        place = f"the region x={self.x}..{right}, y={self.y}..{bottom} (level-0 pixels)"
+        x, y = self.x + slide.frame[0], self.y + slide.frame[1]
+        right, bottom = x + self.width, y + self.height
+        place = f"the region x={x}..{right}, y={y}..{bottom} (level-0 pixels)"
         where = f"{slide.path}, which is {slide_width} x {slide_height}: move or shrink it"
-        if self.x >= slide_width or self.y >= slide_height or right <= 0 or bottom <= 0:
+        if x >= slide_width or y >= slide_height or right <= 0 or bottom <= 0:
             raise SlideError(f"{place} is not inside {where}.")
         scale_x, scale_y = slide.scale(mpp)
         width, height = math.floor(self.width / scale_x + 1e-6), math.floor(self.height / scale_y + 1e-6)
         is_far_larger = self.width * self.height > 4 * slide_width * slide_height
         if is_far_larger and width * height > _MOST_PADDED_PIXELS:
             raise SlideError(f"{place} is far larger than {where}.")
-        return Region(self.x, self.y, width, height, self.label)
+        return Region(x, y, width, height, self.label)
 
     def overhangs(self, slide: Slide) -> bool:
         """Whether a part of the box lies beyond the slide's edge."""
         slide_width, slide_height = slide.dimensions
-        return min(self.x, self.y) < 0 or self.x + self.width > slide_width or self.y + self.height > slide_height
+        x, y = self.x + slide.frame[0], self.y + slide.frame[1]
+        return min(x, y) < 0 or x + self.width > slide_width or y + self.height > slide_height
 
 
 @dataclass(frozen=True)
