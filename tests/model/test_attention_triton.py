@@ -25,6 +25,7 @@ from sparsepath_vit.model.attention_specification import naive_block_attention
 pytest.importorskip("triton")
 
 from sparsepath_vit.model import attention_triton_launch as kernel
+from sparsepath_vit.model import attention_triton_tables as tables
 from sparsepath_vit.model.attention_triton import KERNEL_HEAD_DIMS
 from sparsepath_vit.model.attention_triton_tables import attention_tiles
 
@@ -65,9 +66,10 @@ def poisoned_memory():
 
 
 @pytest.fixture(autouse=True)
-def many_splits_and_large_tiles(monkeypatch):
-    """Splits small enough that these images have several; large float32 tiles save time in the interpreter."""
+def many_splits_and_all_widths(monkeypatch):
+    """Splits and tiles of all widths for small images too; large float32 tiles save time in the interpreter."""
     monkeypatch.setattr(kernel, "_TOKENS_PER_SPLIT", 200)
+    monkeypatch.setattr(tables, "LEAST_TILES_FOR_NARROW_ONES", 8)
     if kernel.IS_INTERPRETED:
         monkeypatch.setattr(kernel, "_SHAPE_FLOAT32", kernel.LaunchShape(64, 64, 4, 1))
 
@@ -286,7 +288,7 @@ class TestBadInput:
 
 def test_launch_shapes_part_tiles_evenly():
     for name, head_dim, dtype, tile_size, capability in itertools.product(
-        ("forward", "backward_query", "backward_key_value"), KERNEL_HEAD_DIMS, TOLERANCES, (64, 128), (8, 9, 12)
+        ("forward", "backward_query", "backward_key_value"), KERNEL_HEAD_DIMS, TOLERANCES, (16, 32, 64, 128), (8, 9, 12)
     ):
         shape = kernel.launch_shape(name, head_dim, dtype, tile_size, capability)
         assert tile_size % shape.block_m == 0 and shape.block_n >= 16
@@ -295,7 +297,7 @@ def test_launch_shapes_part_tiles_evenly():
 class Recorder:
     """Stands for a kernel and keeps what Triton compiles anew for: constants, and what it specialises arguments by."""
 
-    NOT_SPECIALISED = ("num_tokens", "num_splits", "num_split_programs")
+    NOT_SPECIALISED = ("num_tokens", "first_program", "num_splits", "num_split_programs")
 
     def __init__(self, function):
         self.names, self.forms = list(inspect.signature(function.fn).parameters), set()
@@ -315,13 +317,14 @@ class Recorder:
 
 def test_kernels_are_compiled_once_for_all_sizes_and_numbers_of_heads(monkeypatch):
     """Regression: the reduction was compiled for each number of splits, both for odd and even numbers of heads."""
+    monkeypatch.undo()
     names = [name for name in vars(kernel) if name.endswith("_kernel")]
     recorders = {name: Recorder(getattr(kernel, name)) for name in names}
     for name, recorder in recorders.items():
         monkeypatch.setattr(kernel, name, recorder)
     for heads, side in itertools.product((6, 9), (1, 5, 14, 20, 31, 37, 43, 50, 55, 64)):
         grid = TokenGrid.create([(side, side)], num_global_tokens=3, window_size=8, device=DEVICE)
-        kernel.triton_block_attention(*split(fused_states(grid, 16, heads)), grid).sum().backward()
+        block_attention(*split(fused_states(grid, 16, heads)), grid).sum().backward()
     assert len(recorders) == 6
     assert {name: len(recorder.forms) for name, recorder in recorders.items()} == dict.fromkeys(names, 1)
 
