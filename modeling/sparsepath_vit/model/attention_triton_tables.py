@@ -88,20 +88,26 @@ def _pieces(grid: TokenGrid, image_offsets: torch.Tensor, tile_size: int) -> tor
 
     Some are empty: of blocks with fewer tokens, and of the entries that end a block row and are no block.
     """
-    entry = torch.arange(len(grid.block_offsets), device=grid.device)
-    image = grid.entry_shifts // grid.num_global_tokens - 1
-    num_rows = per_image([rows for rows, _ in grid.block_counts], grid.device)[image]
-    num_columns = per_image([columns for _, columns in grid.block_counts], grid.device)[image]
-    place = entry - _starts([rows * (columns + 1) for rows, columns in grid.block_counts], grid.device)[image]
+    offsets, device = grid.block_offsets, grid.device
+    entry = torch.arange(len(offsets), device=device)
+    if grid.batch_size == 1:
+        num_rows, num_columns = (torch.full((1,), count, device=device) for count in grid.block_counts[0])
+        place, image_start = entry, image_offsets[:1]
+    else:
+        image = grid.entry_shifts // grid.num_global_tokens - 1
+        num_rows = per_image([rows for rows, _ in grid.block_counts], device)[image]
+        num_columns = per_image([columns for _, columns in grid.block_counts], device)[image]
+        place = entry - _starts([rows * (columns + 1) for rows, columns in grid.block_counts], device)[image]
+        image_start = image_offsets[image]
     row, column = place // (num_columns + 1), place % (num_columns + 1)
     runs = _near_runs(grid, entry, row, column, num_rows, num_columns)
-    start = grid.block_offsets
-    end = torch.where(column < num_columns, start[torch.minimum(entry + 1, entry[-1])], start)
-    first = torch.arange(_pieces_of_a_block(grid, tile_size), device=grid.device) * tile_size
-    start = torch.minimum(start[:, None] + first, end[:, None])  # (entries, pieces)
+    # An entry that ends a block row holds no tokens: it ends where it starts.
+    end = offsets[entry + (column < num_columns)]
+    first = torch.arange(0, _pieces_of_a_block(grid, tile_size) * tile_size, tile_size, device=device)
+    start = torch.minimum(offsets[:, None] + first, end[:, None])  # (entries, pieces)
     end = torch.minimum(start + tile_size, end[:, None])
-    keys = torch.cat([image_offsets[image][:, None], runs], dim=1)[:, None].expand(-1, len(first), -1)
-    return torch.cat([start[..., None], end[..., None], keys], dim=2).flatten(0, 1)
+    keys = [column[:, None].expand_as(start) for column in (image_start.expand_as(entry), *runs)]
+    return torch.stack([start, end, *keys], dim=2).flatten(0, 1)
 
 
 def _near_runs(
@@ -111,34 +117,33 @@ def _near_runs(
     column: torch.Tensor,
     num_rows: torch.Tensor,
     num_columns: torch.Tensor,
-) -> torch.Tensor:
-    """(entries, 2 * (2r+1)): the first packed token and the length of each run of an entry's neighbourhood."""
+) -> list[torch.Tensor]:
+    """The first packed token and the length, (entries,), of each run of an entry's neighbourhood in turn."""
     radius = grid.neighbor_radius
-    step = torch.arange(-radius, radius + 1, device=grid.device)
-    near_row = row[:, None] + step  # (entries, runs)
-    is_row = (near_row >= 0) & (near_row < num_rows[:, None])
-    row_entry = torch.where(is_row, (entry - column)[:, None] + step * (num_columns + 1)[:, None], 0)
-    left = (column - radius).clamp(min=0)
-    right = torch.minimum(column + radius + 1, num_columns)
-    start = grid.block_offsets[row_entry + left[:, None]]
-    length = torch.where(is_row, grid.block_offsets[row_entry + right[:, None]] - start, 0)
-    return torch.stack((start, length), dim=2).flatten(1)
+    left = entry - column.clamp(max=radius)
+    right = entry + (num_columns - column).clamp(max=radius + 1)
+    step = torch.arange(-radius, radius + 1, device=grid.device)[:, None]
+    near_row = row + step  # (runs, entries)
+    is_row = (near_row >= 0) & (near_row < num_rows)
+    # A run of a block row that is not there starts and ends at the first entry: it has no tokens.
+    near = torch.where(is_row, torch.stack((left, right))[:, None] + step * (num_columns + 1), 0)
+    start, end = grid.block_offsets[near]
+    return [column for run in zip(start, end - start, strict=True) for column in run]
 
 
 def _sorted_by_size(pieces: torch.Tensor, sizes: Sequence[int], counts: Sequence[int]) -> torch.Tensor:
     """The pieces that hold tokens, those of wide tiles first; `counts[i]` rows for the tiles of `sizes[i]` tokens."""
-    used = [size for size, count in zip(sizes, counts, strict=True) if count > 0]
-    firsts = per_image(list(itertools.accumulate([count for count in counts if count > 0], initial=0)), pieces.device)
     num_tokens = pieces[:, 1] - pieces[:, 0]
-    width = torch.zeros_like(num_tokens)
-    for size in used[1:]:
-        width = width + (num_tokens <= size)
-    is_filled = num_tokens > 0
-    is_of_width = (width == torch.arange(len(used), device=pieces.device)[:, None]) & is_filled  # (widths, pieces)
-    rank = is_of_width.cumsum(dim=1).gather(0, width[None])[0] - 1
-    # Places beyond the last tile for pieces without a token, each its own, so that no two are written to one place.
-    beyond = sum(counts) + torch.arange(len(pieces), device=pieces.device)
-    place = torch.where(is_filled, firsts[width] + rank, beyond)
+    # Pieces without a token go beyond the last tile, each to a place of its own: no two are written to one.
+    place = torch.arange(sum(counts), sum(counts) + len(pieces), device=pieces.device)
+    used = [size for size, count in zip(sizes, counts, strict=True) if count > 0]
+    first = 0
+    for size, least in zip(used, [*used[1:], 0], strict=True):
+        is_of_size = num_tokens > least
+        if size < used[0]:
+            is_of_size &= num_tokens <= size
+        place = torch.where(is_of_size, is_of_size.cumsum(dim=0) + (first - 1), place)
+        first += counts[sizes.index(size)]
     table = pieces.new_zeros((sum(counts) + len(pieces), pieces.shape[1]))
     return table.index_copy(0, place, pieces)[: sum(counts)]
 
