@@ -6,7 +6,8 @@ Run as a program, because Triton decides on import whether kernels are compiled 
     python tests/model/compiled_kernels.py '[["forward", "bfloat16", 64, 64, 90]]'
 
 takes (kernel, dtype, head_dim, tile size, compute capability) and prints a list of {"registers", "spilled_bytes",
-"shared_bytes", "matrix_products", "asynchronous_copies"}.
+"shared_bytes", "matrix_products", "asynchronous_copies", "instructions"}, the last of one step of a tile's three loops:
+"whole", "rest" and "masked". Another version of Triton is counted by putting its folder first on PYTHONPATH.
 """
 
 import json
@@ -26,7 +27,8 @@ from sparsepath_vit.model import attention_triton_launch as kernels
 from sparsepath_vit.model.attention_triton_launch import launch_shape
 
 TRITON_TYPES = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
-INTEGER_TABLES = ("table_ptr", "column_ptr", "image_ptr")
+INTEGER_TABLES = ("table_ptr", "image_ptr")
+LOOPS = ("whole", "rest", "masked")
 
 
 def source(kernel, dtype, constants):
@@ -49,6 +51,26 @@ def source(kernel, dtype, constants):
             hints[(index,)] = [["tt.divisibility", 16]]
     names = {parameter.name for parameter in kernel.params}
     return ASTSource(kernel, signature, {name: value for name, value in constants.items() if name in names}, hints)
+
+
+def loop_lengths(binary):
+    """Instructions of each loop, in the order of the program; those of a few only wait."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(binary)
+        command = [Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm", "-c", path]
+        listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    labels, lengths, count = {}, [], 0
+    for line in listing.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label[1]] = count
+        elif instruction := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            count += 1
+            target = re.search(r"BRA.*?(\.L_x_\d+)", instruction[1])
+            # A jump back to a label that was passed ends a loop.
+            if target and target[1] in labels:
+                lengths.append(count - labels[target[1]])
+    return [length for length in lengths if length > 8]
 
 
 def compile_kernel(name, dtype, head_dim, tile_size, capability):
@@ -80,6 +102,8 @@ def compile_kernel(name, dtype, head_dim, tile_size, capability):
         "shared_bytes": compiled.metadata.shared,
         "matrix_products": ptx.count("wgmma.mma_async") + ptx.count("mma.sync"),
         "asynchronous_copies": ptx.count("cp.async.c"),
+        # Those of the global queries' splits come first.
+        "instructions": dict(zip(LOOPS, loop_lengths(compiled.asm["cubin"])[-len(LOOPS) :], strict=True)),
     }
 
 
