@@ -65,6 +65,43 @@ def models() -> str:
     )
 
 
+def gpu_models() -> str:
+    """Seconds of a whole forward pass on a GPU, beside averaged 224 px tiles of the same pixels."""
+    rows = read("gpu_model")
+    names = {"tiles": "224 px tiles (timm)", "sparse": "w = 8", "pruned": "w = 8, 60 % pruned", "timm": "dense (timm)"}
+    table = []
+    for size in sorted({int(row["size"]) for row in rows}):
+        of = {row["model"]: row for row in rows if row["size"] == str(size)}
+        cells = [seconds(of.get(name)) for name in names]
+        for place, name in enumerate(names):
+            if name in of and of[name]["times_tiles"]:
+                cells[place] += f" ({float(of[name]['times_tiles']):.2f} x)"
+        table.append([f"{size:,} px ({int(of['sparse']['tokens']):,} tokens)", *cells])
+    titles = ["UNI2-h's shape, bf16, one " + rows[0]["machine"].split(" 80GB")[0], *names.values()]
+    return markdown(titles, table)
+
+
+def gpu_attention() -> str:
+    """Milliseconds of attention alone on a GPU, and the share of the rate of matrix products."""
+    rows = read("gpu_attention_speed")
+    cases = sorted({(int(row["tokens"]), float(row["kept_share"]), int(row["window_size"])) for row in rows})
+    table = []
+    for tokens, kept_share, window in cases:
+        cells = []
+        for backend in ("block_sparse", "sdpa_dense"):
+            for direction in ("forward", "forward+backward"):
+                found = [
+                    row
+                    for row in rows
+                    if (row["attention"], row["direction"], int(row["tokens"])) == (backend, direction, tokens)
+                    and (float(row["kept_share"]), int(row["window_size"])) == (kept_share, window)
+                ]
+                cells.append(f"{1000 * float(found[0]['seconds_median']):.3g} ms" if found else NOT_RUN)
+        table.append([f"{tokens:,}", f"{kept_share:.0%}", str(window), *cells])
+    titles = ["tokens", "kept", "w", "forward", "with gradients", "dense (SDPA)", "with gradients"]
+    return markdown(titles, table)
+
+
 def attention() -> str:
     """Seconds of attention alone over unpruned tokens, ours against dense and compiled FlexAttention."""
     chosen = {"kept_share": "1", "dtype": "bfloat16", "threads": "1"}
@@ -128,6 +165,8 @@ def nuclei() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "models": models,
     "attention": attention,
+    "gpu_models": gpu_models,
+    "gpu_attention": gpu_attention,
     "fidelity": fidelity,
     "probe": probe,
     "nuclei": nuclei,
