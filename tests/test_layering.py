@@ -36,8 +36,9 @@ FOLDERS = {
 MODEL_ALLOWED = {
     "remote_code": set(),
     "configuration_sparsepath_vit": {"remote_code"},
-    "token_grid": set(),
-    "token_pruning": {"token_grid"},
+    "stratified_sampling": set(),
+    "token_grid": {"stratified_sampling"},
+    "token_pruning": {"stratified_sampling", "token_grid"},
     "device_memory": set(),
     "attention": {"attention", "device_memory", "token_grid"},
     "embeddings": {"configuration_sparsepath_vit", "token_grid"},
