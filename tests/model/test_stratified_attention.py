@@ -18,6 +18,7 @@ from sparsepath_vit import TokenGrid, block_attention, set_block_attention_backe
 from sparsepath_vit.model import attention_backends, attention_sdpa_tables, attention_sdpa_tiles
 from sparsepath_vit.model.attention_backend import prepared_grid
 from sparsepath_vit.model.attention_dense import dense_attention_mask, eager_attention_forward
+from sparsepath_vit.model.attention_registration import ATTENTION_NAME
 from sparsepath_vit.model.attention_sdpa_tables import query_tiles
 from sparsepath_vit.model.attention_sdpa_tiles import SDPA_TILES
 from sparsepath_vit.model.attention_specification import attention_bias, attention_pattern
@@ -223,7 +224,7 @@ def test_a_second_run_is_bitwise_the_same():
     assert all(torch.equal(one, other) for one, other in zip(run(), run(), strict=True))
 
 
-@pytest.mark.parametrize("name", ["eager", "sdpa", "flex_attention", "block_sparse"])
+@pytest.mark.parametrize("name", ["eager", "sdpa", "flex_attention", ATTENTION_NAME])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("batch", list(FIXED.values())[:2], ids=list(FIXED)[:2])
 def test_every_implementation_follows_the_definition(name, dtype, batch):
@@ -232,7 +233,7 @@ def test_every_implementation_follows_the_definition(name, dtype, batch):
     states = random_states(batch, dtype=dtype, head_dim=16)
     grid_states = [in_grid_order(state, batch, grid) for state in states]
     function = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
-    mask = None if name == "block_sparse" else dense_attention_mask(grid, name, HEADS, dtype)
+    mask = None if name == ATTENTION_NAME else dense_attention_mask(grid, name, HEADS, dtype)
     module = nn.Module().eval()
     module.is_causal = False
     # Compiling flex_attention takes a minute and a half on a CPU; uncompiled it computes the same.

@@ -318,6 +318,11 @@ class SparsePathViTConfig(ConfigRemoteCodeMixin, BackboneConfigMixin, PreTrained
         """Whether any token is removed."""
         return self.prune_ratio > 0
 
+    @property
+    def leaves_representatives(self) -> bool:
+        """Whether some of the removed tokens stay for the others."""
+        return self.prunes and self.num_representatives > 0
+
 
 def failure_signatures(config: SparsePathViTConfig) -> list[str]:
     """Settings the method is known to fail with, each as a sentence that says what was observed."""

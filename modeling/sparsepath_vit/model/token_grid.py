@@ -77,23 +77,17 @@ class TokenGrid:
             grid_sizes: (rows, columns) of each image's token grid.
             num_global_tokens: G.
             window_size: tokens per block side, `None` for dense attention.
-            neighbor_radius: see the class.
+            neighbor_radius, num_context_tokens: see the class.
             present: (batch, rows, columns) bool on a canvas that holds every image's grid in its top left corner;
                 `None` where every patch token is present.
             device: where the tensors live; by default where `present` lives.
-            num_context_tokens: see the class.
 
         Raises:
-            ValueError: a grid without tokens, an image without a present patch token, a mask that does not fit, or a
-                negative number of context tokens.
+            ValueError: a grid without tokens, an image without a present patch token, a mask that does not fit.
         """
-        if num_context_tokens < 0:
-            raise ValueError(
-                f"num_context_tokens={num_context_tokens} is not possible: it must be at least 0, which gives none."
-            )
-        if present is not None:
-            _check_present(present, grid_sizes)
-            device = present.device if device is None else device
+        _check(present, grid_sizes, num_context_tokens)
+        if present is not None and device is None:
+            device = present.device
         images = [
             _block_major(size, window_size, None if present is None else present[index], device)
             for index, size in enumerate(grid_sizes)
@@ -360,6 +354,15 @@ def _block_offsets(blocks: torch.Tensor, entry_shifts: torch.Tensor) -> torch.Te
     """Packed index at which each entry's block starts: the tokens of earlier entries and the globals before them."""
     entries = torch.arange(entry_shifts.shape[0], device=blocks.device)
     return torch.searchsorted(blocks, entries) + entry_shifts
+
+
+def _check(present: torch.Tensor | None, grid_sizes: Sequence[tuple[int, int]], num_context_tokens: int) -> None:
+    if num_context_tokens < 0:
+        raise ValueError(
+            f"num_context_tokens={num_context_tokens} is not possible: it must be at least 0, which gives none."
+        )
+    if present is not None:
+        _check_present(present, grid_sizes)
 
 
 def _check_present(present: torch.Tensor, grid_sizes: Sequence[tuple[int, int]]) -> None:

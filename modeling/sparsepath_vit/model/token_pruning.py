@@ -253,7 +253,8 @@ def with_representatives(
     is_left = new_weights > 0
     counts = torch.stack([image.sum() for image in is_left.split(grid.counts)]).tolist()
     left = is_left.nonzero()[:, 0]
-    return left, grid.select(left, counts, new_weights[left])
+    # Where all are left each stands for what it stood for.
+    return left, grid.select(left, counts, None if len(left) == len(cells) else new_weights[left])
 
 
 def select_tokens(tokens: torch.Tensor, grid: TokenGrid, kept: torch.Tensor, kept_grid: TokenGrid) -> torch.Tensor:
