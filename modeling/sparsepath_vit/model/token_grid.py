@@ -77,27 +77,26 @@ class TokenGrid:
             grid_sizes: (rows, columns) of each image's token grid.
             num_global_tokens: G.
             window_size: tokens per block side, `None` for dense attention.
-            neighbor_radius, num_context_tokens: see the class.
+            neighbor_radius: see the class.
             present: (batch, rows, columns) bool on a canvas that holds every image's grid in its top left corner;
                 `None` where every patch token is present.
             device: where the tensors live; by default where `present` lives.
+            num_context_tokens: see the class.
 
         Raises:
-            ValueError: a grid without tokens, an image without a present patch token, a mask that does not fit.
+            ValueError: a grid without tokens, an image without a present patch token, a mask that does not fit, or a
+                negative number of context tokens.
         """
-        _check(present, grid_sizes, num_context_tokens)
-        if present is not None and device is None:
-            device = present.device
+        _check_num_context_tokens(num_context_tokens)
+        if present is not None:
+            _check_present(present, grid_sizes)
+            device = present.device if device is None else device
         images = [
             _block_major(size, window_size, None if present is None else present[index], device)
             for index, size in enumerate(grid_sizes)
         ]
         counts = tuple(rows.shape[0] for rows, _, _ in images)
-        if 0 in counts:
-            raise ValueError(
-                f"patch_mask leaves image {counts.index(0)} without a present patch token, so nothing can be computed "
-                "for it. Drop the image from the batch, or mask less of it."
-            )
+        _check_counts(counts)
         entries = [rows * (columns + 1) for rows, columns in _block_counts(grid_sizes, window_size)]
         first_entries = [sum(entries[:index]) for index in range(len(entries))]
         blocks = torch.cat([blocks + first for (_, _, blocks), first in zip(images, first_entries, strict=True)])
@@ -356,13 +355,19 @@ def _block_offsets(blocks: torch.Tensor, entry_shifts: torch.Tensor) -> torch.Te
     return torch.searchsorted(blocks, entries) + entry_shifts
 
 
-def _check(present: torch.Tensor | None, grid_sizes: Sequence[tuple[int, int]], num_context_tokens: int) -> None:
+def _check_counts(counts: tuple[int, ...]) -> None:
+    if 0 in counts:
+        raise ValueError(
+            f"patch_mask leaves image {counts.index(0)} without a present patch token, so nothing can be computed "
+            "for it. Drop the image from the batch, or mask less of it."
+        )
+
+
+def _check_num_context_tokens(num_context_tokens: int) -> None:
     if num_context_tokens < 0:
         raise ValueError(
             f"num_context_tokens={num_context_tokens} is not possible: it must be at least 0, which gives none."
         )
-    if present is not None:
-        _check_present(present, grid_sizes)
 
 
 def _check_present(present: torch.Tensor, grid_sizes: Sequence[tuple[int, int]]) -> None:
