@@ -165,6 +165,11 @@ def test_a_draw_by_definition_covers_what_a_grid_draws_after_its_tokens_moved():
     assert places == {token for token, _ in draw(weights, side, 0x5EED).values()}
 
 
+def test_cells_without_a_sample_are_refused():
+    with pytest.raises(ValueError, match=r"num_samples=0 is not possible: it must be at least 1"):
+        cell_side((3, 3), 0, 2)
+
+
 def test_a_negative_number_is_refused():
     with pytest.raises(ValueError, match=r"num_context_tokens=-1 is not possible: it must be at least 0"):
         TokenGrid.create([(3, 3)], num_global_tokens=1, window_size=2, num_context_tokens=-1)

@@ -56,7 +56,12 @@ def cell_side(grid_size: tuple[int, int], num_samples: int, window_size: int | N
         num_samples: how many samples are asked for, at least 1.
         window_size: tokens per block side. The cells are enlarged to the next side that divides it or is a multiple of
             it, so that cells and blocks nest; `None` leaves them as they are.
+
+    Raises:
+        ValueError: no sample is asked for.
     """
+    if num_samples < 1:
+        raise ValueError(f"num_samples={num_samples} is not possible: it must be at least 1, one cell for the grid.")
     side = 1
     while math.prod(cell_counts(grid_size, side)) > num_samples:
         side += 1
