@@ -27,17 +27,17 @@ class SparsePathViTModelOutput(BaseModelOutputWithPooling):
         attentions: per layer (batch, heads, tokens, tokens).
         patch_positions: (batch, K, 2) int64, (row, column) in the token grid of each patch token of
             `last_hidden_state`: the kept ones, or with `config.unprune` all that were present.
-        patch_weights: (batch, K) int64, how many patch tokens of the image each of them stands for: 1, or for a
-            representative as many as were removed in its cell; `None` without representatives. Padded with 0.
         grid_sizes: (batch, 2) int64, (rows, columns) of each image's token grid.
         prune_scores: (batch, rows * columns) float32 on the grid all images fit in, 0 where no token was present;
             `None` without pruning.
+        patch_weights: (batch, K) int64, how many patch tokens of the image each of them stands for: 1, or for a
+            representative as many as were removed in its cell; `None` without representatives. Padded with 0.
     """
 
     patch_positions: torch.Tensor | None = None
-    patch_weights: torch.Tensor | None = None
     grid_sizes: torch.Tensor | None = None
     prune_scores: torch.Tensor | None = None
+    patch_weights: torch.Tensor | None = None
 
     def to_dense_map(self, fill: float = 0.0) -> torch.Tensor:
         """Puts the kept patch tokens where they belong.
@@ -76,15 +76,15 @@ class SparsePathViTImageClassifierOutput(ImageClassifierOutput):
         hidden_states: as in `SparsePathViTModelOutput`.
         attentions: as in `SparsePathViTModelOutput`.
         patch_positions: as in `SparsePathViTModelOutput`.
-        patch_weights: as in `SparsePathViTModelOutput`.
         grid_sizes: as in `SparsePathViTModelOutput`.
         prune_scores: as in `SparsePathViTModelOutput`.
+        patch_weights: as in `SparsePathViTModelOutput`.
     """
 
     patch_positions: torch.Tensor | None = None
-    patch_weights: torch.Tensor | None = None
     grid_sizes: torch.Tensor | None = None
     prune_scores: torch.Tensor | None = None
+    patch_weights: torch.Tensor | None = None
 
 
 def pooled_features(last_hidden_state: torch.Tensor, grid: TokenGrid, pooling: str) -> torch.Tensor:

@@ -258,9 +258,9 @@ class SparsePathViTModel(SparsePathViTPreTrainedModel):
             hidden_states=hidden_states_in_raster(encoded),
             attentions=attentions_in_raster(encoded),
             patch_positions=positions_in_raster(tokens.grid),
-            patch_weights=weights_in_raster(tokens.grid),
             grid_sizes=sizes_of_grids(tokens.grid),
             prune_scores=None if encoded.last.pruning is None else encoded.last.pruning.score_map(),
+            patch_weights=weights_in_raster(tokens.grid),
         )
 
 
