@@ -54,6 +54,6 @@ def test_the_classifier_output_is_that_of_an_image_classifier():
     model = small_model(SparsePathViTForImageClassification, prune_ratio=0.5, num_labels=3)
     outputs = model(random_pixels(2, 6, 5), labels=torch.tensor([0, 2]))
     assert isinstance(outputs, ImageClassifierOutput)
-    assert names_of(outputs) == [*names_of(ImageClassifierOutput), *OURS]
+    assert names_of(outputs) == [*names_of(ImageClassifierOutput), *OURS, "patch_weights"]
     assert outputs[0] is outputs.loss and outputs[1] is outputs.logits
     assert model(random_pixels(2, 6, 5))[0].shape == (2, 3)
