@@ -33,12 +33,14 @@ KERNEL_VERSION = 1
 _PACKAGE_NAME = KERNEL_NAME.replace("-", "_")
 # The operator and all that it imports: nothing of it needs more than torch, and Triton where there is a GPU.
 _SOURCES = (
+    "stratified_sampling.py",
     "token_grid.py",
     "attention_specification.py",
     "attention_precision.py",
     "attention_checks.py",
     "attention_backend.py",
     "attention_backends.py",
+    "attention_sdpa_tables.py",
     "attention_sdpa_tiles.py",
     "attention_triton.py",
     "attention_triton_tables.py",

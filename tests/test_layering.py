@@ -36,8 +36,9 @@ FOLDERS = {
 MODEL_ALLOWED = {
     "remote_code": set(),
     "configuration_sparsepath_vit": {"remote_code"},
-    "token_grid": set(),
-    "token_pruning": {"prune_score_operator", "token_grid"},
+    "stratified_sampling": set(),
+    "token_grid": {"stratified_sampling"},
+    "token_pruning": {"prune_score_operator", "stratified_sampling", "token_grid"},
     "prune_score": {"attention_backend", "fused_elementwise", "prune_score", "token_grid"},
     "fused_elementwise": {"attention_triton", "fused_elementwise"},
     "device_memory": set(),

@@ -12,7 +12,7 @@ from small_models import random_pixels, small_model
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from sparsepath_vit import SparsePathViTModel, TokenGrid, block_attention
-from sparsepath_vit.model import attention_backends, attention_operator, attention_sdpa_tiles, attention_triton
+from sparsepath_vit.model import attention_backends, attention_operator, attention_sdpa_tables, attention_triton
 from sparsepath_vit.model.attention_backend import PreparedGrid, prepared_grid
 from sparsepath_vit.model.attention_backends import BACKENDS
 
@@ -142,8 +142,8 @@ class TestPreparation:
     def test_all_layers_share_what_is_read_of_a_grid(self, monkeypatch):
         """Regression: the SDPA tiles read the block offsets, and on a GPU waited for it, in every layer."""
         made = []
-        make = attention_sdpa_tiles._tile_table
-        monkeypatch.setattr(attention_sdpa_tiles, "_tile_table", lambda *rest: made.append(rest) or make(*rest))
+        make = attention_sdpa_tables._tile_table
+        monkeypatch.setattr(attention_sdpa_tables, "_tile_table", lambda *rest: made.append(rest) or make(*rest))
         model = small_model(SparsePathViTModel, prune_ratio=0.5)
         assert model.config.num_hidden_layers == 4
         model(random_pixels(1, 9, 9))

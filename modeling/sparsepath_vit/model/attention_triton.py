@@ -114,5 +114,6 @@ TRITON = AttentionBackend(
     forward=_forward,
     backward=_backward,
     has_dropout=False,
+    takes_key_weights=False,
     returns_logsumexp=True,
 )

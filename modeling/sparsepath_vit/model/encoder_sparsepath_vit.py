@@ -248,7 +248,8 @@ class SparsePathViTEncoder(nn.Module):
             if after_layer is not None:
                 tokens = after_layer(number, tokens)
             if prunes_here:
-                tokens = prune(tokens, scores, self.config.prune_ratio, keeps_removed)
+                settings = (self.config.prune_ratio, keeps_removed, self.config.num_representatives)
+                tokens = prune(tokens, scores, *settings)
             if tokens.grid is not grid_before:
                 mask = self._attention_mask(tokens)
         return EncoderOutput(states, tokens, attentions)

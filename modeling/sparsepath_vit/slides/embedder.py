@@ -366,4 +366,6 @@ def _write(
         }
         if scores is not None:
             rows["prune_scores"] = scores
+        if embedding.patch_weights is not None:
+            rows["patch_weights"] = embedding.patch_weights
     writer.append(**rows)

@@ -17,9 +17,8 @@ from ..model.configuration_sparsepath_vit import SparsePathViTConfig
 from ..model.embeddings import token_grid_of_sizes
 from ..model.encoder_sparsepath_vit import feed_forward_chunk_size
 from ..model.token_grid import TokenGrid
-from ..model.token_pruning import num_kept
 from ..runtime.compute import torch_device, weight_dtype
-from ..runtime.cost import forward_flops
+from ..runtime.cost import forward_flops, tokens_after_pruning
 from ..runtime.measure import measured
 from .embedder import DEFAULT_MPP, EmbedSettings, default_workers, open_slide
 from .forward import forward_strips, strip_rows
@@ -171,7 +170,7 @@ def _estimate(
     return Estimate(
         forwards=len(token_grids),
         tokens=tokens,
-        kept_tokens=sum(num_kept(grid.counts[0], config.prune_ratio) for grid in token_grids),
+        kept_tokens=sum(tokens_after_pruning(config, grid)[0] for grid in token_grids),
         tissue_share=tissue_share,
         flops=flops,
         seconds=flops * probe.seconds_per_flop(),
@@ -253,8 +252,8 @@ class _Probe:
 _ARCHITECTURE = (
     *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "mlp_type", "qkv_bias"),
     *("use_layerscale", "num_register_tokens", "patch_size", "image_size", "num_channels"),
-    *("num_prefix_position_embeddings", "pooling", "window_size", "neighbor_radius", "prune_ratio"),
-    "chunk_size_feed_forward",
+    *("num_prefix_position_embeddings", "pooling", "window_size", "neighbor_radius", "num_context_tokens"),
+    *("prune_ratio", "chunk_size_feed_forward"),
 )
 
 
