@@ -44,7 +44,8 @@ MODEL_ALLOWED = {
     "device_memory": set(),
     "attention": {"attention", "device_memory", "token_grid"},
     "embeddings": {"configuration_sparsepath_vit", "token_grid"},
-    "image_inputs": set(),
+    "pillow_images": set(),
+    "image_inputs": {"pillow_images"},
     "patch_presence": {"image_inputs"},
     "image_processing_sparsepath_vit": {"image_inputs", "patch_presence", "remote_code"},
 }

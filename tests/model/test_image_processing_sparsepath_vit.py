@@ -32,7 +32,7 @@ needs_lanczos = pytest.mark.skipif(
     not is_torchvision_greater_or_equal("0.27"),
     reason="older torchvision resamples bicubically instead, with a warning",
 )
-SHIPPED = ("image_processing_sparsepath_vit.py", "image_inputs.py", "patch_presence.py")
+SHIPPED = ("image_processing_sparsepath_vit.py", "image_inputs.py", "patch_presence.py", "pillow_images.py")
 DATA = SHARED_DATA
 ROIS = sorted((DATA / "rois").glob("*.*")) + sorted((DATA / "classification/osteosarcoma_roi").glob("*/*.jpg"))[::11]
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from ..runtime.extras import require
 from .description import GENERIC, SlideDescription, describe, first_bytes
-from .errors import DAMAGED, SlideError, UnsupportedSlideError
+from .errors import DAMAGED, SlideError, UnsupportedSlideError, decoding
 from .plain_images import PillowBackend
 from .resolution import MppXY
 from .samples import image_on_white
@@ -91,7 +91,8 @@ class OpenSlideBackend:
             raise UnsupportedSlideError(description.refusal or "OpenSlide does not read its pixels rightly")
         self._openslide = require("openslide")
         self._path, self._cache_bytes = path, cache_bytes
-        self._slide = self._open()
+        with decoding():
+            self._slide = self._open()
         self.level_dimensions, self._downsamples = self._slide.level_dimensions, self._slide.level_downsamples
         self.objective_power = self._slide.properties.get("openslide.objective-power")
         self.stated_mpp = description.resolution.mpp if description.resolution else None
@@ -110,10 +111,11 @@ class OpenSlideBackend:
         """See `Backend.read`."""
         slide, downsample = self._slide, self._downsamples[level]
         where = (round(x * downsample), round(y * downsample))
-        try:
-            region = slide.read_region(where, level, (width, height))
-        except self._openslide.OpenSlideError:
-            region = self._read_again(slide, where, level, (width, height))
+        with decoding():
+            try:
+                region = slide.read_region(where, level, (width, height))
+            except self._openslide.OpenSlideError:
+                region = self._read_again(slide, where, level, (width, height))
         return image_on_white(region)
 
     def _read_again(self, refused: Any, where: tuple[int, int], level: int, size: tuple[int, int]) -> Image.Image:

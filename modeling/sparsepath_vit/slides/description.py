@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..runtime.extras import require
 from . import resolution
-from .errors import DECODER_ERRORS, SlideError
+from .errors import DAMAGED, DeclaredSizeError, SlideError, decoding
 from .resolution import MppXY
 from .samples import Samples
 
@@ -79,7 +79,7 @@ def describe(path: Path) -> SlideDescription:
     """Describes the file at `path`; one that is sound and cannot be used has its `refusal`.
 
     Raises:
-        SlideError: the file is missing, a folder, unreadable or empty.
+        SlideError: the file is missing, a folder, unreadable or empty, or declares sizes that cannot be true.
         ImportError: a library of the `slides` extra is missing.
     """
     magic = first_bytes(path)
@@ -113,10 +113,11 @@ def _describe_tiff_file(path: Path) -> SlideDescription:
 
     vendor = require("openslide").OpenSlide.detect_format(path)
     try:
-        found, undecodable = describe_tiff(path)
-    except DECODER_ERRORS as error:
-        if isinstance(error, ImportError):
-            raise
+        with decoding():
+            found, undecodable = describe_tiff(path)
+    except DeclaredSizeError as error:
+        raise SlideError(f"{path} cannot be read as a slide: {error}. {DAMAGED}") from error
+    except SlideError as error:
         logger.debug("tifffile cannot describe %s: %r", path, error)
         # Then only a scanner's own format can be vouched for: OpenSlide knows it tag by tag. tifffile says why not.
         readers = ("OpenSlide", "tifffile") if vendor not in (None, GENERIC) else ("tifffile",)
@@ -149,12 +150,12 @@ def _with_properties(found: SlideDescription) -> SlideDescription:
     """`found` with what OpenSlide's properties tell; a damaged file keeps what it has until it is opened."""
     openslide = require("openslide")
     try:
-        with openslide.OpenSlide(found.path) as slide:
+        with decoding(), openslide.OpenSlide(found.path) as slide:
             properties, levels = dict(slide.properties), slide.level_dimensions
-    except openslide.OpenSlideError:
+            keys = [f"openslide.bounds-{name}" for name in ("x", "y", "width", "height")]
+            bounds = tuple(int(properties[key]) for key in keys) if all(key in properties for key in keys) else None
+    except (openslide.OpenSlideError, SlideError):
         return found
-    keys = [f"openslide.bounds-{name}" for name in ("x", "y", "width", "height")]
-    bounds = tuple(int(properties[key]) for key in keys) if all(key in properties for key in keys) else None
     if found.vendor == GENERIC:  # whose first image OpenSlide takes, be it the macro
         levels = found.levels
         stated = found.resolution

@@ -325,10 +325,10 @@ def _rows(boxes: Iterable[Box]) -> np.ndarray:
 
 def open_slide(path: Path, slide_mpp: float | None, mpp: float | None, origin: str = "bounds") -> Slide:
     """Opens a slide; where neither it nor `slide_mpp` gives its resolution, an explicit target `mpp` does."""
-    slide = Slide(path, mpp=slide_mpp, origin=origin)
+    slide = Slide(path, mpp=slide_mpp, origin=origin, apart=True)
     if slide_mpp is None and mpp is not None and not slide.states_mpp:
         logger.warning("%s does not state its resolution; taken to be %g micrometres per pixel.", path, mpp)
-        return Slide(path, mpp=mpp, origin=origin)
+        return Slide(path, mpp=mpp, origin=origin, apart=True)
     return slide
 
 

@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ..model.image_inputs import open_without_limit, pil_to_rgb, reason_to_refuse_pil
+from ..model.pillow_images import open_without_limit, pil_to_rgb, reason_to_refuse_pil
 from . import resolution
+from .declared_sizes import check_plain_image
 from .description import SlideDescription, Statement, describe
-from .errors import DECODER_ERRORS, SlideError, UnsupportedSlideError
+from .errors import DAMAGED, DeclaredSizeError, SlideError, UnsupportedSlideError, decoding
 
 _MOST_PIXELS = 2**29  # 1.6 GB of RGB
 _EXIF_ORIENTATION = 0x0112
@@ -19,7 +20,8 @@ _EXIF_ORIENTATION = 0x0112
 def describe_image(path: Path) -> SlideDescription:
     """Describes a plain image by its header; without levels where Pillow does not know the file."""
     try:
-        with open_without_limit(path) as image:
+        with decoding(), open_without_limit(path) as image:
+            check_plain_image(image.format, image.size, len(image.getbands()), path.stat().st_size)
             orientation = int(image.getexif().get(_EXIF_ORIENTATION, 1))
             size = image.size[::-1] if orientation >= 5 else image.size  # 5..8 swap the axes
             refusal = _sentence(reason_to_refuse_pil(image))
@@ -27,7 +29,9 @@ def describe_image(path: Path) -> SlideDescription:
                 path, image.format or "image", readers=("Pillow",), levels=(size,), axes="YX", tiled=False,
                 orientation=orientation, codec=image.format, resolution=_resolution(image),
             )  # fmt: skip
-    except DECODER_ERRORS:
+    except DeclaredSizeError as error:
+        raise SlideError(f"{path} cannot be read as an image: {error}. {DAMAGED}") from error
+    except SlideError:
         return SlideDescription(path, "image", readers=("Pillow",))
     if refusal is None and size[0] * size[1] > _MOST_PIXELS:
         refusal = (
@@ -74,11 +78,8 @@ class PillowBackend:
         return self._pixels[y : y + height, x : x + width].copy()
 
     def _decode(self) -> np.ndarray:
-        try:
-            with open_without_limit(self._path) as image:
-                pixels, refusal = pil_to_rgb(image, transpose=True)
-        except DECODER_ERRORS as error:
-            raise SlideError(str(error) or repr(error)) from error
+        with decoding(), open_without_limit(self._path) as image:
+            pixels, refusal = pil_to_rgb(image, transpose=True)
         if refusal:
             raise UnsupportedSlideError(_sentence(refusal))
         return pixels
@@ -90,11 +91,10 @@ class PillowBackend:
 
 def _raise_reason(path: Path) -> None:
     """Says what Pillow says of a file that it does not open."""
-    try:
-        with open_without_limit(path):
-            pass
-    except Image.UnidentifiedImageError as error:  # which repeats the path; the caller names it already
-        raise SlideError("not an image it knows") from error
-    except DECODER_ERRORS as error:
-        raise SlideError(str(error) or repr(error)) from error
+    with decoding():
+        try:
+            with open_without_limit(path):
+                pass
+        except Image.UnidentifiedImageError as error:  # which repeats the path; the caller names it already
+            raise SlideError("not an image it knows") from error
     raise SlideError("not a plain image")

@@ -15,6 +15,7 @@ from PIL import Image
 from .backends import Backend, open_backend
 from .description import SlideDescription, describe
 from .errors import DAMAGED, SlideError, UnsupportedSlideError
+from .reading_process import ApartBackend
 from .resolution import CREDIBLE_MPP, MppXY, is_credible
 from .viewer_frame import Frame, checked_origin, viewer_frame
 
@@ -42,6 +43,9 @@ class Slide:
         mpp: micrometres per pixel of level 0, for a file that does not state it or states it wrongly.
         origin: where coordinates of annotations, manifests and results start: "bounds" at the scanned area that the
             file states, as in QuPath; "slide" at the corner of level 0. `read_region` always counts from the latter.
+        apart: decode in another process, for runs over many slides: damaged bytes that abort a decoder, fill the
+            memory or never come to an end are then a `SlideError` too. The pixels are the same. The process starts
+            once, with the first such slide.
 
     Raises:
         SlideError: the file is missing, a folder, unreadable, empty or damaged; `mpp` cannot be a full resolution; an
@@ -55,7 +59,13 @@ class Slide:
     ```
     """
 
-    def __init__(self, path: str | os.PathLike[str], mpp: float | None = None, origin: str = "bounds") -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        mpp: float | None = None,
+        origin: str = "bounds",
+        apart: bool = False,
+    ) -> None:
         self.path = Path(path)
         self._origin, self._frame = checked_origin(origin), None
         if mpp is not None and not is_credible(mpp):
@@ -64,7 +74,7 @@ class Slide:
                 f"{CREDIBLE_MPP[0]} and {CREDIBLE_MPP[1]}, not the objective power or dpi (a 40x scan has about 0.25, "
                 "a 20x scan about 0.5)."
             )
-        self._given_mpp = mpp
+        self._given_mpp, self._apart = mpp, apart
         self._has_warned = False  # of being enlarged: once a slide
         self._forget_handle()
         self._open()
@@ -80,12 +90,12 @@ class Slide:
             self._forget_handle()  # inherited by fork: the parent's file position and locks are not ours
         with self._lock:
             if self._handle is None:
-                self._handle = open_backend(self.path, _CACHE_BYTES)
+                self._handle = (ApartBackend if self._apart else open_backend)(self.path, _CACHE_BYTES)
                 self._process = os.getpid()
             return self._handle
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("path", "_given_mpp", "_has_warned", "_origin", "_frame")
+        kept = ("path", "_given_mpp", "_apart", "_has_warned", "_origin", "_frame")
         return {name: getattr(self, name) for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

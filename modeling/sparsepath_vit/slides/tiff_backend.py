@@ -3,14 +3,16 @@
 
 import threading
 from collections import OrderedDict
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..runtime.extras import require
+from .declared_sizes import places_of_chunks
 from .description import SlideDescription, describe
-from .errors import DECODER_ERRORS, SlideError, UnsupportedSlideError
+from .errors import SlideError, UnsupportedSlideError, decoding
 from .samples import to_rgb
 
 # How a stored image is turned to be displayed, and a displayed rectangle's place in the stored one: orientations of
@@ -39,17 +41,15 @@ class TifffileBackend:
             raise UnsupportedSlideError(description.refusal or "tifffile does not read its pixels rightly")
         tifffile = require("tifffile")
         require("imagecodecs")
-        try:
-            self._file = tifffile.TiffFile(path)
-            self._levels = [list(level.pages) for level in self._file.series[description.series].levels]
-            self._keyframes = [level.keyframe for level in self._file.series[description.series].levels]
+        with decoding(), ExitStack() as close_after_failure:
+            self._file = close_after_failure.enter_context(tifffile.TiffFile(path))
+            if description.series >= len(self._file.series):
+                raise SlideError("it holds no image")
+            levels = self._file.series[description.series].levels
+            self._levels = [list(level.pages) for level in levels]
+            self._keyframes = [level.keyframe for level in levels]
             self._check_complete()
-        except DECODER_ERRORS as error:
-            if hasattr(self, "_file"):
-                self._file.close()
-            if isinstance(error, SlideError):
-                raise
-            raise SlideError(str(error) or repr(error)) from error
+            close_after_failure.pop_all()
         if description.samples is None:
             self._file.close()
             raise SlideError("its tags cannot be understood")
@@ -71,11 +71,7 @@ class TifffileBackend:
         if len(link) < self._file.tiff.offsetsize or any(link):
             raise SlideError(f"the file ends before page {count + 1}")
         for level, level_pages in enumerate(self._levels):
-            if any(
-                offset + size > handle.size
-                for page in level_pages
-                for offset, size in zip(page.dataoffsets, page.databytecounts, strict=True)
-            ):
+            if any(offset + size > handle.size for page in level_pages for offset, size in places_of_chunks(page)):
                 raise SlideError(f"the file ends inside the tiles of level {level}")
 
     def read(self, level: int, x: int, y: int, width: int, height: int) -> np.ndarray:
@@ -134,12 +130,8 @@ class TifffileBackend:
         if any(part is None for part in parts):
             # A tile that was never written has no bytes: the scanner found nothing there.
             return np.full((*self._chunk_shape(level), 3), 255, dtype=np.uint8)
-        try:
+        with decoding(f"tile {index} cannot be converted to RGB"):
             return to_rgb(np.concatenate(parts, axis=-1), self._samples)
-        except UnsupportedSlideError:
-            raise
-        except DECODER_ERRORS as error:
-            raise SlideError(f"tile {index} cannot be converted to RGB: {error}") from error
 
     def _chunk_shape(self, level: int) -> tuple[int, int]:
         page = self._keyframes[level]
@@ -151,7 +143,7 @@ class TifffileBackend:
         offset, size = page.dataoffsets[index], page.databytecounts[index]
         if not size:
             return None
-        try:
+        with decoding(f"tile {index} cannot be decoded"):
             with self._lock:
                 self._file.filehandle.seek(offset)
                 data = self._file.filehandle.read(size)
@@ -161,8 +153,6 @@ class TifffileBackend:
             rows, columns = keyframe.imagelength - place[2], keyframe.imagewidth - place[3]
             # (depth 1, height, width, samples)
             return None if segment is None else segment[0, :rows, :columns]
-        except DECODER_ERRORS as error:
-            raise SlideError(f"tile {index} cannot be decoded: {error}") from error
 
     def close(self) -> None:
         """See `Backend.close`."""

@@ -12,6 +12,7 @@ import numpy as np
 
 from ..runtime.extras import require
 from . import resolution
+from .declared_sizes import check_page, check_pages
 from .description import SlideDescription, Statement
 from .resolution import OmeImage
 from .samples import Samples, YCbCr, white_of
@@ -58,18 +59,22 @@ def describe_tiff(path: Path) -> tuple[SlideDescription, str | None]:
         cannot decode it (None where it can).
 
     Raises:
-        ValueError and others of `DECODER_ERRORS`: the file is damaged.
+        DeclaredSizeError: the sizes in the tags contradict each other.
+        Exception: of any kind that `errors.decoding` knows: the file is damaged.
         ImportError: tifffile is missing.
     """
     tifffile = require("tifffile")
     require("imagecodecs")
     with tifffile.TiffFile(path) as file:
+        check_pages(file)
         images = _images(file)
         chosen, refusal = choose_image(images)
         series = file.series[chosen.index]
         pages = [level.keyframe for level in series.levels]
+        for level, level_page in enumerate(pages):
+            check_page(level_page, level)
         page = pages[0]
-        orientation = int(page.tags.valueof("Orientation", 1))
+        orientation = _number(page, "Orientation", 1)
         orientation = orientation if 1 <= orientation <= 8 else 1  # what no viewer turns
         samples = _samples(file, page, chosen.ome)
         separate = _pages_of_colours(series, samples, chosen.ome)
@@ -128,8 +133,8 @@ def _size(page: Any, turned: bool = False) -> tuple[int, int]:
 
 
 def _resolution(file: Any, page: Any, ome: OmeImage | None) -> Statement | None:
-    pixels = [_ratio(page.tags.valueof(name)) for name in ("XResolution", "YResolution")]
-    unit = {2: "inch", 3: "cm"}.get(int(page.tags.valueof("ResolutionUnit", 2)), "none")
+    pixels = [_ratio(_values(page, name)) for name in ("XResolution", "YResolution")]
+    unit = {2: "inch", 3: "cm"}.get(_number(page, "ResolutionUnit", 2), "none")
     imagej_unit = (file.imagej_metadata or {}).get("unit") if file.is_imagej else None
     statements = [
         ("OME-XML", ome.mpp if ome else None),
@@ -140,8 +145,8 @@ def _resolution(file: Any, page: Any, ome: OmeImage | None) -> Statement | None:
     return next((Statement(mpp, source) for source, mpp in statements if mpp), None)
 
 
-def _ratio(value: tuple[int, int] | None) -> float | None:
-    return value[0] / value[1] if value and value[1] else None
+def _ratio(value: tuple[float, ...]) -> float | None:
+    return value[0] / value[1] if len(value) == 2 and value[1] else None
 
 
 def _samples(file: Any, page: Any, ome: OmeImage | None) -> Samples:
@@ -151,7 +156,7 @@ def _samples(file: Any, page: Any, ome: OmeImage | None) -> Samples:
     alpha = None
     if page.samplesperpixel in (2, 4) and photometric in ("RGB", "YCBCR", "MINISBLACK", "MINISWHITE", "PALETTE"):
         alpha = {1: "premultiplied", 2: "straight"}.get(int((page.extrasamples or (0,))[0]), "unspecified")
-    if photometric == "SEPARATED" and int(page.tags.valueof("InkSet", 1)) != 1:
+    if photometric == "SEPARATED" and _number(page, "InkSet", 1) != 1:
         photometric = "inks other than CMYK"
     stated = [float(value) for name in ("SMaxSampleValue", "MaxSampleValue") for value in _values(page, name)]
     lowest = [float(value) for name in ("SMinSampleValue", "MinSampleValue") for value in _values(page, name)]
@@ -162,14 +167,23 @@ def _samples(file: Any, page: Any, ome: OmeImage | None) -> Samples:
 
 
 def _only(value: Any) -> int:
-    """A value that must be the same for all samples."""
+    """A value that must be the same for all samples; 0 where it is not."""
     values = set(map(int, value)) if isinstance(value, tuple) else {int(value)}
     return values.pop() if len(values) == 1 else 0
 
 
 def _values(page: Any, name: str) -> tuple[float, ...]:
+    """The numbers of a tag. Raises ValueError where damage put other things there."""
     value = page.tags.valueof(name)
-    return () if value is None else tuple(value) if isinstance(value, tuple | list) else (value,)
+    values = () if value is None else tuple(value) if isinstance(value, tuple | list) else (value,)
+    if not all(isinstance(number, int | float) for number in values):
+        raise ValueError(f"its tag {name} holds {str(value)[:40]!r} where numbers are due")
+    return values
+
+
+def _number(page: Any, name: str, default: int) -> int:
+    values = _values(page, name) or (default,)
+    return int(values[0])
 
 
 def _leaves_ycbcr(file: Any, page: Any, photometric: str) -> bool:
@@ -197,16 +211,13 @@ def _codestream_transforms(file: Any, page: Any) -> bool:
 
 def _ycbcr(page: Any) -> YCbCr:
     default = YCbCr()
-    luma = tuple(_ratios(page.tags.valueof("YCbCrCoefficients"))) or default.luma
-    reference = tuple(_ratios(page.tags.valueof("ReferenceBlackWhite"))) or default.reference
+    luma = tuple(_ratios(_values(page, "YCbCrCoefficients"))) or default.luma
+    reference = tuple(_ratios(_values(page, "ReferenceBlackWhite"))) or default.reference
     # JPEG 2000 has neither tag: what an encoder of pictures means is JFIF.
     return YCbCr(luma, reference) if len(luma) == 3 and len(reference) == 6 else default
 
 
-def _ratios(value: Any) -> list[float]:
-    if value is None:
-        return []
-    numbers = [float(number) for number in np.ravel(value)]
+def _ratios(numbers: tuple[float, ...]) -> list[float]:
     pairs = zip(numbers[::2], numbers[1::2], strict=True) if len(numbers) in (6, 12) else []
     return [top / bottom if bottom else math.nan for top, bottom in pairs]
 
