@@ -11,7 +11,6 @@ beyond the last one are empty.
 """
 
 import itertools
-from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -151,45 +150,44 @@ def _sorted_by_size(pieces: torch.Tensor, sizes: Sequence[int], counts: Sequence
 def _most_tiles(grid: TokenGrid, tile_size: int) -> tuple[int, ...]:
     """Upper bounds of the numbers of wide, medium and narrow tiles; the numbers where every patch token is present.
 
-    A width with few tiles is not used: they join those that are wider.
+    A width with few tiles is not used: they join those that are wider. Sums and whole divisions only, and hardly a
+    comparison, so that a compiled graph serves every image size.
     """
-    pieces, num_present = _piece_sizes(grid, tile_size), sum(grid.counts)
+    num_present = sum(grid.counts)
     is_full = num_present == sum(rows * columns for rows, columns in grid.grid_sizes)
-
-    def most(least: int, size: int) -> int:
-        """How many pieces can hold more than `least` and at most `size` tokens."""
-        count = sum(count for tokens, count in pieces.items() if tokens > least and (tokens <= size or not is_full))
-        return min(count, num_present // (least + 1))
-
     # Of the window, not of the image: else a small image would have the kernel compiled anew.
     largest = tile_size if grid.window_size is None else min(grid.window_size**2, tile_size)
     counts, least = dict.fromkeys(tile_sizes(tile_size), 0), 0
     for size in reversed(tile_sizes(tile_size)):
-        if size >= largest or most(least, size) >= LEAST_TILES_FOR_NARROW_ONES:
-            counts[size] = most(least, size)
-            least = size
+        most = _pieces_above(grid, tile_size, least)
+        if size < largest and is_full:
+            most -= _pieces_above(grid, tile_size, size)
+        most = min(most, num_present // (least + 1))
+        if size >= largest:
+            counts[size] = most
+            break
+        if most >= LEAST_TILES_FOR_NARROW_ONES:
+            counts[size], least = most, size
     return tuple(counts.values())
 
 
-def _piece_sizes(grid: TokenGrid, tile_size: int) -> Counter[int]:
-    """How many pieces of how many tokens the blocks of the full grid are cut into."""
-    pieces: Counter[int] = Counter()
-    for rows, columns in grid.grid_sizes:
-        window = max(rows, columns) if grid.window_size is None else grid.window_size
-        heights, widths = ([(window, side // window), (side % window, 1)] for side in (rows, columns))
-        for (height, num_high), (width, num_broad) in itertools.product(heights, widths):
-            whole, rest = divmod(height * width, tile_size)
-            pieces[tile_size] += num_high * num_broad * whole
-            pieces[rest] += num_high * num_broad
-    return Counter({size: count for size, count in pieces.items() if size > 0 and count > 0})
+def _pieces_above(grid: TokenGrid, tile_size: int, least: int) -> int:
+    """How many pieces of more than `least` tokens, which is less than `tile_size`, the full grid is cut into."""
+    pieces = 0
+    window = grid.window_size
+    for size in grid.grid_sizes:
+        # Of blocks that are whole and of those that the image's border cuts: (tokens along a side, how many)
+        sides = [[(side, 1)] if window is None else [(window, side // window), (side % window, 1)] for side in size]
+        for (height, num_high), (width, num_broad) in itertools.product(*sides):
+            tokens = height * width
+            last_counts = (tokens % tile_size + tile_size - 1 - least) // tile_size  # 1 where it is above `least`
+            pieces += num_high * num_broad * (tokens // tile_size + last_counts)
+    return pieces
 
 
 def _pieces_of_a_block(grid: TokenGrid, tile_size: int) -> int:
     """Most pieces that a block is cut into."""
-    most = 0
-    for (rows, columns), count in zip(grid.grid_sizes, grid.counts, strict=True):
-        window = max(rows, columns) if grid.window_size is None else grid.window_size
-        most = max(most, min(count, min(window, rows) * min(window, columns)))
+    most = max(grid.counts) if grid.window_size is None else grid.window_size**2
     return -(-most // tile_size)
 
 
