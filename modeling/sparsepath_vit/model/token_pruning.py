@@ -139,7 +139,7 @@ def prune_scores(
     """
     # Autocast would compute the logits in its lower precision.
     with torch.no_grad(), maybe_autocast(query.device.type, enabled=False):
-        if has_prune_score_kernel(query, grid):
+        if has_prune_score_kernel(query, grid, kind):
             return kernel_prune_scores(query, key, value, grid, scale, kind)
         if grid.is_uniform:
             return _image_scores(query, key, value, grid.num_global_tokens, scale, kind).reshape(-1)
