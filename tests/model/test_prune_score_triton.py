@@ -109,6 +109,13 @@ def test_what_the_kernel_does_not_take_runs_in_torch(monkeypatch):
         assert token_pruning.prune_scores(*states(grid, 1, head_dim, dtype), grid, scale=0.1).isfinite().all()
 
 
+def test_a_score_that_the_kernel_does_not_know_runs_in_torch(monkeypatch):
+    """Regression: the kernel computed "attention" for every name that it did not know."""
+    monkeypatch.setattr(token_pruning, "kernel_prune_scores", lambda *_: pytest.fail("the kernel was called"))
+    grid = TokenGrid.create([(2, 3)], num_global_tokens=1, window_size=4, device=DEVICE)
+    token_pruning.prune_scores(*states(grid, 1, 16, torch.float32), grid, scale=0.1, kind="a new score")
+
+
 def test_the_operator_passes_the_checks_of_torch_library():
     grid = TokenGrid.create([(5, 3)], num_global_tokens=2, window_size=4, device=DEVICE)
     packed = [part.transpose(1, 2).reshape(-1, 2, 16) for part in states(grid, 2, 16, torch.float32)]

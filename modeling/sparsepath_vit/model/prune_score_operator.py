@@ -10,16 +10,17 @@ from .attention_backend import operator_name
 from .fused_elementwise import kernels_run_on
 from .token_grid import TokenGrid, per_image
 
+_KINDS = ("attention", "cls_attention", "attention_value")
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Up to here the compiler spills no registers for sm_80 and sm_90, but for float32 with more than 16 global queries and
 # head_dim above 64.
 _MOST_HEAD_DIM, _MOST_QUERIES = 128, 64
 
 
-def has_prune_score_kernel(query: torch.Tensor, grid: TokenGrid) -> bool:
-    """Whether `kernel_prune_scores` takes queries, (batch, heads, tokens, head_dim), of a grid."""
+def has_prune_score_kernel(query: torch.Tensor, grid: TokenGrid, kind: str) -> bool:
+    """Whether `kernel_prune_scores` takes queries, (batch, heads, tokens, head_dim), of a grid, and knows the score."""
     is_taken = query.dtype in _DTYPES and query.shape[-1] <= _MOST_HEAD_DIM and grid.num_global_tokens <= _MOST_QUERIES
-    return is_taken and kernels_run_on(query.device)
+    return is_taken and kind in _KINDS and kernels_run_on(query.device)
 
 
 def kernel_prune_scores(

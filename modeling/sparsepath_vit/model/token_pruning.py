@@ -153,7 +153,7 @@ def prune_scores(
     # Autocast would compute the logits in its lower precision.
     with torch.no_grad(), maybe_autocast(query.device.type, enabled=False):
         bias = _log_weights(grid)  # (batch, tokens), or None
-        if bias is None and has_prune_score_kernel(query, grid):
+        if bias is None and has_prune_score_kernel(query, grid, kind):
             return kernel_prune_scores(query, key, value, grid, scale, kind)
         if grid.is_uniform:
             return _image_scores(query, key, value, bias, grid.num_global_tokens, scale, kind).reshape(-1)
