@@ -68,7 +68,7 @@ def read_annotations(path: Path) -> Annotations:
         ValueError: it is no GeoJSON; the message says where.
     """
     content = path.read_bytes()
-    text = content.decode(json.detect_encoding(content)).removeprefix("\ufeff")
+    text = content.decode(json.detect_encoding(content))
     del content
     arrays: list[str] = []
 

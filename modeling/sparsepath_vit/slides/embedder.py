@@ -307,8 +307,9 @@ class SlideEmbedder:
             "target_magnification": round(10 / mpp),
             "level0_width": slide.dimensions[0],
             "level0_height": slide.dimensions[1],
-            "origin_level0": slide.frame[:2],  # the level-0 pixel that all coordinates in the file count from
         }
+        if slide.frame[:2] != (0, 0):  # the level-0 pixel that all coordinates in the file count from
+            attributes["origin_level0"] = slide.frame[:2]
         writer.describe("coords", attributes)
         writer.describe("features", {"name": name, **({"label": item.label} if item.label else {})})
         level0_size = (self.patch_size * scale, self.patch_size * scale_y)

@@ -77,7 +77,7 @@ def read_token_values(file: str | os.PathLike[str], value: str = "prune_scores")
             corners, values = _values(stored, value, tissue, kept)
             coords = stored["coords"].attrs
             dimensions = (int(coords["level0_width"]), int(coords["level0_height"]))
-            corners = corners + np.asarray(coords.get("origin_level0", (0, 0)))  # absent in files of before
+            corners = corners + np.asarray(coords.get("origin_level0", (0, 0)))  # absent where they are level-0 pixels
             token_size = tuple(stored["token_coords"].attrs["token_size_level0"].tolist())
     except OSError as error:
         raise SlideError(f"{file} cannot be read as an HDF5 file of `sparsepath embed`: {error}.") from error
