@@ -77,6 +77,8 @@ def check_page(page: Any, number: int) -> None:
         DeclaredSizeError: the tags contradict each other.
     """
     _check_types(page)
+    if page.subifds and len(page.subifds) > _PAGES_AT_MOST:
+        raise DeclaredSizeError(f"page {number} lists {len(page.subifds):,} pages inside it")
     rows, columns = (page.tilelength, page.tilewidth) if page.is_tiled else (page.rowsperstrip, page.imagewidth)
     if min(page.imagewidth, page.imagelength, rows, columns) < 1:
         raise DeclaredSizeError(

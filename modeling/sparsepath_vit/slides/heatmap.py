@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 from ..runtime.atomic_files import write_atomically
 from ..runtime.extras import require
 from ..runtime.figures import INK, color_overlay, heat_colors, save_image
-from .backends import SlideError
+from .errors import SlideError, decoding
 from .outlines import annotation, feature_collection, outlines
 from .reader import Slide
 
@@ -67,21 +67,23 @@ def read_token_values(file: str | os.PathLike[str], value: str = "prune_scores")
         SlideError: the file holds no tokens, or not these numbers; the message says how to get them.
     """
     h5py = require("h5py")
-    try:
-        with h5py.File(file, "r") as stored:
-            if "token_coords" not in stored:
-                raise SlideError(
-                    f"{file} holds no tokens: run `sparsepath embed` again with --dense, into a new folder."
-                )
-            tissue, kept = stored["token_coords"][:], stored["patch_coords"][:]
-            corners, values = _values(stored, value, tissue, kept)
-            coords = stored["coords"].attrs
-            dimensions = (int(coords["level0_width"]), int(coords["level0_height"]))
-            corners = corners + np.asarray(coords.get("origin_level0", (0, 0)))  # absent where they are level-0 pixels
-            token_size = tuple(stored["token_coords"].attrs["token_size_level0"].tolist())
-    except OSError as error:
-        raise SlideError(f"{file} cannot be read as an HDF5 file of `sparsepath embed`: {error}.") from error
+    with decoding(f"{file} cannot be read as an HDF5 file of `sparsepath embed`"), h5py.File(file, "r") as stored:
+        if "token_coords" not in stored:
+            raise SlideError(f"{file} holds no tokens: run `sparsepath embed` again with --dense, into a new folder.")
+        tissue, kept = _rows(stored, "token_coords"), _rows(stored, "patch_coords")
+        corners, values = _values(stored, value, tissue, kept)
+        coords = stored["coords"].attrs
+        dimensions = (int(coords["level0_width"]), int(coords["level0_height"]))
+        corners = corners + np.asarray(coords.get("origin_level0", (0, 0)))  # absent where they are level-0 pixels
+        token_size = tuple(stored["token_coords"].attrs["token_size_level0"].tolist())
     return TokenValues(Path(value).stem, corners, values.astype(float), token_size, dimensions)
+
+
+def _rows(stored: Any, name: str) -> np.ndarray:
+    rows = stored[name]
+    if not isinstance(rows, require("h5py").Dataset):
+        raise SlideError(f"{name} is no dataset in it")
+    return rows[:]
 
 
 def _values(stored: Any, value: str, tissue: np.ndarray, kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -91,13 +93,13 @@ def _values(stored: Any, value: str, tissue: np.ndarray, kept: np.ndarray) -> tu
         known = {tuple(corner) for corner in kept.tolist()}
         return corners, np.array([tuple(corner) in known for corner in corners.tolist()])
     if value == "norm":
-        return kept, np.linalg.norm(stored["patch_features"][:].astype(np.float32), axis=1)
+        return kept, np.linalg.norm(_rows(stored, "patch_features").astype(np.float32), axis=1)
     if value == "prune_scores":
         if "prune_scores" not in stored:
             raise SlideError("there are no prune scores in the file: the model does not prune (prune_ratio=0).")
         # The scores of a region's tokens share one sum: times their number, regions of all sizes compare.
-        counts = stored["token_counts"][:]
-        return tissue, stored["prune_scores"][:] * np.repeat(counts, counts)
+        counts = _rows(stored, "token_counts")
+        return tissue, _rows(stored, "prune_scores") * np.repeat(counts, counts)
     if not value.endswith(".npy"):
         raise SlideError(
             f"value={value!r} is unknown: prune_scores, kept, norm, or a .npy file of one number per token."

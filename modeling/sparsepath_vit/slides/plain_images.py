@@ -1,6 +1,7 @@
 # Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
 """PNG, JPEG and other plain images: one level, decoded whole at the first read, by the image processor's rules."""
 
+import logging
 import threading
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from . import resolution
 from .declared_sizes import check_plain_image
 from .description import SlideDescription, Statement, describe
 from .errors import DAMAGED, DeclaredSizeError, SlideError, UnsupportedSlideError, decoding
+
+logger = logging.getLogger(__name__)
 
 _MOST_PIXELS = 2**29  # 1.6 GB of RGB
 _EXIF_ORIENTATION = 0x0112
@@ -31,7 +34,10 @@ def describe_image(path: Path) -> SlideDescription:
             )  # fmt: skip
     except DeclaredSizeError as error:
         raise SlideError(f"{path} cannot be read as an image: {error}. {DAMAGED}") from error
-    except SlideError:
+    except SlideError as error:
+        if isinstance(error.__cause__, MemoryError):  # a PNG is decoded for its EXIF, which may lie at its end
+            raise SlideError(f"{path} cannot be read: {error}.") from error
+        logger.debug("Pillow cannot describe %s: %s", path, error)
         return SlideDescription(path, "image", readers=("Pillow",))
     if refusal is None and size[0] * size[1] > _MOST_PIXELS:
         refusal = (

@@ -283,8 +283,8 @@ def _placed(mask: np.ndarray, slide: Slide) -> TissueMask:
 def _read_polygons(path: Path, slide: Slide) -> TissueMask:
     try:
         annotations = read_annotations(path)
-    except (OSError, ValueError) as error:
-        raise SlideError(f"the tissue mask {path} is no GeoJSON of polygons ({error}).") from error
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise SlideError(f"the tissue mask {path} is no GeoJSON of polygons ({error!r}).") from error
     longest = max(slide.dimensions)
     scale = longest / min(_OVERVIEW_MAX_SIDE, max(1, round(longest * slide.mpp / _OVERVIEW_MPP)))
     width, height = (max(1, round(side / scale)) for side in slide.dimensions)
