@@ -62,8 +62,8 @@ RULES = {
     "finer where busy": DrawRule(busy=True),
     "mean values": DrawRule(mean_values=True),
 }
-ON_ALL_IMAGES = ("paper", "random", "anew in each layer", "mean queries", "exact and mean queries")
-WITH_FEW_SAMPLES = ("random", "exact and mean queries")
+BEST = ("random", "exact and mean queries")
+ON_ALL_IMAGES = (*BEST, "anew in each layer", "exact and mean queries, anew")
 KEYS = ("image", "size", "rule", "num_samples", "prune_ratio", "representatives", "seed")
 VALUES = ("keys", "cls_cosine", "patch_cosine", "patch_cosine_p5", "estimated_cls_error")
 
@@ -89,18 +89,25 @@ class Job(NamedTuple):
         )
 
 
-def jobs_of(part: str, index: int) -> list[Job]:
-    """The rows of one image, by its index."""
-    if part == "draws":
-        names = [name for name in ("paper", *RULES) if name in ON_ALL_IMAGES or index in SCREENED]
-        jobs = [Job(name, 1024 if name in RULES else 0) for name in names]
-        jobs += [Job(name, 256) for name in WITH_FEW_SAMPLES]
-        # A second draw, for the error that can be estimated without the dense model.
-        return jobs + [Job(name, 1024, seed=1) for name in ("random", "exact and mean queries")]
+def passes_of(part: str) -> list[tuple[tuple[int, ...], tuple[int, ...], list[Job]]]:
+    """What is measured in which order: indices of images, sizes, and the rows of each.
+
+    What matters most comes first, so that a run that is stopped has it for all images.
+    """
+    every = tuple(range(len(SLIDES) + len(CLASSES) * REGIONS_OF_A_CLASS))
     if part == "pruning":
         jobs = [Job("dense", 0, 0.6), Job("dense", 1024, 0.6, True), Job("paper", 0, 0.6)]
-        return jobs + [Job(name, 1024, 0.6, True) for name in ("random", "exact and mean queries")]
-    return [Job("paper")] + [Job(name, 1024) for name in ("random", "exact and mean queries")]
+        return [(every, (700,), jobs + [Job(name, 1024, 0.6, True) for name in BEST])]
+    if part == "sizes":
+        return [(every, (1022, 1400), [Job("paper"), *(Job(name, 1024) for name in BEST)])]
+    screened = [Job(name, 1024) for name in RULES if name not in ON_ALL_IMAGES] + [Job(name, 256) for name in BEST]
+    return [
+        (every, (700,), [Job(name, 1024) for name in BEST]),
+        (every, (700,), [Job("paper"), *(Job(name, 1024) for name in ON_ALL_IMAGES[2:])]),
+        (SCREENED, (700,), screened),
+        # A second draw, for the error that can be estimated without the dense model.
+        (SCREENED, (700,), [Job(name, 1024, seed=seed) for name in BEST for seed in (0, 1)]),
+    ]
 
 
 def main() -> None:
@@ -130,16 +137,23 @@ def fill(table: ResultsTable, part: str, arguments: argparse.Namespace) -> None:
         raise ValueError(f"no weights in {cache_folder()}: run `python -m studies.real_weights`, or name a checkpoint.")
     model, processor = load_model(checkpoint, "cpu", torch.float32, model_class=SparsePathViTModel)
     model.config.window_size = None  # the prototype has its own pattern
-    paths = list(enumerate(image_paths(arguments.data_dir)))
-    order = np.argsort([index % 3 for index, _ in paths], kind="stable")[: arguments.images]
-    sizes = (1022, 1400) if part == "sizes" else (700,)
-    for (index, path), size in tqdm([(paths[i], size) for size in sizes for i in order], desc=part, unit="image"):
-        missing = [
-            job for job in jobs_of(part, index) if not table.has({"image": path.name, "size": size, **job._asdict()})
-        ]
+    paths = list(image_paths(arguments.data_dir))
+    order = np.argsort(np.arange(len(paths)) % REGIONS_OF_A_CLASS, kind="stable")[: arguments.images]
+    steps = [
+        (paths[index], size, jobs)
+        for indices, sizes, jobs in passes_of(part)
+        for size in sizes
+        for index in order
+        if index in indices
+    ]
+    for path, size, jobs in tqdm(steps, desc=part, unit="image"):
+        place = {"image": path.name, "size": size}
+        missing = [job for job in jobs if not table.has(place | job._asdict())]
+        if any(job.seed for job in missing):
+            missing = [job for job in jobs if job.rule in {one.rule for one in missing}]  # both draws are compared
         if missing:
             pixel_values = prepare(processor, [square(path, size)])["pixel_values"]
-            measure_image(model, pixel_values, missing, table, {"image": path.name, "size": size})
+            measure_image(model, pixel_values, missing, table, place)
 
 
 def measure_image(
@@ -147,15 +161,17 @@ def measure_image(
 ) -> None:
     """The rows of one image; dense runs once."""
     dense = run(model, pixel_values, Settings(window=None))
-    first_draws: dict[str, Features] = {}
+    first_draws: dict[tuple[str, int], Features] = {}
     for job in tqdm(jobs, desc=place["image"], unit="run", leave=False):
         features = run(model, pixel_values, job.settings())
         row = place | job._asdict() | {"keys": features.keys} | distance_to_dense(features, dense)
-        if job.seed == 0 and job.num_samples == 1024:
-            first_draws[job.rule] = features
-        elif job.rule in first_draws and job.seed:
-            row["estimated_cls_error"] = estimated_cls_error(first_draws[job.rule], features)
-        table.add(row)
+        drawn_by = (job.rule, job.num_samples)
+        if not job.seed:
+            first_draws = {drawn_by: features}  # the second draw comes right after
+        elif drawn_by in first_draws:
+            row["estimated_cls_error"] = estimated_cls_error(first_draws[drawn_by], features)
+        if not table.has(row):
+            table.add(row)
 
 
 def image_paths(folder: Path) -> Iterator[Path]:
@@ -197,7 +213,7 @@ def summarise(table: ResultsTable) -> None:
     estimated = [row for row in table.rows if row["estimated_cls_error"]]
     for rule in dict.fromkeys(row["rule"] for row in estimated):
         pairs = [row for row in estimated if row["rule"] == rule]
-        ratios = [float(row["estimated_cls_error"]) / mean_error(table, row) for row in pairs]
+        ratios = [float(row["estimated_cls_error"]) / max(mean_error(table, row), 1e-12) for row in pairs]
         logger.info("%s: estimated over true error of CLS %.2f to %.2f", rule, min(ratios), max(ratios))
 
 
