@@ -7,6 +7,7 @@ row by row and goes on where it was stopped:
 
     draws     OUT/stratified_draws.csv: all rules at 700 px, w = 8
     pruning   OUT/stratified_pruning.csv: 60 % pruned, with and without representatives, at 700 px
+    layers    OUT/stratified_layers.csv: where the error comes from, layer by layer, at 700 px
     sizes     OUT/stratified_sizes.csv: the best rules at 1022 and 1400 px
 
 `--summary` only prints the means of what is there. At 700 px a run takes about 3 s on one core, at 1400 px 20 s.
@@ -20,7 +21,7 @@ import argparse
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -36,6 +37,7 @@ from ..real_weights.cache import cache_folder, cached_checkpoint
 from ..results import ResultsTable
 from .draws import DrawRule
 from .forward import Features, Settings, run
+from .layers import layer_errors
 from .measure import distance_to_dense, estimated_cls_error
 
 logger = logging.getLogger("stratified_draw")
@@ -66,6 +68,11 @@ BEST = ("random", "exact and mean queries")
 ON_ALL_IMAGES = (*BEST, "anew in each layer", "exact and mean queries, anew")
 KEYS = ("image", "size", "rule", "num_samples", "prune_ratio", "representatives", "seed")
 VALUES = ("keys", "cls_cosine", "patch_cosine", "patch_cosine_p5", "estimated_cls_error")
+
+
+LAYER_RULES = ("random", "mean queries", "exact and mean queries", "mean values")
+LAYER_KEYS = ("image", "size", "layer", "rule")
+LAYER_VALUES = ("error", "common_error", "largest_share", "largest_norm")
 
 
 class Job(NamedTuple):
@@ -114,7 +121,7 @@ def main() -> None:
     parser = ScriptParser(__doc__)
     parser.add_argument("--model-name-or-path", help="converted checkpoint; that of studies.real_weights by default")
     parser.add_argument("--data-dir", type=Path, required=True, help="folder with rois/ and classification/")
-    parser.add_argument("--parts", default="draws,pruning,sizes")
+    parser.add_argument("--parts", default="draws,pruning,layers,sizes")
     parser.add_argument("--images", type=int, default=12, help="so many of the twelve, evenly spread")
     parser.add_argument("--summary", action="store_true", help="measure nothing, print what is there")
     parser.add_argument("--out", "--output-dir", dest="output_dir", type=Path, required=True)
@@ -124,21 +131,52 @@ def main() -> None:
 def measure(arguments: argparse.Namespace) -> None:
     """Measures the rows that are missing."""
     for part in arguments.parts.split(","):
+        if part == "layers":
+            table = ResultsTable(arguments.output_dir / "stratified_layers.csv", LAYER_KEYS, LAYER_VALUES)
+            if not arguments.summary:
+                fill_layers(table, arguments)
+            continue
         table = ResultsTable(arguments.output_dir / f"stratified_{part}.csv", KEYS, VALUES)
         if not arguments.summary:
             fill(table, part, arguments)
         summarise(table)
 
 
-def fill(table: ResultsTable, part: str, arguments: argparse.Namespace) -> None:
-    """All images of a part."""
+def fill_layers(table: ResultsTable, arguments: argparse.Namespace) -> None:
+    """All images, layer by layer."""
+    model, processor = load(arguments)
+    paths = list(image_paths(arguments.data_dir))
+    for index in tqdm(spread_order(len(paths))[: arguments.images], desc="layers", unit="image"):
+        place = {"image": paths[index].name, "size": 700}
+        if table.has(place | {"layer": model.config.num_hidden_layers, "rule": LAYER_RULES[-1]}):
+            continue
+        pixel_values = prepare(processor, [square(paths[index], 700)])["pixel_values"]
+        rules = {name: RULES[name] for name in LAYER_RULES}
+        for row in layer_errors(model, pixel_values, rules, 256):
+            if not table.has(place | row):
+                table.add(place | row)
+
+
+def spread_order(number: int) -> list[int]:
+    """Indices of images such that the first ones are of all slides and classes."""
+    return sorted(range(number), key=lambda index: index % REGIONS_OF_A_CLASS)
+
+
+def load(arguments: argparse.Namespace) -> tuple[SparsePathViTModel, Any]:
+    """The model, ready for the prototype, and its image processor."""
     checkpoint = arguments.model_name_or_path or cached_checkpoint()
     if checkpoint is None:
         raise ValueError(f"no weights in {cache_folder()}: run `python -m studies.real_weights`, or name a checkpoint.")
     model, processor = load_model(checkpoint, "cpu", torch.float32, model_class=SparsePathViTModel)
     model.config.window_size = None  # the prototype has its own pattern
+    return model, processor
+
+
+def fill(table: ResultsTable, part: str, arguments: argparse.Namespace) -> None:
+    """All images of a part."""
+    model, processor = load(arguments)
     paths = list(image_paths(arguments.data_dir))
-    order = np.argsort(np.arange(len(paths)) % REGIONS_OF_A_CLASS, kind="stable")[: arguments.images]
+    order = spread_order(len(paths))[: arguments.images]
     steps = [
         (paths[index], size, jobs)
         for indices, sizes, jobs in passes_of(part)

@@ -57,7 +57,7 @@ class Features:
     keys: float
 
 
-def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, added: torch.Tensor) -> torch.Tensor:
+def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, added: torch.Tensor) -> torch.Tensor:
     """(heads, queries, head_dim), with a number added to the logits of each key."""
     bias = added.to(query.dtype).expand(1, query.shape[0], query.shape[1], -1)
     return scaled_dot_product_attention(query[None], key[None], value[None], attn_mask=bias)[0]
@@ -84,7 +84,7 @@ def run(model: SparsePathViTModel, pixel_values: torch.Tensor, settings: Setting
     for number, layer in enumerate(model.encoder.layers):
         query, key, value = (states[0] for states in layer.attention.query_key_value(layer.norm1(hidden_states)[None]))
         attended, mass_here, num_keys = _attention(query, key, value, tokens, settings, number, mass)
-        hidden_states, mass = _finish(layer, hidden_states, attended), mass_here
+        hidden_states, mass = finish_layer(layer, hidden_states, attended), mass_here
         keys.append(num_keys)
         if settings.prune_ratio and number + 1 == settings.prune_after_layer:
             kept, tokens = _prune(tokens, mass, settings)
@@ -109,16 +109,16 @@ def _attention(
     probabilities = (query[:, :1] @ key.transpose(-1, -2) * scale + added).softmax(dim=-1)  # (heads, 1, 1 + T)
     mass_here = probabilities[:, 0, 1:].mean(dim=0)
     if settings.window is None:
-        return _attend(query, key, value, added), mass_here, float(len(added))
+        return attend(query, key, value, added), mass_here, float(len(added))
     drawn = None
     if settings.rule is not None:
         state = LayerState(layer, mass_here, mass, key[:, 1:], value[:, 1:])
         drawn = draw(tokens, state, settings.rule, settings.num_samples, settings.window, settings.seed)
-    patches, num_keys = _block_attention(query, key, value, added, tokens, drawn, settings)
+    patches, num_keys = block_attention(query, key, value, added, tokens, drawn, settings)
     return torch.cat([probabilities @ value, patches], dim=1), mass_here, num_keys
 
 
-def _block_attention(
+def block_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -132,7 +132,7 @@ def _block_attention(
     attended, num_keys, num_references = torch.empty_like(query[:, 1:]), 0, 0
     if rule is not None and rule.references:
         regions, mean_query = mean_queries(query[:, 1:], tokens, rule.references, window)
-        exact = _attend(mean_query, key, value, added)  # (heads, regions, head_dim)
+        exact = attend(mean_query, key, value, added)  # (heads, regions, head_dim)
         num_references = mean_query.shape[1]
     block_rows, block_columns = tokens.rows // window, tokens.columns // window
     for block in torch.unique(torch.stack([block_rows, block_columns]), dim=1).T:
@@ -151,10 +151,10 @@ def _block_attention(
         if num_references:
             region = int(regions[own[0]])
             # What the mean query of the region gets from these keys, against what it gets from all.
-            both = _attend(torch.cat([queries, mean_query[:, region, None]], dim=1), keys, values, biases)
+            both = attend(torch.cat([queries, mean_query[:, region, None]], dim=1), keys, values, biases)
             attended[:, own] = both[:, :-1] + (exact[:, region, None] - both[:, -1:])
         else:
-            attended[:, own] = _attend(queries, keys, values, biases)
+            attended[:, own] = attend(queries, keys, values, biases)
     return attended, num_keys / len(tokens.rows) + num_references
 
 
@@ -170,7 +170,7 @@ def mean_queries(
     return regions, sums / totals[:, None]
 
 
-def _finish(layer: SparsePathViTLayer, hidden_states: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+def finish_layer(layer: SparsePathViTLayer, hidden_states: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
     """Projection, residual and MLP."""
     # (heads, 1 + T, head_dim) -> (1 + T, features)
     branch = layer.attention.projection(attended.transpose(0, 1).flatten(1))

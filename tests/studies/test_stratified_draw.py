@@ -20,7 +20,8 @@ from studies.stratified_draw.draws import (
     num_cells,
     region_side,
 )
-from studies.stratified_draw.forward import Settings, _attend, _block_attention, run
+from studies.stratified_draw.forward import Settings, attend, block_attention, run
+from studies.stratified_draw.layers import layer_errors
 from studies.stratified_draw.measure import distance_to_dense, estimated_cls_error
 from studies.variants import configured
 
@@ -118,12 +119,25 @@ def test_equal_queries_get_the_dense_output_from_the_mean_query():
     key, value = (torch.cat([states[:, :1], states], dim=1) for states in (state.key, state.value))
     query = torch.randn(2, 1, 8, generator=torch.Generator().manual_seed(2)).expand(-1, key.shape[1], -1)
     added = torch.zeros(key.shape[1])
-    dense = _attend(query, key, value, added)[:, 1:]
+    dense = attend(query, key, value, added)[:, 1:]
     for references, is_dense in ((1, True), (6, True), (0, False)):
         settings = Settings(DrawRule(references=references), 20, window=4)
         drawn = draw(tokens, state, settings.rule, 20, 4, seed=0)
-        found, _ = _block_attention(query, key, value, added, tokens, drawn, settings)
+        found, _ = block_attention(query, key, value, added, tokens, drawn, settings)
         assert torch.allclose(found, dense, atol=1e-5) == is_dense
+
+
+def test_errors_of_layers_vanish_where_every_token_is_a_sample(model, pixels):
+    rows = list(layer_errors(model, pixels, {"random": DrawRule(), "all": DrawRule(references=2)}, 40))
+    assert [(row["layer"], row["rule"]) for row in rows] == [
+        (n, rule) for n in range(1, 5) for rule in ("random", "all")
+    ]
+    # With a sample of every token nothing is wrong.
+    exact = list(layer_errors(model, pixels, {"random": DrawRule()}, GRID[0] * GRID[1]))
+    assert max(row["error"] for row in exact) < 1e-5
+    assert 0 < rows[0]["common_error"] < rows[0]["error"] < 3
+    assert 1 / (GRID[0] * GRID[1]) < rows[0]["largest_share"] < 1
+    assert rows[0]["largest_norm"] > 1
 
 
 def test_representatives_carry_the_weight_of_all_that_was_removed(model, pixels):
