@@ -162,6 +162,45 @@ def nuclei() -> str:
     return markdown(titles, table)
 
 
+def draws() -> str:
+    """Stratified attention by the rule that draws context tokens: cosines to dense, over images and draws."""
+    title = ["700 px, w = 8", "samples", "keys a query", "CLS mean (worst)", "patches mean (worst)", "runs"]
+    return markdown(title, _by_rule(read("stratified_draws"), ("rule", "num_samples")))
+
+
+def representatives() -> str:
+    """60 % pruned after layer 4, with and without representatives: cosines to dense."""
+    title = ["60 % pruned", "representatives", "keys a query", "CLS mean (worst)", "kept patches mean (worst)", "runs"]
+    return markdown(title, _by_rule(read("stratified_pruning"), ("rule", "num_samples")))
+
+
+def draw_layers() -> str:
+    """Error of the attention branch in each layer, and its part that all queries share: means over images."""
+    rows = read("stratified_layers")
+    rules = list(dict.fromkeys(row["rule"] for row in rows))
+    table = []
+    for layer in dict.fromkeys(row["layer"] for row in rows):
+        cells = [layer]
+        for rule in rules:
+            of = [row for row in rows if (row["layer"], row["rule"]) == (layer, rule)]
+            error, common = (sum(float(row[name]) for row in of) / len(of) for name in ("error", "common_error"))
+            cells.append(f"{error:.2f} ({common:.2f})")
+        here = [row for row in rows if row["layer"] == layer]
+        shares, norms = ([float(row[name]) for row in here] for name in ("largest_share", "largest_norm"))
+        table.append([*cells, f"{min(shares):.2f} to {max(shares):.2f}", f"{max(norms):.1f}"])
+    return markdown(["layer", *rules, "largest share of one token", "largest norm"], table)
+
+
+def _by_rule(rows: list[Row], names: Sequence[str]) -> list[list[str]]:
+    table = []
+    for group in dict.fromkeys(tuple(row[name] for name in names) for row in rows):
+        of = [row for row in rows if tuple(row[name] for name in names) == group]
+        keys, cls, patches = ([float(row[name]) for row in of] for name in ("keys", "cls_cosine", "patch_cosine"))
+        cells = [f"{sum(cls) / len(of):.4f} ({min(cls):.4f})", f"{sum(patches) / len(of):.3f} ({min(patches):.3f})"]
+        table.append([*group, f"{sum(keys) / len(of):.0f}", *cells, str(len(of))])
+    return table
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "models": models,
     "attention": attention,
@@ -170,6 +209,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "fidelity": fidelity,
     "probe": probe,
     "nuclei": nuclei,
+    "draws": draws,
+    "draw_layers": draw_layers,
+    "representatives": representatives,
 }
 
 
