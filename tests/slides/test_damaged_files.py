@@ -9,9 +9,11 @@ import logging
 import os
 import random
 import signal
+import struct
 import sys
 import threading
 import time
+import zlib
 from pathlib import Path
 
 import damaged_files
@@ -232,3 +234,54 @@ def test_a_type_error_is_the_files_in_a_library_and_a_fault_in_our_lines(tmp_pat
     exec("def fail():\n    return 1 + None", ours)
     with pytest.raises(TypeError), decoding():
         ours["fail"]()
+
+
+def damage_value(content, tag, number):
+    """Writes `number` as the value of a tag of the first page."""
+    order, offset, count = damaged_files.tiff_directories(content)[0]
+    for entry in range(offset + 2, offset + 2 + 12 * count, 12):
+        number_of_tag, kind = struct.unpack_from(order + "HH", content, entry)
+        if number_of_tag == tag:
+            struct.pack_into(order + ("H" if kind == 3 else "I"), content, entry + 8, number)
+
+
+@pytest.mark.parametrize(
+    ("tags", "number", "words"),
+    [
+        ([256], 60_000, r"page 0 of 60000 x 260 pixels needs 4,690 tiles or strips of 64 x 64, and the file lists 25"),
+        (
+            [322, 323],
+            60_000,
+            r"page 0 declares tiles or strips of 60000 x 60000 pixels, which [\d,]+ bytes cannot hold",
+        ),
+        ([322], 0, r"page 0 has 300 x 260 pixels in tiles or strips of 300 x 0"),
+    ],
+)
+def test_sizes_that_cannot_be_true_are_named_before_anything_is_allocated(image, tmp_path, tags, number, words):
+    path = write_pyramid(tmp_path / "slide.tiff", image, compression="lzw")
+    content = bytearray(path.read_bytes())
+    for tag in tags:
+        damage_value(content, tag, number)
+    path.write_bytes(content)
+    with pytest.raises(SlideError, match=words):
+        Slide(path)
+
+
+def test_pages_in_a_circle_are_named_not_followed(image, tmp_path):
+    path = write_pyramid(tmp_path / "slide.tiff", image)
+    content = bytearray(path.read_bytes())
+    (_, first, _), (order, offset, count) = damaged_files.tiff_directories(content)
+    struct.pack_into(order + "I", content, offset + 2 + 12 * count, first)
+    path.write_bytes(content)
+    with pytest.raises(SlideError, match="leads from page 2 back to an earlier one"):
+        Slide(path)
+
+
+def test_a_png_that_declares_more_than_its_bytes_can_hold_is_damaged(image, tmp_path):
+    Image.fromarray(image[:8, :8]).save(tmp_path / "small.png")
+    content = bytearray((tmp_path / "small.png").read_bytes())
+    struct.pack_into(">II", content, 16, 20_000, 20_000)
+    struct.pack_into(">I", content, 29, zlib.crc32(content[12:29]))
+    (tmp_path / "small.png").write_bytes(content)
+    with pytest.raises(SlideError, match=r"declares 20000 x 20000 pixels, which .* bytes of PNG cannot hold"):
+        Slide(tmp_path / "small.png")

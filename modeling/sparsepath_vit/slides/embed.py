@@ -17,6 +17,7 @@ from ..runtime.model_identity import model_identity
 from .embedder import DEFAULT_MPP, EmbedSettings, SlideEmbedder, default_workers
 from .folders import LeftOut, report_left_out
 from .reader import Slide
+from .reading_process import reading_process
 from .regions import SlideInput, find_inputs
 from .report import EmbedReport
 from .resolution import is_credible
@@ -69,6 +70,7 @@ def embed_slides(
     _check_arguments(slides, settings, slide_mpp, tissue_mask)
     state = _process_state(device)
     chosen = torch_device(device) if device is not None and state.num_processes == 1 else state.device
+    reading_process()  # starts while the model is loaded
     model, processor = load_model(model_source, chosen, dtype)
     embedder = SlideEmbedder(
         model,

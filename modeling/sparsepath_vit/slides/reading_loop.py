@@ -99,7 +99,7 @@ def _limit_memory(more_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (limit, hardest))
 
 
-def main(more_bytes: int) -> None:
+def answer_requests(more_bytes: int) -> None:
     """Answers until standard input ends.
 
     Args:

@@ -24,6 +24,7 @@ import torch
 
 from ..runtime.memory import free_bytes
 from .errors import DAMAGED, SlideError, UnsupportedSlideError
+from .reading_loop import answer_requests
 from .resolution import MppXY
 
 logger = logging.getLogger(__name__)
@@ -31,15 +32,16 @@ logger = logging.getLogger(__name__)
 _PATIENCE = 600.0  # seconds for one rectangle or the opening of a file, also over a slow network
 _SHARE_OF_MEMORY = 0.8  # of what is free when the process starts
 _PIPE_BYTES = 2**20
+_PACKAGE = __name__.partition(".")[0]
 _PACKAGE_FOLDER = Path(__file__).resolve().parents[1]
 # The package's own __init__ imports torch and Transformers, for seconds and hundreds of MB that decoders do without.
-_START = """
+_START = f"""
 import json, sys, types
 sys.path, folder, more_bytes = json.loads(sys.argv[1])
-package = sys.modules["sparsepath_vit"] = types.ModuleType("sparsepath_vit")
+package = sys.modules["{_PACKAGE}"] = types.ModuleType("{_PACKAGE}")
 package.__path__ = [folder]
-from sparsepath_vit.slides.reading_loop import main
-main(more_bytes)
+from {answer_requests.__module__} import answer_requests
+answer_requests(more_bytes)
 """
 
 
