@@ -65,6 +65,43 @@ def models() -> str:
     )
 
 
+def gpu_models() -> str:
+    """Seconds of a whole forward pass on a GPU, beside averaged 224 px tiles of the same pixels."""
+    rows = read("gpu_model")
+    names = {"tiles": "224 px tiles (timm)", "sparse": "w = 8", "pruned": "w = 8, 60 % pruned", "timm": "dense (timm)"}
+    table = []
+    for size in sorted({int(row["size"]) for row in rows}):
+        of = {row["model"]: row for row in rows if row["size"] == str(size)}
+        cells = [seconds(of.get(name)) for name in names]
+        for place, name in enumerate(names):
+            if name in of and of[name]["times_tiles"]:
+                cells[place] += f" ({float(of[name]['times_tiles']):.2f} x)"
+        table.append([f"{size:,} px ({int(of['sparse']['tokens']):,} tokens)", *cells])
+    titles = ["UNI2-h's shape, bf16, one " + rows[0]["machine"].split(" 80GB")[0], *names.values()]
+    return markdown(titles, table)
+
+
+def gpu_attention() -> str:
+    """Milliseconds of attention alone on a GPU, and the share of the rate of matrix products."""
+    rows = read("gpu_attention_speed")
+    cases = sorted({(int(row["tokens"]), float(row["kept_share"]), int(row["window_size"])) for row in rows})
+    table = []
+    for tokens, kept_share, window in cases:
+        cells = []
+        for backend in ("block_sparse", "sdpa_dense"):
+            for direction in ("forward", "forward+backward"):
+                found = [
+                    row
+                    for row in rows
+                    if (row["attention"], row["direction"], int(row["tokens"])) == (backend, direction, tokens)
+                    and (float(row["kept_share"]), int(row["window_size"])) == (kept_share, window)
+                ]
+                cells.append(f"{1000 * float(found[0]['seconds_median']):.3g} ms" if found else NOT_RUN)
+        table.append([f"{tokens:,}", f"{kept_share:.0%}", str(window), *cells])
+    titles = ["tokens", "kept", "w", "forward", "with gradients", "dense (SDPA)", "with gradients"]
+    return markdown(titles, table)
+
+
 def attention() -> str:
     """Seconds of attention alone over unpruned tokens, ours against dense and compiled FlexAttention."""
     chosen = {"kept_share": "1", "dtype": "bfloat16", "threads": "1"}
@@ -125,12 +162,56 @@ def nuclei() -> str:
     return markdown(titles, table)
 
 
+def draws() -> str:
+    """Stratified attention by the rule that draws context tokens: cosines to dense, over images and draws."""
+    title = ["700 px, w = 8", "samples", "keys a query", "CLS mean (worst)", "patches mean (worst)", "runs"]
+    return markdown(title, _by_rule(read("stratified_draws"), ("rule", "num_samples")))
+
+
+def representatives() -> str:
+    """60 % pruned after layer 4, with and without representatives: cosines to dense."""
+    title = ["60 % pruned", "representatives", "keys a query", "CLS mean (worst)", "kept patches mean (worst)", "runs"]
+    return markdown(title, _by_rule(read("stratified_pruning"), ("rule", "num_samples")))
+
+
+def draw_layers() -> str:
+    """Error of the attention branch in each layer, and its part that all queries share: means over images."""
+    rows = read("stratified_layers")
+    rules = list(dict.fromkeys(row["rule"] for row in rows))
+    table = []
+    for layer in dict.fromkeys(row["layer"] for row in rows):
+        cells = [layer]
+        for rule in rules:
+            of = [row for row in rows if (row["layer"], row["rule"]) == (layer, rule)]
+            error, common = (sum(float(row[name]) for row in of) / len(of) for name in ("error", "common_error"))
+            cells.append(f"{error:.2f} ({common:.2f})")
+        here = [row for row in rows if row["layer"] == layer]
+        shares, norms = ([float(row[name]) for row in here] for name in ("largest_share", "largest_norm"))
+        table.append([*cells, f"{min(shares):.2f} to {max(shares):.2f}", f"{max(norms):.1f}"])
+    return markdown(["layer", *rules, "largest share of one token", "largest norm"], table)
+
+
+def _by_rule(rows: list[Row], names: Sequence[str]) -> list[list[str]]:
+    table = []
+    for group in dict.fromkeys(tuple(row[name] for name in names) for row in rows):
+        of = [row for row in rows if tuple(row[name] for name in names) == group]
+        keys, cls, patches = ([float(row[name]) for row in of] for name in ("keys", "cls_cosine", "patch_cosine"))
+        cells = [f"{sum(cls) / len(of):.4f} ({min(cls):.4f})", f"{sum(patches) / len(of):.3f} ({min(patches):.3f})"]
+        table.append([*group, f"{sum(keys) / len(of):.0f}", *cells, str(len(of))])
+    return table
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "models": models,
     "attention": attention,
+    "gpu_models": gpu_models,
+    "gpu_attention": gpu_attention,
     "fidelity": fidelity,
     "probe": probe,
     "nuclei": nuclei,
+    "draws": draws,
+    "draw_layers": draw_layers,
+    "representatives": representatives,
 }
 
 

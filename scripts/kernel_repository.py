@@ -1,3 +1,4 @@
+#!/usr/bin/env python
 # Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
 """The attention kernel as a repository for the Hugging Face `kernels` library.
 
@@ -9,14 +10,22 @@ The kernel is pure Triton, compiled where it runs, so there is one build for eve
     build/torch-universal/sparsepath_block_attention/   its package, the sources once more
 
 `kernels.get_local_kernel(folder)` loads it from a folder, `kernels.get_kernel` from the Hub.
+
+Example:
+    python scripts/kernel_repository.py --out outputs/kernel
 """
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import tempfile
 from pathlib import Path
+
+from sparsepath_vit.runtime.extras import ScriptParser, run_script
+
+logger = logging.getLogger("kernel_repository")
 
 KERNEL_NAME = "sparsepath-block-attention"
 KERNEL_VERSION = 1
@@ -24,12 +33,14 @@ KERNEL_VERSION = 1
 _PACKAGE_NAME = KERNEL_NAME.replace("-", "_")
 # The operator and all that it imports: nothing of it needs more than torch, and Triton where there is a GPU.
 _SOURCES = (
+    "stratified_sampling.py",
     "token_grid.py",
     "attention_specification.py",
     "attention_precision.py",
     "attention_checks.py",
     "attention_backend.py",
     "attention_backends.py",
+    "attention_sdpa_tables.py",
     "attention_sdpa_tiles.py",
     "attention_triton.py",
     "attention_triton_tables.py",
@@ -137,3 +148,15 @@ def _metadata(sources: Path) -> dict[str, object]:
         "python-depends": [],
         "backend": {"type": "cuda"},
     }
+
+
+def main() -> None:
+    """Parses the arguments and writes the repository."""
+    parser = ScriptParser(__doc__)
+    parser.add_argument("--out", type=Path, default=Path("outputs/kernel"), help="folder to write, new or empty")
+    arguments = parser.parse_args()
+    run_script(lambda: logger.info("wrote %s", export_kernel(arguments.out)))
+
+
+if __name__ == "__main__":
+    main()

@@ -19,6 +19,33 @@ def stained_image(width, height, tissue, seed=0):
     return image + noise.view(np.uint8)  # no value is near 0 or 255: the sum wraps to the right one
 
 
+def write_leica(path, image, corner, collection=(1500, 1400), nanometres=500):
+    """A Leica SCN that was scanned at the level-0 pixel `corner` of `collection` (width, height), without a pyramid."""
+    height, width = image.shape[:2]
+    macro = np.full((64, 64, 3), 230, dtype=np.uint8)
+    scans = [(macro, (0, 0), collection, 0.6), (image, corner, (width, height), 20)]
+    entries = [
+        f'''<image name="scan {number}"><creationDate>2020-01-01T00:00:00Z</creationDate>
+        <device model="Leica SCN400" version="1.0"/><pixels sizeX="{pixels.shape[1]}" sizeY="{pixels.shape[0]}">
+        <dimension sizeX="{pixels.shape[1]}" sizeY="{pixels.shape[0]}" r="0" ifd="{number}"/></pixels>
+        <view sizeX="{size[0] * nanometres}" sizeY="{size[1] * nanometres}" offsetX="{place[0] * nanometres}"
+        offsetY="{place[1] * nanometres}"/><scanSettings><objectiveSettings><objective>{power}</objective>
+        </objectiveSettings><illuminationSettings><numericalAperture>0.4</numericalAperture>
+        <illuminationSource>brightfield</illuminationSource></illuminationSettings></scanSettings></image>'''
+        for number, (pixels, place, size, power) in enumerate(scans)
+    ]
+    description = f'''<?xml version="1.0"?><scn xmlns="http://www.leica-microsystems.com/scn/2010/10/01">
+        <collection name="slide" sizeX="{collection[0] * nanometres}" sizeY="{collection[1] * nanometres}">
+        {"".join(entries)}</collection></scn>'''
+    with tifffile.TiffWriter(path, bigtiff=True) as tiff:
+        for number, (pixels, *_) in enumerate(scans):
+            tiff.write(
+                pixels, tile=(64, 64), photometric="rgb", metadata=None, description=None if number else description,
+                resolution=(1e7 / nanometres, 1e7 / nanometres), resolutionunit="CENTIMETER",
+            )  # fmt: skip
+    return path
+
+
 def write_pyramid(path, image, mpp=0.5, factors=(4,), tile=64, compression="deflate", description=None):
     """A tiled TIFF that OpenSlide reads as generic-tiff; `mpp` goes into the resolution tags (None: none)."""
     tags = {"resolution": (1e4 / mpp, 1e4 / mpp), "resolutionunit": "CENTIMETER"} if mpp else {"resolutionunit": "NONE"}

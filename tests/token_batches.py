@@ -20,6 +20,7 @@ class Batch(NamedTuple):
     window_size: int | None
     neighbor_radius: int
     num_global_tokens: int
+    num_context_tokens: int = 0
 
     def grid(self, images=None):
         """The TokenGrid of all images, or of some."""
@@ -30,6 +31,7 @@ class Batch(NamedTuple):
             window_size=self.window_size,
             neighbor_radius=self.neighbor_radius,
             present=None if self.present is None else self.present[list(images)],
+            num_context_tokens=self.num_context_tokens,
         )
 
     def positions(self, image):

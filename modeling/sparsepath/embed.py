@@ -10,7 +10,7 @@ from . import options
 from .console import say
 
 if TYPE_CHECKING:
-    from sparsepath_vit.slides.embedder import EmbedReport
+    from sparsepath_vit.slides import EmbedReport
 
 EXAMPLES = (
     "Examples:  `sparsepath embed slides/ --model ./uni2-h --out embeddings`   ·   "
@@ -41,6 +41,7 @@ def embed(
     whole_slide: options.WholeSlide = False,
     dense: Dense = False,
     tissue_mask: options.TissueMask = None,
+    origin: options.Origin = "bounds",
     batch_size: BatchSize = 1,
     workers: options.Workers = None,
     device: options.Device = None,
@@ -53,7 +54,7 @@ def embed(
         slides,
         model,
         out,
-        EmbedSettings(mpp, region_size, overlap, minimum_tissue, whole_slide, dense),
+        EmbedSettings(mpp, region_size, overlap, minimum_tissue, whole_slide, dense, origin),
         slide_mpp=slide_mpp,
         tissue_mask=tissue_mask,
         batch_size=batch_size,

@@ -30,6 +30,7 @@ def estimate(
     overlap: options.Overlap = 0,
     whole_slide: options.WholeSlide = False,
     tissue_mask: options.TissueMask = None,
+    origin: options.Origin = "bounds",
     workers: options.Workers = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
@@ -41,7 +42,7 @@ def estimate(
     config = _config_of(model)
     if prune_ratio is not None:
         config.prune_ratio = prune_ratio
-    settings = EmbedSettings(mpp, region_size, overlap, whole_slide=whole_slide)
+    settings = EmbedSettings(mpp, region_size, overlap, whole_slide=whole_slide, origin=origin)
     given = {"tissue_mask": tissue_mask, "workers": workers, "device": device, "dtype": dtype}
     result = estimate_for(config, slide, size, settings, slide_mpp=slide_mpp, **given)
     table = Table(show_header=False)

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from . import options
 from .console import say
 
 EXAMPLES = (
@@ -24,11 +25,12 @@ def heatmap(
     max_size: Annotated[int, typer.Option(min=1, help="Pixels of the picture's longer side.")] = 2048,
     opacity: Annotated[float, typer.Option(min=0, max=1, help="Of the colours over the slide.")] = 0.5,
     classes: Annotated[int, typer.Option(min=1, help="Classes of values in the polygons.")] = 5,
+    origin: options.Origin = "bounds",
 ) -> None:
     """Draw token values over a slide: a PNG, and GeoJSON polygons that QuPath opens."""
     from sparsepath_vit.slides import Slide
     from sparsepath_vit.slides.heatmap import read_token_values, write_heatmap
 
     tokens = read_token_values(embeddings, value)
-    for file in write_heatmap(Slide(slide), tokens, out, max_size, opacity, classes):
+    for file in write_heatmap(Slide(slide, origin=origin), tokens, out, max_size, opacity, classes):
         say(f"wrote {file}")

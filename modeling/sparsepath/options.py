@@ -1,7 +1,7 @@
 # Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
 """Options that several commands share: one spelling, one meaning, one help text."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -22,6 +22,13 @@ Overlap = Annotated[int, typer.Option(min=0, help="Pixels that neighbouring regi
 WholeSlide = Annotated[bool, typer.Option("--whole-slide", help="All tissue of a slide in one forward.")]
 TissueMask = Annotated[
     str | None, typer.Option(help="Image or GeoJSON instead of finding tissue; a folder of them; or 'all'.")
+]
+Origin = Annotated[
+    Literal["bounds", "slide"],
+    typer.Option(
+        help="Where coordinates (annotations, tables, results) start on a slide that states its scanned area: there, "
+        "as in QuPath (bounds), or at the corner of level 0, as in OpenSlide (slide)."
+    ),
 ]
 Workers = Annotated[int | None, typer.Option(min=1, help="Threads that read ahead; one per core, at most 8.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; cuda where there is one by default.")]

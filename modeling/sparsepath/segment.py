@@ -34,7 +34,7 @@ Mpp = Annotated[
 ]
 Region = Annotated[
     tuple[int, int, int, int] | None,
-    typer.Option(metavar="X Y WIDTH HEIGHT", help="In pixels of the full resolution; all by default."),
+    typer.Option(metavar="X Y WIDTH HEIGHT", help="In pixels of the full resolution, from --origin; all by default."),
 ]
 MinArea = Annotated[int, typer.Option(min=0, help="Pixels below which a piece gets no polygon.")]
 AttentionWindow = Annotated[
@@ -61,6 +61,7 @@ def segment(
     min_area: MinArea = 0,
     attention_window: AttentionWindow = None,
     compare_attention: CompareAttention = None,
+    origin: options.Origin = "bounds",
     device: options.Device = None,
     dtype: WeightDtype = "float32",
 ) -> None:
@@ -72,7 +73,7 @@ def segment(
 
     settings = SegmentSettings(
         window_size, stride, seam_band, not no_whole, mpp, slide_mpp, region, min_area,
-        attention_window, tuple(compare_attention or ()),
+        attention_window, tuple(compare_attention or ()), origin,
     )  # fmt: skip
     try:
         report, files = segment_file(image, model, out, settings, device=device, dtype=dtype)

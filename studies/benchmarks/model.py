@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 PEERS = ("timm", "transformers", "dense", "sparse", "pruned")
 DENSE_PEERS = ("timm", "transformers", "dense")
 # Largest difference to timm, relative to the output's scale, that is still the same network in that dtype.
-TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 6e-2, torch.float16: 1e-2}
+FLOAT32_TOLERANCE = 5e-5  # of 24 layers, as a norm
 CHECKED_SIZE = 224
 # Rows of the matrix product that stands for what the machine can do: enough for any of them, few enough for a CPU.
 MATRIX_ROWS = 16384
@@ -222,23 +222,23 @@ def converted(network: nn.Module, config: SparsePathViTConfig) -> SparsePathViTM
         return SparsePathViTModel.from_pretrained(Path(folder) / "ours", dtype="auto").eval()
 
 
+@torch.inference_mode()
 def check_against_timm(ours: SparsePathViTModel, network: nn.Module, dense: SparsePathViTConfig) -> None:
-    """Raises a ValueError where ours is not the same network as timm's, dense and (one neighbourhood) sparse."""
-    dtype = ours.dtype
-    pixel_values = torch.randn(1, 3, CHECKED_SIZE, CHECKED_SIZE, generator=torch.Generator().manual_seed(1))
-    pixel_values = pixel_values.to(ours.device, dtype)
-    with torch.inference_mode():
-        expected = network.forward_features(pixel_values).float()
-        half_the_grid = -(-CHECKED_SIZE // dense.patch_size // 2)  # 2 x 2 blocks are one neighbourhood: sparse is dense
-        for window_size in (None, half_the_grid):
-            ours.config.window_size = window_size
-            # In 16 bits 24 layers carry single numbers far apart; a wrong network is far off as a whole.
-            difference = (ours(pixel_values).last_hidden_state.float() - expected).norm() / expected.norm()
-            logger.info("check against timm, window_size=%s: relative difference %.1e", window_size, difference)
-            if not difference <= TOLERANCES[dtype]:
-                raise ValueError(
-                    f"ours differs from timm by {difference:.1e}, more than {TOLERANCES[dtype]}: not timed."
-                )
+    """Raises a ValueError where ours is not the same network as timm's, dense and (one neighbourhood) sparse.
+
+    Copies in float32 are compared: in 16 bits both are some per cent off after 24 layers, each in its own way.
+    """
+    ours, network = copy.deepcopy(ours).float(), copy.deepcopy(network).float()
+    generator = torch.Generator().manual_seed(1)
+    pixel_values = torch.randn(1, 3, CHECKED_SIZE, CHECKED_SIZE, generator=generator).to(ours.device)
+    expected = network.forward_features(pixel_values)
+    half_the_grid = -(-CHECKED_SIZE // dense.patch_size // 2)  # 2 x 2 blocks are one neighbourhood: sparse is dense
+    for window_size in (None, half_the_grid):
+        ours.config.window_size = window_size
+        difference = (ours(pixel_values).last_hidden_state - expected).norm() / expected.norm()
+        logger.info("check against timm, window_size=%s: relative difference %.1e", window_size, difference)
+        if not difference <= FLOAT32_TOLERANCE:
+            raise ValueError(f"ours differs from timm by {difference:.1e}, more than {FLOAT32_TOLERANCE}: not timed.")
 
 
 def _rows(settings: ModelBenchmark, peers: list[Peer], size: int) -> list[dict[str, object]]:

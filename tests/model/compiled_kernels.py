@@ -6,7 +6,10 @@ Run as a program, because Triton decides on import whether kernels are compiled 
     python tests/model/compiled_kernels.py '[["forward", "bfloat16", 64, 64, 90]]'
 
 takes (kernel, dtype, head_dim, tile size, compute capability) and prints a list of {"registers", "spilled_bytes",
-"shared_bytes", "matrix_products", "asynchronous_copies"}.
+"shared_bytes", "matrix_products", "asynchronous_copies"}. Of "add_scaled" and "gated_silu" it takes the width, of
+"split_logsumexp" and "prune_score" the head_dim, and ignores the tile size. Attention kernels report "instructions",
+too: those of one step of a tile's three loops, "whole", "rest" and "masked". Another version of Triton is counted by
+putting its folder first on PYTHONPATH.
 """
 
 import json
@@ -23,10 +26,12 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from sparsepath_vit.model import attention_triton_launch as kernels
+from sparsepath_vit.model import fused_elementwise_triton, prune_score_triton
 from sparsepath_vit.model.attention_triton_launch import launch_shape
 
 TRITON_TYPES = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
-INTEGER_TABLES = ("table_ptr", "column_ptr", "image_ptr")
+INTEGER_TABLES = ("table_ptr", "image_ptr")
+LOOPS = ("whole", "rest", "masked")
 
 
 def source(kernel, dtype, constants):
@@ -39,19 +44,41 @@ def source(kernel, dtype, constants):
             continue
         if name in INTEGER_TABLES:
             signature[name] = "*i32"
-        elif name.startswith(("partial", "logsumexp", "delta")):
+        elif name == "image_offset_ptr":
+            signature[name] = "*i64"
+        elif name.startswith(("partial", "logsumexp", "delta", "score")):
             signature[name] = "*fp32"
         elif name.endswith("_ptr"):
             signature[name] = TRITON_TYPES[dtype]
         else:
-            signature[name] = "fp32" if name.endswith("scale") else "i32"
+            signature[name] = "fp32" if name.endswith("scale") or name == "eps" else "i32"
         if name.endswith(("_ptr", "stride")):
             hints[(index,)] = [["tt.divisibility", 16]]
     names = {parameter.name for parameter in kernel.params}
     return ASTSource(kernel, signature, {name: value for name, value in constants.items() if name in names}, hints)
 
 
-def compile_kernel(name, dtype, head_dim, tile_size, capability):
+def loop_lengths(binary):
+    """Instructions of each loop, in the order of the program; those of a few only wait."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(binary)
+        command = [Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm", "-c", path]
+        listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    labels, lengths, count = {}, [], 0
+    for line in listing.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label[1]] = count
+        elif instruction := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            count += 1
+            target = re.search(r"BRA.*?(\.L_x_\d+)", instruction[1])
+            # A jump back to a label that was passed ends a loop.
+            if target and target[1] in labels:
+                lengths.append(count - labels[target[1]])
+    return [length for length in lengths if length > 8]
+
+
+def compile_attention_kernel(name, dtype, head_dim, tile_size, capability):
     shape = launch_shape(name, head_dim, getattr(torch, dtype), tile_size, capability // 10)
     constants = {
         "NUM_GLOBALS": 9,
@@ -62,11 +89,48 @@ def compile_kernel(name, dtype, head_dim, tile_size, capability):
         "BLOCK_M": shape.block_m,
         "BLOCK_N": shape.block_n,
     }
-    compiled = triton.compile(
-        source(getattr(kernels, f"{name}_kernel"), dtype, constants),
-        target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": shape.num_warps, "num_stages": shape.num_stages},
-    )
+    options = {"num_warps": shape.num_warps, "num_stages": shape.num_stages}
+    kernel = source(getattr(kernels, f"{name}_kernel"), dtype, constants)
+    report, binary = report_of(kernel, options, capability)
+    # Loops of the global queries' splits come first.
+    return report | {"instructions": dict(zip(LOOPS, loop_lengths(binary)[-len(LOOPS) :], strict=True))}
+
+
+def compile_fused_kernel(name, dtype, width, capability):
+    block = {"add_scaled": "add_scaled_block", "gated_silu": "gated_silu_block"}[name]
+    block = getattr(fused_elementwise_triton, block)(width)
+    constants = {"WIDTH": width, "SCALES": True, "NORMALISES": True, "BLOCK_M": block, "BLOCK_N": block}
+    kernel = getattr(fused_elementwise_triton, f"{name}_kernel")
+    options = {"num_warps": fused_elementwise_triton.NUM_WARPS}
+    return report_of(source(kernel, dtype, constants), options, capability)[0]
+
+
+def compile_prune_score_kernel(name, dtype, head_dim, capability):
+    constants = {
+        "NUM_GLOBALS": 9,
+        "NUM_QUERIES": 9,
+        "WEIGHS_VALUES": True,
+        "HEAD_DIM": head_dim,
+        "BLOCK_G": 16,
+        "BLOCK_S": prune_score_triton.MAX_SPLITS,
+        "BLOCK_N": prune_score_triton.score_block(getattr(torch, dtype)),
+    }
+    kernel = getattr(prune_score_triton, f"{name}_kernel")
+    options = {"num_warps": prune_score_triton.NUM_WARPS}
+    return report_of(source(kernel, dtype, constants), options, capability)[0]
+
+
+def compile_kernel(name, dtype, size, tile_size, capability):
+    if name in ("add_scaled", "gated_silu"):
+        return compile_fused_kernel(name, dtype, size, capability)
+    if name in ("split_logsumexp", "prune_score"):
+        return compile_prune_score_kernel(name, dtype, size, capability)
+    return compile_attention_kernel(name, dtype, size, tile_size, capability)
+
+
+def report_of(source, options, capability):
+    """What the assembler says of one kernel, and the machine code."""
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     ptx = compiled.asm["ptx"]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.ptx"
@@ -80,7 +144,7 @@ def compile_kernel(name, dtype, head_dim, tile_size, capability):
         "shared_bytes": compiled.metadata.shared,
         "matrix_products": ptx.count("wgmma.mma_async") + ptx.count("mma.sync"),
         "asynchronous_copies": ptx.count("cp.async.c"),
-    }
+    }, compiled.asm["cubin"]
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from small_models import random_pixels, small_model
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from sparsepath_vit import SparsePathViTModel, TokenGrid, block_attention
-from sparsepath_vit.model import attention_backends, attention_operator, attention_sdpa_tiles, attention_triton
+from sparsepath_vit.model import attention_backends, attention_operator, attention_sdpa_tables, attention_triton
 from sparsepath_vit.model.attention_backend import PreparedGrid, prepared_grid
 from sparsepath_vit.model.attention_backends import BACKENDS
 
@@ -128,6 +128,15 @@ class TestKernelAsBackend:
 
 class TestPreparation:
     @pytest.mark.parametrize("name", BACKENDS)
+    def test_every_backend_prepares_a_grid_once_and_a_pruned_one_anew(self, name):
+        backend = BACKENDS[name]
+        grid = TokenGrid.create([(9, 9)], num_global_tokens=1, window_size=4)
+        prepared = prepared_grid(backend, grid)
+        pruned = grid.select(torch.arange(0, 81, 2), [41])
+        assert prepared_grid(backend, pruned) is not prepared
+        assert prepared_grid(backend, grid) is prepared
+
+    @pytest.mark.parametrize("name", ["triton", "sdpa_tiles"])  # whose first table has the end of each tile's queries
     def test_a_grid_is_prepared_once_and_the_grids_made_from_it_anew(self, name):
         backend = BACKENDS[name]
         grid = TokenGrid.create([(9, 9)], num_global_tokens=1, window_size=4)
@@ -142,8 +151,8 @@ class TestPreparation:
     def test_all_layers_share_what_is_read_of_a_grid(self, monkeypatch):
         """Regression: the SDPA tiles read the block offsets, and on a GPU waited for it, in every layer."""
         made = []
-        make = attention_sdpa_tiles._tile_table
-        monkeypatch.setattr(attention_sdpa_tiles, "_tile_table", lambda *rest: made.append(rest) or make(*rest))
+        make = attention_sdpa_tables._tile_table
+        monkeypatch.setattr(attention_sdpa_tables, "_tile_table", lambda *rest: made.append(rest) or make(*rest))
         model = small_model(SparsePathViTModel, prune_ratio=0.5)
         assert model.config.num_hidden_layers == 4
         model(random_pixels(1, 9, 9))
@@ -187,7 +196,8 @@ class TestRegistry:
 
     def test_where_nothing_runs_the_reason_is_said(self, monkeypatch):
         without_cuda(monkeypatch)
-        monkeypatch.delitem(BACKENDS, "sdpa_tiles")
+        for name in set(BACKENDS) - {"triton"}:
+            monkeypatch.delitem(BACKENDS, name)
         with pytest.raises(ValueError, match=r"No attention backend runs on cpu: .*there is no CUDA device"):
             attention_backends.block_attention_backend("cpu")
 

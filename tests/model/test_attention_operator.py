@@ -21,7 +21,7 @@ from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sparsepath_vit import TokenGrid, block_attention, set_block_attention_backend
-from sparsepath_vit.model import attention_sdpa_tiles, device_memory
+from sparsepath_vit.model import attention_sdpa_tables, attention_sdpa_tiles, device_memory
 from sparsepath_vit.model.attention_dense import dense_attention_mask, eager_attention_forward
 from sparsepath_vit.model.attention_registration import block_sparse_attention_forward
 from sparsepath_vit.model.attention_specification import attention_pattern
@@ -101,7 +101,7 @@ def test_sdpa_tiles_and_reference_follow_the_definition(batch, seed, scale, quer
     grid = batch.grid()
     for backend in BACKENDS:
         set_block_attention_backend(backend)
-        with mock.patch.object(attention_sdpa_tiles, "MIN_QUERIES_PER_TILE", queries_per_tile):
+        with mock.patch.object(attention_sdpa_tables, "MIN_QUERIES_PER_TILE", queries_per_tile):
             output = block_attention(*(in_grid_order(state, batch, grid) for state in states), grid, scale=scale)
         assert_close(in_raster_order(output, batch, grid), expected)
 

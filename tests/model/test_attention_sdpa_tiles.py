@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from token_batches import batches
 
 from sparsepath_vit import TokenGrid
-from sparsepath_vit.model import attention_sdpa_tiles
+from sparsepath_vit.model import attention_sdpa_tables
 from sparsepath_vit.model.attention_backend import prepared_grid
 from sparsepath_vit.model.attention_sdpa_tiles import SDPA_TILES, query_tiles
 from sparsepath_vit.model.attention_specification import attention_pattern
@@ -20,7 +20,7 @@ def test_tiles_hold_each_query_once_with_the_keys_it_sees(batch, queries_per_til
     is_seen = torch.zeros(grid.num_tokens, grid.num_tokens, dtype=torch.bool)
     occurrences = torch.zeros(grid.num_tokens, dtype=torch.int64)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention_sdpa_tiles, "MIN_QUERIES_PER_TILE", queries_per_tile)
+        patch.setattr(attention_sdpa_tables, "MIN_QUERIES_PER_TILE", queries_per_tile)
         for tile in query_tiles(prepared_grid(SDPA_TILES, grid)):
             queries = slice(*tile.queries)
             keys = torch.cat([torch.arange(*run) for run in tile.keys])

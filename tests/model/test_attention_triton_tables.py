@@ -9,6 +9,7 @@ from small_models import random_mask
 from token_batches import batches
 
 from sparsepath_vit import TokenGrid
+from sparsepath_vit.model import attention_triton_tables
 from sparsepath_vit.model.attention_specification import attention_pattern
 from sparsepath_vit.model.attention_triton_tables import attention_tile_size, attention_tiles
 
@@ -18,18 +19,13 @@ def seen_by_tiles(grid):
     tiles = attention_tiles(grid)
     is_seen = torch.zeros(grid.num_tokens, grid.num_tokens, dtype=torch.bool)
     occurrences = torch.zeros(grid.num_tokens, dtype=torch.int64)
-    for start, end, _, globals_before, is_one_block, *runs in tiles.table.tolist():
-        assert end - start <= tiles.tile_size
-        columns = tiles.block_columns[start - globals_before : end - globals_before]
-        position = 0
-        for run_end, shift in zip(runs[::2], runs[1::2], strict=True):
-            keys = torch.arange(position, run_end) + shift
-            near = columns[:, None] - tiles.block_columns[keys - globals_before]
-            near = near.abs() <= grid.neighbor_radius
-            assert near.all() or not is_one_block
-            is_seen[start:end, keys] = near
-            position = max(position, run_end)
-        occurrences[start:end] += 1
+    for size, first, count in tiles.widths():
+        for start, end, _, *runs in tiles.table[first : first + count].tolist():
+            assert end - start <= size
+            for run_start, length in zip(runs[::2], runs[1::2], strict=True):
+                is_seen[start:end, run_start : run_start + length] = True
+            occurrences[start:end] += 1
+    assert sum(count for _, _, count in tiles.widths()) == len(tiles.table)
     return is_seen, occurrences
 
 
@@ -53,16 +49,19 @@ def check_tiles(grid):
 
 
 @settings(max_examples=60)
-@given(batches(max_side=12), st.sampled_from([3, 7, 64]))
-def test_tiles_hold_each_query_once_with_the_keys_it_sees(batch, tile_size):
+@given(batches(max_side=12), st.sampled_from([4, 8, 64]), st.sampled_from([1, 10, 256]))
+def test_tiles_hold_each_query_once_with_the_keys_it_sees(batch, tile_size, least_tiles):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sparsepath_vit.model.attention_triton_tables.attention_tile_size", lambda window: tile_size)
+        patch.setattr(attention_triton_tables, "attention_tile_size", lambda window: tile_size)
+        patch.setattr(attention_triton_tables, "LEAST_TILES_FOR_NARROW_ONES", least_tiles)
         check_tiles(batch.grid())
 
 
-@pytest.mark.parametrize("window", [2, 8, 16, None])
+@pytest.mark.parametrize("least_tiles", [1, 256])
+@pytest.mark.parametrize("window", [2, 8, 14, 16, None])
 @pytest.mark.parametrize("radius", [0, 1, 2])
-def test_tiles_of_a_pruned_grid_with_empty_block_rows(window, radius):
+def test_tiles_of_a_pruned_grid_with_empty_block_rows(window, radius, least_tiles, monkeypatch):
+    monkeypatch.setattr(attention_triton_tables, "LEAST_TILES_FOR_NARROW_ONES", least_tiles)
     present = random_mask(2, 33, 17, 0.4, seed=3)
     present[0, 8:24] = False
     present[1, :20] = False
@@ -96,3 +95,31 @@ def test_tiles_are_made_without_reading_the_device():
 
 def test_large_blocks_get_large_tiles():
     assert [attention_tile_size(window) for window in (2, 8, 15, 16, 64, None)] == [64, 64, 64, 128, 128, 128]
+
+
+class Lowered(Exception):
+    """Inductor took the graph; its code is not compiled, which takes a CPU a minute."""
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("is_dynamic", [True, False], ids=["symbolic sizes", "fixed sizes"])
+def test_inductor_takes_the_making_of_the_tables(is_dynamic, batch, monkeypatch):
+    """torch 2.11 failed on the cumulative sum of a filled tensor, and, on GPUs, on a search in a slice."""
+    from torch._inductor.graph import GraphLowering
+
+    def stop(self):
+        raise Lowered("lowered")
+
+    monkeypatch.setattr(GraphLowering, "compile_to_module", stop)
+    monkeypatch.setattr(GraphLowering, "has_feature", lambda *_: True)  # the searches of a GPU
+
+    def tables(pixels):
+        size = (pixels.shape[2] // 4, pixels.shape[3] // 4)
+        grid = TokenGrid.create([size] * batch, num_global_tokens=3, window_size=4, device=pixels.device)
+        pruned = grid.select(torch.arange(0, sum(grid.counts), 2), [count // 2 for count in grid.counts])
+        return attention_tiles(grid).table, attention_tiles(pruned).table
+
+    torch._dynamo.reset()
+    compiled = torch.compile(tables, fullgraph=True, dynamic=is_dynamic)
+    with torch._inductor.config.patch(force_disable_caches=True), pytest.raises(Exception, match="lowered"):
+        compiled(torch.empty(batch, 3, 40, 48))

@@ -22,7 +22,7 @@ def test_the_base_output_is_that_of_a_vision_model_and_ours_follow():
     model = small_model(SparsePathViTModel, prune_ratio=0.5)
     outputs = model(random_pixels(2, 6, 5))
     assert isinstance(outputs, BaseModelOutputWithPooling)
-    assert names_of(outputs) == [*names_of(BaseModelOutputWithPooling), *OURS]
+    assert names_of(outputs) == [*names_of(BaseModelOutputWithPooling), *OURS, "patch_weights"]
     assert outputs[0] is outputs.last_hidden_state and outputs[1] is outputs.pooler_output
     assert list(outputs.keys()) == ["last_hidden_state", "pooler_output", *OURS]
 
@@ -54,6 +54,6 @@ def test_the_classifier_output_is_that_of_an_image_classifier():
     model = small_model(SparsePathViTForImageClassification, prune_ratio=0.5, num_labels=3)
     outputs = model(random_pixels(2, 6, 5), labels=torch.tensor([0, 2]))
     assert isinstance(outputs, ImageClassifierOutput)
-    assert names_of(outputs) == [*names_of(ImageClassifierOutput), *OURS]
+    assert names_of(outputs) == [*names_of(ImageClassifierOutput), *OURS, "patch_weights"]
     assert outputs[0] is outputs.loss and outputs[1] is outputs.logits
     assert model(random_pixels(2, 6, 5))[0].shape == (2, 3)

@@ -5,7 +5,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sparsepath_vit import SparsePathViTConfig, SparsePathViTModel, TokenGrid
 from sparsepath_vit.model.attention_specification import attention_pattern
-from sparsepath_vit.runtime.cost import attention_pairs, forward_flops, mean_keys_per_query, token_grid_of_size
+from sparsepath_vit.model.token_pruning import EncodedTokens, prune
+from sparsepath_vit.runtime.cost import (
+    attention_pairs,
+    forward_flops,
+    mean_keys_per_query,
+    token_grid_of_size,
+    tokens_after_pruning,
+)
 
 
 @pytest.mark.parametrize("window_size", [None, 1, 3, 8])
@@ -50,3 +57,37 @@ def test_mean_keys_per_query_of_one_neighbourhood_is_every_token():
     config = SparsePathViTConfig(window_size=8)
     grid = token_grid_of_size(config, 224, 224)
     assert mean_keys_per_query(grid) == grid.num_tokens
+
+
+@pytest.mark.parametrize("number", [4, 30, 500])
+@pytest.mark.parametrize("window_size, neighbor_radius", [(1, 0), (2, 1), (3, 2), (8, 1)])
+def test_context_tokens_outside_the_neighbourhood_count_as_keys(window_size, neighbor_radius, number):
+    present = torch.rand(2, 11, 13, generator=torch.Generator().manual_seed(0)) < 0.6
+    grid = TokenGrid.create(
+        [(11, 13), (7, 9)],
+        num_global_tokens=3,
+        window_size=window_size,
+        neighbor_radius=neighbor_radius,
+        present=present,
+        num_context_tokens=number,
+    )
+    assert attention_pairs(grid) == attention_pattern(grid).sum()
+
+
+def test_context_tokens_cost_uni2_h_at_3430_px_a_tenth_more():
+    flops = []
+    for number in (0, 1024):
+        config = SparsePathViTConfig(num_context_tokens=number)
+        flops.append(forward_flops(config, token_grid_of_size(config, 3430, 3430)) / 1e12)
+    # 961 cells of 8 x 8 tokens; each layer multiplies with at most that many more keys a query, twice.
+    assert 0 < flops[1] - flops[0] < 24 * 4 * 60025 * 961 * 1536 / 1e12
+    assert flops[1] == pytest.approx(95.1, abs=0.5) and flops[1] < 1.12 * flops[0]
+
+
+def test_tokens_after_pruning_count_representatives():
+    config = SparsePathViTConfig(prune_ratio=0.6, num_representatives=400)
+    grid = token_grid_of_size(config, 1400, 1400)
+    pruned = prune(EncodedTokens(torch.zeros(*grid.batch_shape, 1), grid), torch.rand(10_000), 0.6, False, 400)
+    assert tokens_after_pruning(config, grid) == pytest.approx(pruned.grid.counts, rel=0.005)
+    config.num_representatives = 0
+    assert tokens_after_pruning(config, grid) == [4000]

@@ -13,7 +13,7 @@ from sparsepath_vit.runtime.extras import imports_of_extra
 # The libraries of pyproject.toml's extras, as they are imported.
 EXTRAS = ("datasets", "evaluate", "matplotlib", "peft", "scipy", "skimage", "sklearn", "torchmetrics")
 EXTRAS += ("h5py", "imagecodecs", "openslide", "tifffile", "timm")
-NEEDS_NO_EXTRA = {"benchmark", "push_to_hub"}
+NEEDS_NO_EXTRA = {"gpu_acceptance", "kernel_repository", "benchmark", "push_to_hub"}
 
 ASK_EACH_FOR_HELP = """
 import contextlib, io, runpy, sys

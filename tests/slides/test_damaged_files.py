@@ -248,11 +248,11 @@ def damage_value(content, tag, number):
 @pytest.mark.parametrize(
     ("tags", "number", "words"),
     [
-        ([256], 60_000, r"60000 x 260 pixels needs 4,690 tiles or strips of 64 x 64, and the file lists 25"),
+        ([256], 60_000, r"page 0 of 60000 x 260 pixels needs 4,690 tiles or strips of 64 x 64, and the file lists 25"),
         (
             [322, 323],
             60_000,
-            r"declares tiles or strips of 60000 x 60000 pixels, which [\d,]+ bytes cannot hold",
+            r"page 0 declares tiles or strips of 60000 x 60000 pixels, which [\d,]+ bytes cannot hold",
         ),
         ([322], 0, r"page 0 has 300 x 260 pixels in tiles or strips of 300 x 0"),
     ],

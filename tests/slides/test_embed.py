@@ -265,7 +265,7 @@ def test_manifest_gives_regions_labels_and_resolution(slides, model_folder, mode
         "slide0.tiff,0.5,70,40,200,160,tumour\n"
         "slide0.tiff,0.5,300,100,96,96,\n"
         "slide1.tiff,,,,,,benign\n"
-        "slide2.tiff,,500,100,300,100,\n"
+        "slide2.tiff,,800,100,300,100,\n"
     )
     out = tmp_path / "out"
     report = embed_slides([manifest], model_folder, out, REGIONS, device="cpu")
@@ -351,15 +351,132 @@ def test_tissue_only_in_patches_that_the_processor_leaves_out_is_no_tissue(slide
 @pytest.mark.parametrize(
     ("box", "words"),
     [
-        ("600,40,60,60", "x=600..660, y=40..100 .* is not inside .*slide0.tiff, which is 640 x 512"),
+        ("640,40,60,60", "x=640..700, y=40..100 .* is not inside .*slide0.tiff, which is 640 x 512"),
         ("70,40,200,9", "x=70, y=40 has 200 x 9 pixels at 0.5 micrometres per pixel, less than one patch of 16"),
     ],
 )
-def test_impossible_region_fails_its_slide_before_any_is_embedded(slides, model_folder, tmp_path, box, words):
-    """A blank region beyond the edge is a mistake in the manifest, not a region without tissue."""
-    (slides / "list.csv").write_text(f"slide,x,y,width,height\nslide0.tiff,70,40,96,96\nslide0.tiff,{box}\n")
-    report = embed_slides([slides / "list.csv"], model_folder, tmp_path / "out", REGIONS, device="cpu")
-    assert report.regions == 0 and re.search(words, report.failed[0][1])
+def test_impossible_region_is_left_out_by_name_and_costs_its_slide_nothing_else(
+    slides, model_folder, tmp_path, box, words
+):
+    """It used to fail the whole slide."""
+    header = "slide,x,y,width,height,label\n"
+    (slides / "list.csv").write_text(f"{header}slide0.tiff,{box},odd\nslide0.tiff,70,40,96,96,tumour\n")
+    (slides / "without.csv").write_text(f"{header}slide0.tiff,70,40,96,96,tumour\n")
+    out = tmp_path / "out"
+    for done, skipped in ((1, 0), (0, 1)):
+        report = embed_slides([slides / "list.csv"], model_folder, out, REGIONS, device="cpu")
+        assert (report.done, report.skipped, report.impossible_regions, report.failed) == (done, skipped, 1, [])
+        assert "(1 impossible left out)" in str(report)
+        rows = (out / "failures.csv").read_text().splitlines()
+        assert len(rows) == 2 and re.search(words, rows[1]) and "It was left out" in rows[1]
+    embed_slides([slides / "without.csv"], model_folder, tmp_path / "without", REGIONS, device="cpu")
+    with h5py.File(out / "slide0.h5") as file, h5py.File(tmp_path / "without/slide0.h5") as expected:
+        assert file["impossible_regions"][:].tolist() == [[int(number) for number in box.split(",")]]
+        for dataset in expected:
+            assert (file[dataset][:] == expected[dataset][:]).all(), dataset
+            found, wanted = (
+                {name: np.asarray(value).tolist() for name, value in stored[dataset].attrs.items()}
+                for stored in (file, expected)
+            )
+            assert found == wanted
+
+
+@pytest.mark.parametrize("mpp", [0.5, 1.0])
+def test_region_over_the_edge_is_padded_and_what_lies_beyond_is_masked(
+    slides, model_folder, model_and_processor, tmp_path, caplog, mpp
+):
+    write_pyramid(slides / "full.tiff", stained_image(320, 256, [(0, 0, 320, 256)]))
+    boxes = [(224, 160, 192, 192), (-64, -32, 128, 128)]
+    rows = "".join(f"full.tiff,{x},{y},{width},{height}\n" for x, y, width, height in boxes)
+    (slides / "list.csv").write_text(f"slide,x,y,width,height\n{rows}")
+    report = embed_slides(
+        [slides / "list.csv"], model_folder, tmp_path / "out", EmbedSettings(mpp=mpp), device="cpu", tissue_mask="all"
+    )
+    assert (report.done, report.regions, report.failed) == (1, 2, [])
+    assert "2 regions reach over its edge" in caplog.text
+    slide, token = Slide(slides / "full.tiff"), round(PATCH * mpp / 0.5)
+    with h5py.File(tmp_path / "out/full.h5") as file:
+        for index, (x, y, width, height) in enumerate(boxes):
+            image = np.full((height, width, 3), 255, np.uint8)
+            left, top, right, bottom = max(x, 0), max(y, 0), min(x + width, 320), min(y + height, 256)
+            inside = slide.read_region(left, top, right - left, bottom - top)
+            image[top - y : bottom - y, left - x : right - x] = inside
+            present = np.zeros((height // token, width // token), bool)
+            present[(top - y) // token : (bottom - y) // token, (left - x) // token : (right - x) // token] = True
+            if mpp == 1.0:
+                image = slide.read_region(x, y, width // 2, height // 2, mpp, pad=True)
+            (expected,) = embed_regions(*model_and_processor, [image], [present])
+            assert np.allclose(file["features"][index], expected.pooled, atol=1e-5)
+        assert file["coords"][:].tolist() == [[224, 160], [-64, -32]]
+
+
+def test_slide_that_changes_under_its_name_and_size_is_made_again(slides, model_folder, tmp_path):
+    """It counted as done."""
+    path, out = tmp_path / "raw.tiff", tmp_path / "out"
+    for seed, done in ((0, 1), (0, 0), (1, 1), (1, 0)):
+        image = stained_image(320, 256, [(0, 0, 320, 256)])
+        write_pyramid(path, np.roll(image, 37 * seed, axis=1), compression=None)
+        size = path.stat().st_size
+        report = embed_slides([path], model_folder, out, REGIONS, device="cpu")
+        assert (report.done, report.skipped, report.failed) == (done, 1 - done, [])
+    assert path.stat().st_size == size
+    embed_slides([path], model_folder, tmp_path / "fresh", REGIONS, device="cpu")
+    assert (out / "raw.h5").read_bytes() == (tmp_path / "fresh/raw.h5").read_bytes()
+
+
+def test_another_slide_of_the_same_name_does_not_replace_the_first(slides, model_folder, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    shutil.copy(slides / "slide1.tiff", tmp_path / "elsewhere/slide0.tiff")
+    out = tmp_path / "out"
+    embed_slides([slides / "slide0.tiff"], model_folder, out, REGIONS, device="cpu")
+    before = (out / "slide0.h5").read_bytes()
+    ((_, reason),) = embed_slides([tmp_path / "elsewhere/slide0.tiff"], model_folder, out, REGIONS, device="cpu").failed
+    assert "If these are two slides, give each its own folder" in reason
+    shutil.copy(slides / "slide0.tiff", tmp_path / "elsewhere/slide0.tiff")  # only moved
+    assert embed_slides([tmp_path / "elsewhere/slide0.tiff"], model_folder, out, REGIONS, device="cpu").skipped == 1
+    assert (out / "slide0.h5").read_bytes() == before
+
+
+def test_corrected_labels_reach_what_is_done(slides, model_folder, tmp_path, caplog):
+    """They were compared with nothing, and the old ones stayed."""
+    out, manifest = tmp_path / "out", slides / "list.csv"
+    rows = (
+        "slide,x,y,width,height{}\nslide0.tiff,70,40,96,96{}\nslide0.tiff,616,40,24,80{}\nslide0.tiff,300,100,96,96{}\n"
+    )
+    rows += "slide1.tiff,,,,{}\n"
+
+    def embed(*labels):
+        manifest.write_text(rows.format(*(f",{label}" if label is not None else "" for label in labels)))
+        report = embed_slides([manifest], model_folder, out, REGIONS, device="cpu")
+        with h5py.File(out / "slide0.h5") as first, h5py.File(out / "slide1.h5") as second:
+            of_regions = first["labels"].asstr()[:].tolist() if "labels" in first else None
+            return report.relabelled, of_regions, second["features"].attrs.get("label"), first["features"][:]
+
+    *before, features = embed("label", "tumour", "glass", "benign", "grade 1")
+    assert before == [0, ["tumour", "benign"], "grade 1"]
+    *after, same = embed("label", "tumour", "glass", "tumour", "grade 2")
+    assert after == [2, ["tumour", "tumour"], "grade 2"] and (same == features).all()
+    assert "labels corrected" in caplog.text
+    assert embed("label", "tumour", "pen", "tumour", "grade 2")[:3] == (0, ["tumour", "tumour"], "grade 2")
+    assert embed(None, None, None, None, None)[:3] == (0, ["tumour", "tumour"], "grade 2")
+    assert "keeps the labels of an earlier manifest" in caplog.text
+    assert embed("label", "", "", "", "")[:3] == (2, None, None)
+    fresh = embed_slides([manifest], model_folder, tmp_path / "fresh", REGIONS, device="cpu")
+    with h5py.File(out / "slide0.h5") as file, h5py.File(tmp_path / "fresh/slide0.h5") as expected:
+        assert fresh.done == 2 and sorted(file) == sorted(expected)
+
+
+def test_what_a_folder_holds_beside_slides_is_listed_and_counted(slides, model_folder, tmp_path):
+    (slides / "gone.svs").symlink_to(tmp_path / "nowhere.svs")
+    (slides / "slide3.tiff").symlink_to(slides / "slide0.tiff")
+    report = run(slides, model_folder, tmp_path / "out")
+    assert (report.done, len(report.left_out)) == (3, 2) and "2 other files and folders left out" in str(report)
+    rows = (tmp_path / "out/left_out.csv").read_text().splitlines()
+    assert "gone.svs,it is a dead link to" in rows[1] and "slide3.tiff,it is" in rows[2]
+    (slides / "gone.svs").unlink()
+    (slides / "slide3.tiff").unlink()
+    assert not run(slides, model_folder, tmp_path / "out").left_out
+    assert not (tmp_path / "out/left_out.csv").exists()
 
 
 def test_masks_are_given_per_slide_or_all(slides, model_folder, tmp_path):

@@ -135,6 +135,25 @@ def test_prune_ratio_counts_tissue_tokens(small_slide, model_and_processor):
     assert len(embedding.patch_positions) == count - count // 2
 
 
+def test_representatives_of_a_slide_stand_for_its_tissue(small_image, tmp_path, model_and_processor):
+    model, processor = model_and_processor
+    model.config.num_context_tokens, model.config.num_representatives = 60, 20
+    slide = Slide(write_pyramid(tmp_path / "slide.tiff", small_image[:500, :630]))
+    tissue = random_tissue(slide)
+    present = tissue.token_grid(slide, PATCH, 0.5)
+    image = slide.read_region(0, 0, present.shape[1] * PATCH, present.shape[0] * PATCH, 0.5, pad=True)
+    (expected,) = embed_regions(model, processor, [image], [present], dense=True)
+    embedding = embed_slide(model, processor, slide, 0.5, tissue)
+    assert_same(embedding, expected)
+    assert (embedding.patch_weights == expected.patch_weights).all()
+    assert embedding.patch_weights.dtype == np.int32 and embedding.patch_weights.sum() == present.sum()
+    assert embedding.patch_weights.max() > 1 and len(embedding.patch_weights) == len(embedding.patch_features)
+    model.config.unprune = "scatter"
+    assert (embed_slide(model, processor, slide, 0.5, tissue).patch_weights == np.ones(present.sum())).all()
+    model.config.num_representatives = 0
+    assert embed_slide(model, processor, slide, 0.5, tissue).patch_weights is None
+
+
 def test_tissue_is_found_where_none_is_given(small_slide, model_and_processor):
     model, processor = model_and_processor
     embedding = embed_slide(model, processor, Slide(small_slide), dense=False)

@@ -3,7 +3,8 @@ import numpy as np
 import pytest
 from skimage.draw import polygon2mask
 
-from sparsepath_vit.slides.outlines import outlines
+from sparsepath_vit.slides import outlines as outlines_module
+from sparsepath_vit.slides.outlines import fill, outlines
 
 
 def filled(polygons, shape):
@@ -57,3 +58,47 @@ def test_random_grids_come_back_and_rings_are_closed_and_simple(share):
             assert (np.abs(np.diff(ring, axis=0)) > 0).sum(axis=1).tolist() == [1] * (len(ring) - 1)
             corners = {tuple(point) for point in ring[:-1].tolist()}
             assert len(corners) == len(ring) - 1  # no ring passes a corner twice: the polygon is valid
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_filling_undoes_outlining(name):
+    grid = np.array([[cell == "#" for cell in row] for row in GRIDS[name]])
+    again = np.zeros_like(grid)
+    for polygon in outlines(grid):
+        fill(again, polygon)
+    assert (again == grid).all()
+
+
+@pytest.mark.parametrize("most", [2**18, 7])
+def test_filling_takes_the_cells_whose_centre_lies_inside(monkeypatch, most):
+    """Against a loop over cells and edges, with corners anywhere, beyond the grid, too."""
+    monkeypatch.setattr(outlines_module, "_MOST_CROSSINGS", most)
+    generator = np.random.default_rng(0)
+
+    def holds(ring, x, y):
+        sides = zip(ring.tolist(), np.roll(ring, -1, axis=0).tolist(), strict=True)
+        return (
+            sum((y0 > y) != (y1 > y) and x < x0 + (y - y0) / (y1 - y0) * (x1 - x0) for (x0, y0), (x1, y1) in sides) % 2
+        )
+
+    for _ in range(20):
+        rings = [generator.uniform(-6, 26, (count, 2)) for count in (9, 5, 4)]
+        grid = generator.random((17, 21)) < 0.3
+        expected = grid.copy()
+        for row, column in np.ndindex(grid.shape):
+            outer, *holes = (holds(ring, column + 0.5, row + 0.5) for ring in rings)
+            expected[row, column] |= bool(outer and not any(holes))
+        fill(grid, rings)
+        assert (grid == expected).all()
+        fill(grid, rings[:1], False)
+        assert not any(
+            grid[row, column] for row, column in np.ndindex(grid.shape) if holds(rings[0], column + 0.5, row + 0.5)
+        )
+
+
+def test_filling_far_away_or_nothing_changes_nothing():
+    grid = np.zeros((5, 6), bool)
+    for corner in ([1e12, 1e12], [-1e30, 2.0]):
+        fill(grid, [np.array([[0, 0], [3, 0], [3, 3]]) + corner])
+    fill(grid, [np.array([[2.0, 2.0]])])
+    assert not grid.any()

@@ -112,9 +112,9 @@ def test_whole_numbers_as_pandas_writes_them(tmp_path):
 
 
 def test_unused_columns_are_named(tmp_path, caplog):
-    (tmp_path / "list.csv").write_text("slide,widht\na.svs,7\n")
+    (tmp_path / "list.csv").write_text("slide,patient\na.svs,7\n")
     read_inputs([tmp_path / "list.csv"])
-    assert "['widht'] are not used" in caplog.text
+    assert "['patient'] are not used" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -132,6 +132,10 @@ def test_unused_columns_are_named(tmp_path, caplog):
         ("slide,x,y,width,height\na.svs,1,2,3,4\na.svs,,,,\n", "line 3: a.svs stands in several rows"),
         ("slide,mpp,x,y,width,height\na.svs,0.5,1,2,3,4\na.svs,0.4,1,2,3,4\n", "line 3: a.svs stands in several"),
         ("slide\n", "no slides were given"),
+        ("slide,widht\na.svs,7\n", "Did you mean 'width' by 'widht'"),
+        ("slides,mpp\na.svs,0.5\n", "no column 'slide'. Did you mean 'slide' by 'slides'"),
+        ("slide,label\na.svs,tumour, high grade\n", "line 2: the row has 3 cells, the header 2 columns"),
+        ("slide,x,y,width,height\na.svs,1e300,2,3,4\n", "line 2: x='1e300' is not a whole number"),
     ],
 )
 def test_manifest_mistakes_are_named_with_their_line(tmp_path, content, words):
@@ -152,3 +156,52 @@ def test_nothing_to_read_is_an_error(tmp_path):
 def test_box_becomes_a_region_at_any_mpp(slide):
     region = Box(100, 50, 301, 200, "tumour").at(slide, 1.0)
     assert (region.x, region.y, region.width, region.height, region.label) == (100, 50, 150, 100, "tumour")
+    assert not Box(100, 50, 301, 200).overhangs(slide)
+
+
+@pytest.mark.parametrize("box", [Box(950, 650, 300, 300), Box(-40, -30, 100, 100), Box(0, 0, 4000, 2000)])
+def test_box_may_reach_over_the_slide(slide, box):
+    region = box.at(slide, None)
+    assert (region.x, region.y, region.width, region.height) == (box.x, box.y, box.width, box.height)
+    assert box.overhangs(slide)
+
+
+@pytest.mark.parametrize(
+    ("box", "words"),
+    [
+        (Box(1000, 0, 50, 50), r"x=1000\.\.1050, y=0\.\.50 \(level-0 pixels\) is not inside .* 1000 x 700"),
+        (Box(0, -50, 50, 50), "is not inside"),
+        (Box(0, 700, 50, 50), "is not inside"),
+        (Box(0, 0, 10**9, 10**9), "is far larger than"),
+    ],
+)
+def test_box_outside_the_slide_or_far_larger_is_refused(slide, box, words):
+    with pytest.raises(SlideError, match=words):
+        box.at(slide, 0.5)
+
+
+def test_spaces_semicolons_tabs_and_capitals_of_a_manifest_are_read(tmp_path):
+    expected = [SlideInput(tmp_path / "a.svs", 0.25, label="tumour, high grade")]
+    for name, text in {
+        "spaces.csv": 'slide, mpp, label\na.svs, 0.25, "tumour, high grade"\n',
+        "semicolons.csv": "Slide;MPP;Label\na.svs;0.25;tumour, high grade\n",
+        "tabs.tsv": "slide\tmpp\tlabel\na.svs\t0.25\ttumour, high grade\n",
+        "spreadsheet.csv": 'slide,mpp,label,,\n,,,,\na.svs,0.25,"tumour, high grade",,\n,,,,\n',
+    }.items():
+        (tmp_path / name).write_text(text)
+        assert read_inputs([tmp_path / name]) == expected, name
+
+
+def test_slide_given_twice_with_other_labels_is_refused(tmp_path):
+    for name, label in (("one", "tumour"), ("two", "benign")):
+        (tmp_path / f"{name}.csv").write_text(f"slide,label\na.svs,{label}\n")
+    with pytest.raises(ValueError, match=r"given twice .* different mpp, regions or labels"):
+        read_inputs([tmp_path / "one.csv", tmp_path / "two.csv"])
+
+
+def test_two_names_of_a_slide_in_a_manifest_are_one_slide(tmp_path, caplog):
+    (tmp_path / "a.svs").write_bytes(b"a slide")
+    (tmp_path / "b.svs").hardlink_to(tmp_path / "a.svs")
+    (tmp_path / "list.csv").write_text("slide\na.svs\nb.svs\n")
+    assert [item.path.name for item in read_inputs([tmp_path / "list.csv"])] == ["a.svs"]
+    assert f"b.svs is left out: it is {tmp_path / 'a.svs'} under another name" in caplog.text

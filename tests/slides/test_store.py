@@ -54,6 +54,70 @@ def test_done_is_done_with_the_same_settings_and_source_only(tmp_path):
         store.is_done("a", {**SOURCE, "bytes": 8})
 
 
+CONTENT = {**SOURCE, "content": "one", "place": "here"}
+
+
+def test_slide_that_changed_where_it_lies_is_made_again_and_another_one_of_its_name_is_refused(tmp_path, caplog):
+    store = EmbeddingStore(tmp_path, SETTINGS)
+    fill(store, source=CONTENT)
+    assert store.is_done("a", CONTENT) and store.is_done("a", {**CONTENT, "place": "moved"})
+    assert not caplog.text
+    assert not store.is_done("a", {**CONTENT, "content": "two"}) and "its slide has changed since" in caplog.text
+    assert not store.is_done("a", {**CONTENT, "content": "two", "bytes": 8})
+    for change in ({"content": "two", "place": "there"}, {"content": "two", "mpp": 0.5}, {"bytes": 8}):
+        with pytest.raises(StoreError, match="If these are two slides"):
+            store.is_done("a", {**CONTENT, **change})
+
+
+def test_file_of_an_earlier_version_counts_as_done_and_says_so(tmp_path, caplog):
+    store = EmbeddingStore(tmp_path, SETTINGS)
+    before = fill(store).read_bytes()
+    assert store.is_done("a", CONTENT)
+    assert "does not say what its slide held" in caplog.text and store.path_of("a").read_bytes() == before
+    with pytest.raises(StoreError, match="was made from"):
+        store.is_done("a", {**CONTENT, "bytes": 8})
+
+
+def test_labels_are_replaced_and_nothing_else(tmp_path):
+    store = EmbeddingStore(tmp_path, SETTINGS)
+    path = fill(store, rows=(2, 1))
+    with h5py.File(path) as file:
+        features, attributes = file["features"][:], dict(file.attrs)
+    assert store.labels("a") == (None, ["tumour"] * 3)
+    for labels in (("grade 3", ["benign", "", "tümor"]), (None, None), ("x", ["a", "b", "c"])):
+        store.set_labels("a", *labels)
+        assert store.labels("a") == labels
+        with h5py.File(path) as file:
+            assert (file["features"][:] == features).all() and dict(file.attrs) == attributes
+            assert file["coords"].attrs["patch_size"] == 1120
+    with pytest.raises(StoreError, match="holds 3 regions, and 2 labels were given"):
+        store.set_labels("a", None, ["a", "b"])
+    assert store.labels("a") == ("x", ["a", "b", "c"])
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.h5", "settings.json"]
+
+
+def test_labels_on_a_full_disk_leave_the_old_file(tmp_path):
+    store = EmbeddingStore(tmp_path, SETTINGS)
+    whole = fill(store).read_bytes()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) // 2, before[1]))
+    try:
+        with pytest.raises(OSError) as raised:
+            store.set_labels("a", "grade 3", None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert raised.value.errno == errno.EFBIG and store.path_of("a").read_bytes() == whole
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.h5", "settings.json"]
+
+
+def test_what_was_left_out_is_listed_for_the_last_run(tmp_path):
+    store = EmbeddingStore(tmp_path, SETTINGS)
+    store.record_left_out([("b, c.svs", "a dead link")])
+    assert (tmp_path / "left_out.csv").read_text() == 'path,reason\n"b, c.svs",a dead link\n'
+    store.record_left_out([])
+    assert not (tmp_path / "left_out.csv").exists()
+
+
 def test_settings_are_not_mixed_and_the_difference_is_named(tmp_path):
     EmbeddingStore(tmp_path, SETTINGS)
     EmbeddingStore(tmp_path, dict(reversed(SETTINGS.items())))

@@ -45,6 +45,8 @@ class AttentionBackend:
         backward: takes the gradient of the output, query, key, value, output, log-sum-exp and the rest as in the
             forward, the generator seeded alike. Returns the gradients of query, key and value.
         has_dropout: whether it can drop probabilities; if not, another backend runs where some are to be dropped.
+        takes_key_weights: whether keys may have weights, and context tokens be keys; if not, another backend runs
+            where they do.
         returns_logsumexp: whether the forward returns it.
     """
 
@@ -57,6 +59,7 @@ class AttentionBackend:
     forward: Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
     backward: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
     has_dropout: bool
+    takes_key_weights: bool
     returns_logsumexp: bool
 
 

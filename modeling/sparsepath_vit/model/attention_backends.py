@@ -90,12 +90,13 @@ def describe_block_attention_backend(device: torch.device | str) -> str:
     return f"{described}: {_reason_against_first(torch.device(device)) or 'the fastest, and it runs here'}"
 
 
-def backend_for(query: torch.Tensor, dropout: float) -> str:
+def backend_for(query: torch.Tensor, dropout: float, has_key_weights: bool = False) -> str:
     """The backend of one call; says once where it is not the one a user would expect.
 
     Args:
         query: (..., head_dim).
         dropout: share of attention probabilities set to zero.
+        has_key_weights: whether keys have weights, or some are context tokens: `TokenGrid.weighs_keys`.
 
     Raises:
         ValueError: as `block_attention_backend`, or the backend does not take the query's head_dim or dtype.
@@ -103,11 +104,12 @@ def backend_for(query: torch.Tensor, dropout: float) -> str:
     name = block_attention_backend(query.device)
     if name == REFERENCE:
         return name
-    if dropout > 0.0 and not BACKENDS[name].has_dropout:
-        fallback = _backend_with_dropout(query.device)
+    lacking = _lacking(BACKENDS[name], dropout > 0.0, has_key_weights)
+    if lacking:
+        fallback = _backend_with_all(query.device, dropout > 0.0, has_key_weights)
         _say_once(
             logging.WARNING,
-            f"block_sparse: the {BACKENDS[name].description} has no dropout; {fallback.description} run instead.",
+            f"block_sparse: the {BACKENDS[name].description} has no {lacking}; {fallback.description} run instead.",
         )
         return fallback.name
     BACKENDS[name].check_query(query)
@@ -125,11 +127,24 @@ def _automatic_backend(device: torch.device) -> str:
     raise ValueError(f"No attention backend runs on {device}: {_reason_against_first(device)}.")
 
 
-def _backend_with_dropout(device: torch.device) -> AttentionBackend:
+def _lacking(backend: AttentionBackend, needs_dropout: bool, needs_key_weights: bool) -> str:
+    """What of the needed a backend does not have, in words; empty where it has all."""
+    lacking = []
+    if needs_dropout and not backend.has_dropout:
+        lacking.append("dropout")
+    if needs_key_weights and not backend.takes_key_weights:
+        lacking.append("weighted keys (num_context_tokens, num_representatives)")
+    return " and no ".join(lacking)
+
+
+def _backend_with_all(device: torch.device, needs_dropout: bool, needs_key_weights: bool) -> AttentionBackend:
     for name, backend in BACKENDS.items():
-        if backend.has_dropout and _missing(name, device) is None:
+        if not _lacking(backend, needs_dropout, needs_key_weights) and _missing(name, device) is None:
             return backend
-    raise ValueError(f"No attention backend has dropout on {device}: set attention_dropout=0.0.")
+    raise ValueError(
+        f"No attention backend on {device} has all that is needed: set attention_dropout=0.0, num_context_tokens=0 and "
+        "num_representatives=0."
+    )
 
 
 def _reason_against_first(device: torch.device) -> str | None:

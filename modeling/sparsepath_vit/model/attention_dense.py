@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
-from .attention_specification import attention_pattern
+from .attention_specification import attention_bias, attention_pattern
 from .device_memory import warn_if_memory_is_short
 from .token_grid import TokenGrid
 
@@ -58,13 +58,16 @@ def dense_attention_mask(
 
     Returns:
         `None` where every token sees all others, else an additive (batch, 1, tokens, tokens) mask for "eager", a bool
-        mask for "sdpa", a BlockMask for "flex_attention".
+        mask for "sdpa", a BlockMask for "flex_attention". Where keys have weights, an additive mask of at least
+        float32 for all of them.
     """
     batch, tokens = grid.batch_shape
-    is_needed = not (grid.is_dense and grid.is_uniform)
+    is_needed = grid.weighs_keys or not (grid.is_dense and grid.is_uniform)
     warn_if_memory_is_short(implementation, batch, tokens, num_heads, dtype, is_needed, grid.device)
     if not is_needed:
         return None
+    if grid.weighs_keys:
+        return attention_bias(grid, torch.promote_types(dtype, torch.float32))[:, None]  # the same for all heads
     pattern = attention_pattern(grid)
     if implementation == "flex_attention":
 

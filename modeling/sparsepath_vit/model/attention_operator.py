@@ -1,5 +1,5 @@
 # Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
-"""Block-local attention: the public operation, and the `torch.library` operator behind it.
+"""Block-local and stratified attention: the public operation, and the `torch.library` operator behind it.
 
 `block_attention` checks its arguments and runs the operator, so that `torch.compile` sees one node with shapes and
 gradients. What the operator computes with is a backend of `attention_backends.py`.
@@ -25,7 +25,9 @@ def block_attention(
 ) -> torch.Tensor:
     """Attention of every token to the global tokens and to the blocks around its own.
 
-    One softmax over all keys of a query (arXiv 2601.12150). Where the neighbourhood covers the grid it equals
+    One softmax over all keys of a query (arXiv 2601.12150). Where the grid has context tokens, a query sees those
+    outside its neighbourhood too; a key that stands for several tokens counts as often (`attention_bias` is the
+    definition). Where the neighbourhood covers the grid and each token stands for itself it equals
     `torch.nn.functional.scaled_dot_product_attention` without a mask.
 
     Args:
@@ -33,7 +35,8 @@ def block_attention(
             order: global tokens, then patch tokens block by block.
         grid: where the tokens are.
         scale: positive factor on the logits, head_dim ** -0.5 by default.
-        dropout: share of attention probabilities set to zero, in [0, 1). The kernel has none: above 0 the tiles run.
+        dropout: share of attention probabilities set to zero, in [0, 1). The kernel has none: above 0 the tiles run, as
+            they do where keys have weights.
 
     Returns:
         (batch, heads, tokens, head_dim). Bitwise reproducible on the same machine.
@@ -45,7 +48,7 @@ def block_attention(
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout={dropout!r} is not possible: it must lie in [0, 1).")
     batch, heads, tokens, head_dim = query.shape
-    backend = backend_for(query, dropout)
+    backend = backend_for(query, dropout, grid.weighs_keys)
     # (batch, heads, tokens, head_dim) -> (batch * tokens, heads, head_dim): a view of a fused projection
     packed = [states.transpose(1, 2).reshape(-1, heads, head_dim) for states in (query, key, value)]
     if backend == REFERENCE:

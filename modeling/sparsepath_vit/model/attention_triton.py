@@ -67,8 +67,8 @@ def _check_query(query: torch.Tensor) -> None:
 
 
 def _prepare(grid: TokenGrid) -> PreparedGrid:
-    table, block_columns, image_offsets, *numbers = attention_tiles(grid)
-    return PreparedGrid([table, block_columns, image_offsets], numbers)
+    table, image_offsets, *numbers = attention_tiles(grid)
+    return PreparedGrid([table, image_offsets], numbers)
 
 
 def _forward(
@@ -114,5 +114,6 @@ TRITON = AttentionBackend(
     forward=_forward,
     backward=_backward,
     has_dropout=False,
+    takes_key_weights=False,
     returns_logsumexp=True,
 )

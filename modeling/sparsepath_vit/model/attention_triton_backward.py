@@ -7,7 +7,16 @@ keys with the queries streamed past them. Probabilities are recomputed from the 
 There are no atomics: one program writes each number, and partial results are added in a fixed order.
 """
 
-from .attention_triton_functions import is_near, load_rows, load_runs, load_split, load_tile, store_rows, tokens_at
+from .attention_triton_functions import (
+    load_rows,
+    load_runs,
+    load_split,
+    load_tile,
+    split_runs,
+    step_at,
+    store_rows,
+    tokens_at,
+)
 
 try:
     import triton
@@ -34,35 +43,59 @@ def delta_kernel(
 
 
 @triton.jit
-def _add_grad_query(
-    grad_query, query, grad_output, logsumexp, delta, columns, key_states, value_states, column_ptr, logit_scale, runs,
-    first, end, num_keys, NUM_RUNS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BOUNDED: tl.constexpr,
-    NEAR: tl.constexpr,
+def _add_grad_query_of(
+    grad_query, query, grad_output, logsumexp, delta, key_states, value_states, tokens, is_key, logit_scale,
+    HEAD_DIM: tl.constexpr, BOUNDED: tl.constexpr,
 ):  # fmt: skip
-    """Adds what the keys at positions first..end contribute to the gradient of the queries."""
-    for position in range(first, end, BLOCK_N):
-        positions = position + tl.arange(0, BLOCK_N)
-        is_key = positions < num_keys
-        tokens = tokens_at(positions, runs, NUM_RUNS)
-        key = load_rows(key_states, tokens, is_key, HEAD_DIM, BOUNDED)
-        value = load_rows(value_states, tokens, is_key, HEAD_DIM, BOUNDED)
-        logits = tl.dot(query, tl.trans(key), input_precision="ieee")
-        probabilities = tl.exp2(logits * logit_scale - logsumexp[:, None])
-        if NEAR:
-            probabilities = tl.where(is_near(columns, column_ptr, tokens, is_key, NUM_RUNS), probabilities, 0.0)
-        elif BOUNDED:
-            probabilities = tl.where(is_key[None, :], probabilities, 0.0)
-        grad_probabilities = tl.dot(grad_output, tl.trans(value), input_precision="ieee")
-        grad_logits = probabilities * (grad_probabilities - delta[:, None])
-        grad_query = tl.dot(grad_logits.to(key.dtype), key, grad_query, input_precision="ieee")
+    """Adds what the keys `tokens` contribute, where BOUNDED only those that are keys."""
+    key = load_rows(key_states, tokens, is_key, HEAD_DIM, BOUNDED)
+    value = load_rows(value_states, tokens, is_key, HEAD_DIM, BOUNDED)
+    logits = tl.dot(query, tl.trans(key), input_precision="ieee")
+    probabilities = tl.exp2(logits * logit_scale - logsumexp[:, None])
+    if BOUNDED:
+        probabilities = tl.where(is_key[None, :], probabilities, 0.0)
+    grad_probabilities = tl.dot(grad_output, tl.trans(value), input_precision="ieee")
+    grad_logits = probabilities * (grad_probabilities - delta[:, None])
+    return tl.dot(grad_logits.to(key.dtype), key, grad_query, input_precision="ieee")
+
+
+@triton.jit
+def _grad_query(
+    query, grad_output, logsumexp, delta, key_states, value_states, logit_scale, whole, num_whole, rest, num_rest,
+    NUM_RUNS: tl.constexpr, NUM_REST_RUNS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Gradient of the queries, of whole steps of keys and the rest."""
+    grad_query = tl.zeros_like(query).to(tl.float32)
+    step_tokens = tl.arange(0, BLOCK_N)
+    for position in range(0, num_whole, BLOCK_N):
+        step_key = step_at(key_states, position, whole, NUM_RUNS)
+        step_value = step_at(value_states, position, whole, NUM_RUNS)
+        grad_query = _add_grad_query_of(
+            grad_query, query, grad_output, logsumexp, delta, step_key, step_value, step_tokens, None, logit_scale,
+            HEAD_DIM, BOUNDED=False,
+        )  # fmt: skip
+    BLOCK_R: tl.constexpr = BLOCK_N // 2
+    for position in range(0, num_rest // BLOCK_R * BLOCK_R, BLOCK_R):
+        tokens = tokens_at(position + tl.arange(0, BLOCK_R), rest, NUM_REST_RUNS)
+        grad_query = _add_grad_query_of(
+            grad_query, query, grad_output, logsumexp, delta, key_states, value_states, tokens, None, logit_scale,
+            HEAD_DIM, BOUNDED=False,
+        )  # fmt: skip
+    for position in range(num_rest // BLOCK_R * BLOCK_R, num_rest, 16):
+        positions = position + tl.arange(0, 16)
+        tokens, is_key = tokens_at(positions, rest, NUM_REST_RUNS), positions < num_rest
+        grad_query = _add_grad_query_of(
+            grad_query, query, grad_output, logsumexp, delta, key_states, value_states, tokens, is_key, logit_scale,
+            HEAD_DIM, BOUNDED=True,
+        )  # fmt: skip
     return grad_query
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_splits", "num_split_programs"])
+@triton.jit(do_not_specialize=["num_tokens", "first_program", "num_splits", "num_split_programs"])
 def backward_query_kernel(
-    query_ptr, key_ptr, value_ptr, grad_output_ptr, grad_query_ptr, logsumexp_ptr, delta_ptr, table_ptr, column_ptr,
-    image_ptr, partial_ptr, query_stride, query_head_stride, key_stride, key_head_stride, value_stride,
-    value_head_stride, grad_output_stride, grad_output_head_stride, num_tokens, num_splits, num_split_programs, scale,
+    query_ptr, key_ptr, value_ptr, grad_output_ptr, grad_query_ptr, logsumexp_ptr, delta_ptr, table_ptr, image_ptr,
+    partial_ptr, query_stride, query_head_stride, key_stride, key_head_stride, value_stride, value_head_stride,
+    grad_output_stride, grad_output_head_stride, num_tokens, first_program, num_splits, num_split_programs, scale,
     logit_scale, NUM_GLOBALS: tl.constexpr, NUM_RUNS: tl.constexpr, HEAD_DIM: tl.constexpr, PARTS: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -75,24 +108,23 @@ def backward_query_kernel(
     logsumexp_ptr += head * num_tokens
     delta_ptr += head * num_tokens
     if program < num_split_programs:
-        image_start, indices, run, num_keys, row = load_split(image_ptr, program, num_splits, NUM_GLOBALS, BLOCK_G)
+        image_start, indices, first, length, row = load_split(image_ptr, program, num_splits, NUM_GLOBALS, BLOCK_G)
         is_query = indices < NUM_GLOBALS
         queries = image_start + indices
         query = load_rows(query_states, queries, is_query, HEAD_DIM, True)
         grad_output = load_rows(grad_output_states, queries, is_query, HEAD_DIM, True)
         logsumexp = tl.load(logsumexp_ptr + queries, mask=is_query, other=float("inf"))
         delta = tl.load(delta_ptr + queries, mask=is_query, other=0.0)
-        grad_query = _add_grad_query(
-            tl.zeros_like(query).to(tl.float32), query, grad_output, logsumexp, delta, query, key_states, value_states,
-            column_ptr, logit_scale, run, 0, num_keys, num_keys, 1, HEAD_DIM, BLOCK_N, BOUNDED=True, NEAR=False,
+        whole, num_whole, rest, num_rest = split_runs(first, length, BLOCK_N)
+        grad_query = _grad_query(
+            query, grad_output, logsumexp, delta, key_states, value_states, logit_scale, whole, num_whole, rest,
+            num_rest, 1, 1, HEAD_DIM, BLOCK_N,
         )  # fmt: skip
         store_rows((partial_ptr, HEAD_DIM), row + indices, is_query, grad_query, HEAD_DIM)
     else:
-        start, end, tile_ptr = load_tile(table_ptr, program - num_split_programs, NUM_RUNS, PARTS, BLOCK_M)
+        tile_program = first_program + program - num_split_programs
+        start, end, tile_ptr = load_tile(table_ptr, tile_program, NUM_RUNS, PARTS, BLOCK_M)
         if start < end:
-            global_run = ((), (tl.load(tile_ptr + 2),))
-            runs, num_keys = load_runs(tile_ptr, NUM_RUNS)
-            column_ptr -= tl.load(tile_ptr + 3)
             queries = start + tl.arange(0, BLOCK_M)
             is_query = queries < end
             query = load_rows(query_states, queries, is_query, HEAD_DIM, True)
@@ -100,60 +132,80 @@ def backward_query_kernel(
             # An absent query has probability exp2(-inf) = 0.
             logsumexp = tl.load(logsumexp_ptr + queries, mask=is_query, other=float("inf"))
             delta = tl.load(delta_ptr + queries, mask=is_query, other=0.0)
-            columns = tl.load(column_ptr + queries, mask=is_query, other=0)
-            grad_query = _add_grad_query(
-                tl.zeros_like(query).to(tl.float32), query, grad_output, logsumexp, delta, columns, key_states,
-                value_states, column_ptr, logit_scale, global_run, 0, NUM_GLOBALS, NUM_GLOBALS, 1, HEAD_DIM, BLOCK_G,
-                BOUNDED=True, NEAR=False,
-            )  # fmt: skip
-            whole = tl.load(tile_ptr + 4) * (num_keys // BLOCK_N * BLOCK_N)
-            grad_query = _add_grad_query(
-                grad_query, query, grad_output, logsumexp, delta, columns, key_states, value_states, column_ptr,
-                logit_scale, runs, 0, whole, num_keys, NUM_RUNS, HEAD_DIM, BLOCK_N, BOUNDED=False, NEAR=False,
-            )  # fmt: skip
-            grad_query = _add_grad_query(
-                grad_query, query, grad_output, logsumexp, delta, columns, key_states, value_states, column_ptr,
-                logit_scale, runs, whole, num_keys, num_keys, NUM_RUNS, HEAD_DIM, BLOCK_N, BOUNDED=True, NEAR=True,
+            whole, num_whole, rest, num_rest = load_runs(tile_ptr, NUM_GLOBALS, NUM_RUNS, BLOCK_N)
+            grad_query = _grad_query(
+                query, grad_output, logsumexp, delta, key_states, value_states, logit_scale, whole, num_whole, rest,
+                num_rest, NUM_RUNS, NUM_RUNS + 1, HEAD_DIM, BLOCK_N,
             )  # fmt: skip
             grad_query_states = (grad_query_ptr + head * HEAD_DIM, tl.num_programs(1) * HEAD_DIM)
             store_rows(grad_query_states, queries, is_query, grad_query * scale, HEAD_DIM)
 
 
 @triton.jit
-def _add_grad_key_value(
-    gradients, key, value, columns, query_states, grad_output_states, logsumexp_ptr, delta_ptr, column_ptr, logit_scale,
-    runs, first, end, num_queries, NUM_RUNS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr,
-    BOUNDED: tl.constexpr, NEAR: tl.constexpr,
+def _add_grad_key_value_of(
+    gradients, key, value, query_states, grad_output_states, row_ptrs, tokens, is_query, logit_scale,
+    HEAD_DIM: tl.constexpr, BOUNDED: tl.constexpr,
 ):  # fmt: skip
-    """Adds what the queries at positions first..end contribute to the gradients of the keys and values."""
+    """Adds what the queries `tokens` contribute, where BOUNDED only those that are queries."""
     grad_key, grad_value = gradients
-    for position in range(first, end, BLOCK_N):
-        positions = position + tl.arange(0, BLOCK_N)
-        is_query = positions < num_queries
-        tokens = tokens_at(positions, runs, NUM_RUNS)
-        query = load_rows(query_states, tokens, is_query, HEAD_DIM, BOUNDED)
-        grad_output = load_rows(grad_output_states, tokens, is_query, HEAD_DIM, BOUNDED)
+    query = load_rows(query_states, tokens, is_query, HEAD_DIM, BOUNDED)
+    grad_output = load_rows(grad_output_states, tokens, is_query, HEAD_DIM, BOUNDED)
+    if BOUNDED:
         # An absent query has probability exp2(-inf) = 0.
-        logsumexp = tl.load(logsumexp_ptr + tokens, mask=is_query, other=float("inf"))
-        delta = tl.load(delta_ptr + tokens, mask=is_query, other=0.0)
-        logits = tl.dot(key, tl.trans(query), input_precision="ieee")  # (keys, queries)
-        probabilities = tl.exp2(logits * logit_scale - logsumexp[None, :])
-        if NEAR:
-            probabilities = tl.where(is_near(columns, column_ptr, tokens, is_query, NUM_RUNS), probabilities, 0.0)
-        grad_value = tl.dot(probabilities.to(query.dtype), grad_output, grad_value, input_precision="ieee")
-        grad_probabilities = tl.dot(value, tl.trans(grad_output), input_precision="ieee")
-        grad_logits = probabilities * (grad_probabilities - delta[None, :])
-        grad_key = tl.dot(grad_logits.to(query.dtype), query, grad_key, input_precision="ieee")
+        logsumexp = tl.load(row_ptrs[0] + tokens, mask=is_query, other=float("inf"))
+        delta = tl.load(row_ptrs[1] + tokens, mask=is_query, other=0.0)
+    else:
+        logsumexp, delta = tl.load(row_ptrs[0] + tokens), tl.load(row_ptrs[1] + tokens)
+    logits = tl.dot(key, tl.trans(query), input_precision="ieee")  # (keys, queries)
+    probabilities = tl.exp2(logits * logit_scale - logsumexp[None, :])
+    grad_value = tl.dot(probabilities.to(query.dtype), grad_output, grad_value, input_precision="ieee")
+    grad_probabilities = tl.dot(value, tl.trans(grad_output), input_precision="ieee")
+    grad_logits = probabilities * (grad_probabilities - delta[None, :])
+    grad_key = tl.dot(grad_logits.to(query.dtype), query, grad_key, input_precision="ieee")
     return grad_key, grad_value
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_splits", "num_split_programs"])
+@triton.jit
+def _grad_key_value(
+    key, value, query_states, grad_output_states, row_ptrs, logit_scale, whole, num_whole, rest, num_rest,
+    NUM_RUNS: tl.constexpr, NUM_REST_RUNS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Gradients of the keys and values, of whole steps of queries and the rest; row_ptrs: of log-sum-exp and delta."""
+    gradients = (tl.zeros_like(key).to(tl.float32), tl.zeros_like(key).to(tl.float32))
+    step_tokens = tl.arange(0, BLOCK_N)
+    for position in range(0, num_whole, BLOCK_N):
+        step_query = step_at(query_states, position, whole, NUM_RUNS)
+        step_grad_output = step_at(grad_output_states, position, whole, NUM_RUNS)
+        first = tokens_at(position, whole, NUM_RUNS)
+        step_rows = (row_ptrs[0] + first, row_ptrs[1] + first)
+        gradients = _add_grad_key_value_of(
+            gradients, key, value, step_query, step_grad_output, step_rows, step_tokens, None, logit_scale, HEAD_DIM,
+            BOUNDED=False,
+        )  # fmt: skip
+    BLOCK_R: tl.constexpr = BLOCK_N // 2
+    for position in range(0, num_rest // BLOCK_R * BLOCK_R, BLOCK_R):
+        tokens = tokens_at(position + tl.arange(0, BLOCK_R), rest, NUM_REST_RUNS)
+        gradients = _add_grad_key_value_of(
+            gradients, key, value, query_states, grad_output_states, row_ptrs, tokens, None, logit_scale, HEAD_DIM,
+            BOUNDED=False,
+        )  # fmt: skip
+    for position in range(num_rest // BLOCK_R * BLOCK_R, num_rest, 16):
+        positions = position + tl.arange(0, 16)
+        tokens, is_query = tokens_at(positions, rest, NUM_REST_RUNS), positions < num_rest
+        gradients = _add_grad_key_value_of(
+            gradients, key, value, query_states, grad_output_states, row_ptrs, tokens, is_query, logit_scale, HEAD_DIM,
+            BOUNDED=True,
+        )  # fmt: skip
+    return gradients
+
+
+@triton.jit(do_not_specialize=["num_tokens", "first_program", "num_splits", "num_split_programs"])
 def backward_key_value_kernel(
     query_ptr, key_ptr, value_ptr, grad_output_ptr, grad_key_ptr, grad_value_ptr, logsumexp_ptr, delta_ptr, table_ptr,
-    column_ptr, image_ptr, partial_key_ptr, partial_value_ptr, query_stride, query_head_stride, key_stride,
-    key_head_stride, value_stride, value_head_stride, grad_output_stride, grad_output_head_stride, num_tokens,
-    num_splits, num_split_programs, scale, logit_scale, NUM_GLOBALS: tl.constexpr, NUM_RUNS: tl.constexpr,
-    HEAD_DIM: tl.constexpr, PARTS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    image_ptr, partial_key_ptr, partial_value_ptr, query_stride, query_head_stride, key_stride, key_head_stride,
+    value_stride, value_head_stride, grad_output_stride, grad_output_head_stride, num_tokens, first_program, num_splits,
+    num_split_programs, scale, logit_scale, NUM_GLOBALS: tl.constexpr, NUM_RUNS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    PARTS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Gradients of keys and values; programs as in the forward, a tile's tokens as keys and its runs as queries."""
     program, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -161,46 +213,31 @@ def backward_key_value_kernel(
     key_states = (key_ptr + head * key_head_stride, key_stride)
     value_states = (value_ptr + head * value_head_stride, value_stride)
     grad_output_states = (grad_output_ptr + head * grad_output_head_stride, grad_output_stride)
-    logsumexp_ptr += head * num_tokens
-    delta_ptr += head * num_tokens
+    row_ptrs = (logsumexp_ptr + head * num_tokens, delta_ptr + head * num_tokens)
     if program < num_split_programs:
-        image_start, indices, run, num_queries, row = load_split(image_ptr, program, num_splits, NUM_GLOBALS, BLOCK_G)
+        image_start, indices, first, length, row = load_split(image_ptr, program, num_splits, NUM_GLOBALS, BLOCK_G)
         is_key = indices < NUM_GLOBALS
         key = load_rows(key_states, image_start + indices, is_key, HEAD_DIM, True)
         value = load_rows(value_states, image_start + indices, is_key, HEAD_DIM, True)
-        nothing = tl.zeros_like(key).to(tl.float32)
-        grad_key, grad_value = _add_grad_key_value(
-            (nothing, nothing), key, value, key, query_states, grad_output_states, logsumexp_ptr, delta_ptr, column_ptr,
-            logit_scale, run, 0, num_queries, num_queries, 1, HEAD_DIM, BLOCK_N, BOUNDED=True, NEAR=False,
+        whole, num_whole, rest, num_rest = split_runs(first, length, BLOCK_N)
+        grad_key, grad_value = _grad_key_value(
+            key, value, query_states, grad_output_states, row_ptrs, logit_scale, whole, num_whole, rest, num_rest, 1, 1,
+            HEAD_DIM, BLOCK_N,
         )  # fmt: skip
         store_rows((partial_key_ptr, HEAD_DIM), row + indices, is_key, grad_key, HEAD_DIM)
         store_rows((partial_value_ptr, HEAD_DIM), row + indices, is_key, grad_value, HEAD_DIM)
     else:
-        start, end, tile_ptr = load_tile(table_ptr, program - num_split_programs, NUM_RUNS, PARTS, BLOCK_M)
+        tile_program = first_program + program - num_split_programs
+        start, end, tile_ptr = load_tile(table_ptr, tile_program, NUM_RUNS, PARTS, BLOCK_M)
         if start < end:
-            global_run = ((), (tl.load(tile_ptr + 2),))
-            runs, num_queries = load_runs(tile_ptr, NUM_RUNS)
-            column_ptr -= tl.load(tile_ptr + 3)
             keys = start + tl.arange(0, BLOCK_M)
             is_key = keys < end
             key = load_rows(key_states, keys, is_key, HEAD_DIM, True)
             value = load_rows(value_states, keys, is_key, HEAD_DIM, True)
-            columns = tl.load(column_ptr + keys, mask=is_key, other=0)
-            nothing = tl.zeros_like(key).to(tl.float32)
-            gradients = _add_grad_key_value(
-                (nothing, nothing), key, value, columns, query_states, grad_output_states, logsumexp_ptr, delta_ptr,
-                column_ptr, logit_scale, global_run, 0, NUM_GLOBALS, NUM_GLOBALS, 1, HEAD_DIM, BLOCK_G, BOUNDED=True,
-                NEAR=False,
-            )  # fmt: skip
-            whole = tl.load(tile_ptr + 4) * (num_queries // BLOCK_N * BLOCK_N)
-            gradients = _add_grad_key_value(
-                gradients, key, value, columns, query_states, grad_output_states, logsumexp_ptr, delta_ptr, column_ptr,
-                logit_scale, runs, 0, whole, num_queries, NUM_RUNS, HEAD_DIM, BLOCK_N, BOUNDED=False, NEAR=False,
-            )  # fmt: skip
-            grad_key, grad_value = _add_grad_key_value(
-                gradients, key, value, columns, query_states, grad_output_states, logsumexp_ptr, delta_ptr, column_ptr,
-                logit_scale, runs, whole, num_queries, num_queries, NUM_RUNS, HEAD_DIM, BLOCK_N, BOUNDED=True,
-                NEAR=True,
+            whole, num_whole, rest, num_rest = load_runs(tile_ptr, NUM_GLOBALS, NUM_RUNS, BLOCK_N)
+            grad_key, grad_value = _grad_key_value(
+                key, value, query_states, grad_output_states, row_ptrs, logit_scale, whole, num_whole, rest, num_rest,
+                NUM_RUNS, NUM_RUNS + 1, HEAD_DIM, BLOCK_N,
             )  # fmt: skip
             stride = tl.num_programs(1) * HEAD_DIM
             store_rows((grad_key_ptr + head * HEAD_DIM, stride), keys, is_key, grad_key * scale, HEAD_DIM)

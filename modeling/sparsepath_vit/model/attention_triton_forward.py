@@ -2,16 +2,25 @@
 # ruff: noqa: ANN001, ANN201, ANN202 (Triton infers types)
 """The forward kernels of block-local attention; `attention_triton_launch.py` launches them.
 
-A program takes at most BLOCK_M patch tokens of one tile of `AttentionTiles` and streams the keys through an online
-softmax (FlashAttention-2, arXiv 2307.08691): the global tokens first, so that the running maximum is finite, then the
-runs of the neighbourhood as if they were one. Where the tile lies in one block every key is seen and nothing is masked.
-Global queries see their whole image: they are split over the keys and reduced (flash-decoding). There are no atomics:
-one program writes each number, and partial results are added in a fixed order.
+A program takes at most BLOCK_M patch tokens of one tile of `AttentionTiles` and streams its keys through an online
+softmax (FlashAttention-2, arXiv 2307.08691). A tile lies in one block, so every query sees every key: only the last few
+keys are masked, where their number is no multiple of the step. Global queries see their whole image: they are split
+over the keys and reduced (flash-decoding). There are no atomics: one program writes each number, and partial results
+are added in a fixed order.
 
 Log-sum-exps are base 2: probabilities come from exp2, and log2(e) is part of the logit scale.
 """
 
-from .attention_triton_functions import is_near, load_rows, load_runs, load_split, load_tile, store_rows, tokens_at
+from .attention_triton_functions import (
+    load_rows,
+    load_runs,
+    load_split,
+    load_tile,
+    split_runs,
+    step_at,
+    store_rows,
+    tokens_at,
+)
 
 try:
     import triton
@@ -21,46 +30,57 @@ except ImportError as error:
 
 
 @triton.jit
-def _attend(
-    state, query, columns, key_states, value_states, column_ptr, logit_scale, runs, first, end, num_keys,
-    NUM_RUNS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BOUNDED: tl.constexpr, NEAR: tl.constexpr,
+def _attend_to(
+    state, query, key_states, value_states, tokens, is_key, logit_scale, HEAD_DIM: tl.constexpr, BOUNDED: tl.constexpr
 ):  # fmt: skip
-    """Online softmax over the keys at positions first..end; BOUNDED tests for the last key, NEAR the block columns."""
+    """One step of the online softmax: the keys `tokens`, where BOUNDED only those that are keys."""
     output, row_max, row_sum = state
-    for position in range(first, end, BLOCK_N):
-        positions = position + tl.arange(0, BLOCK_N)
-        is_key = positions < num_keys
-        tokens = tokens_at(positions, runs, NUM_RUNS)
-        key = load_rows(key_states, tokens, is_key, HEAD_DIM, BOUNDED)
-        value = load_rows(value_states, tokens, is_key, HEAD_DIM, BOUNDED)
-        logits = tl.dot(query, tl.trans(key), input_precision="ieee")
-        if NEAR:
-            is_seen = is_near(columns, column_ptr, tokens, is_key, NUM_RUNS)
-            logits = tl.where(is_seen, logits, float("-inf"))
-        elif BOUNDED:
-            logits = tl.where(is_key[None, :], logits, float("-inf"))
-        new_max = tl.maximum(row_max, tl.max(logits, axis=1) * logit_scale)
-        probabilities = tl.exp2(logits * logit_scale - new_max[:, None])
-        correction = tl.exp2(row_max - new_max)
-        row_sum = row_sum * correction + tl.sum(probabilities, axis=1)
-        output = output * correction[:, None]
-        output = tl.dot(probabilities.to(value.dtype), value, output, input_precision="ieee")
-        row_max = new_max
-    return output, row_max, row_sum
+    key = load_rows(key_states, tokens, is_key, HEAD_DIM, BOUNDED)
+    value = load_rows(value_states, tokens, is_key, HEAD_DIM, BOUNDED)
+    logits = tl.dot(query, tl.trans(key), input_precision="ieee")
+    if BOUNDED:
+        logits = tl.where(is_key[None, :], logits, float("-inf"))
+    new_max = tl.maximum(row_max, tl.max(logits, axis=1) * logit_scale)
+    probabilities = tl.exp2(logits * logit_scale - new_max[:, None])
+    correction = tl.exp2(row_max - new_max)
+    row_sum = row_sum * correction + tl.sum(probabilities, axis=1)
+    output = output * correction[:, None]
+    output = tl.dot(probabilities.to(value.dtype), value, output, input_precision="ieee")
+    return output, new_max, row_sum
 
 
 @triton.jit
-def _attend_nothing(BLOCK_M: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """Output, running maximum and running sum of the online softmax before the first key."""
+def _attend(
+    query, key_states, value_states, logit_scale, whole, num_whole, rest, num_rest, NUM_RUNS: tl.constexpr,
+    NUM_REST_RUNS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Online softmax over whole steps and the rest: output, running maximum and running sum."""
+    BLOCK_M: tl.constexpr = query.shape[0]
     output = tl.zeros([BLOCK_M, triton.next_power_of_2(HEAD_DIM)], tl.float32)
-    return output, tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
+    state = (output, tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32))
+    step_tokens = tl.arange(0, BLOCK_N)
+    for position in range(0, num_whole, BLOCK_N):
+        step_key, step_value = (
+            step_at(key_states, position, whole, NUM_RUNS),
+            step_at(value_states, position, whole, NUM_RUNS),
+        )
+        state = _attend_to(state, query, step_key, step_value, step_tokens, None, logit_scale, HEAD_DIM, BOUNDED=False)
+    BLOCK_R: tl.constexpr = BLOCK_N // 2
+    for position in range(0, num_rest // BLOCK_R * BLOCK_R, BLOCK_R):
+        tokens = tokens_at(position + tl.arange(0, BLOCK_R), rest, NUM_REST_RUNS)
+        state = _attend_to(state, query, key_states, value_states, tokens, None, logit_scale, HEAD_DIM, BOUNDED=False)
+    for position in range(num_rest // BLOCK_R * BLOCK_R, num_rest, 16):
+        positions = position + tl.arange(0, 16)
+        tokens, is_key = tokens_at(positions, rest, NUM_REST_RUNS), positions < num_rest
+        state = _attend_to(state, query, key_states, value_states, tokens, is_key, logit_scale, HEAD_DIM, BOUNDED=True)
+    return state
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_splits", "num_split_programs"])
+@triton.jit(do_not_specialize=["num_tokens", "first_program", "num_splits", "num_split_programs"])
 def forward_kernel(
-    query_ptr, key_ptr, value_ptr, output_ptr, logsumexp_ptr, table_ptr, column_ptr, image_ptr, partial_output_ptr,
-    partial_max_ptr, partial_sum_ptr, query_stride, query_head_stride, key_stride, key_head_stride, value_stride,
-    value_head_stride, num_tokens, num_splits, num_split_programs, logit_scale, NUM_GLOBALS: tl.constexpr,
+    query_ptr, key_ptr, value_ptr, output_ptr, logsumexp_ptr, table_ptr, image_ptr, partial_output_ptr, partial_max_ptr,
+    partial_sum_ptr, query_stride, query_head_stride, key_stride, key_head_stride, value_stride, value_head_stride,
+    num_tokens, first_program, num_splits, num_split_programs, logit_scale, NUM_GLOBALS: tl.constexpr,
     NUM_RUNS: tl.constexpr, HEAD_DIM: tl.constexpr, PARTS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -70,39 +90,27 @@ def forward_kernel(
     key_states = (key_ptr + head * key_head_stride, key_stride)
     value_states = (value_ptr + head * value_head_stride, value_stride)
     if program < num_split_programs:
-        image_start, queries, run, num_keys, row = load_split(image_ptr, program, num_splits, NUM_GLOBALS, BLOCK_G)
+        image_start, queries, first, length, row = load_split(image_ptr, program, num_splits, NUM_GLOBALS, BLOCK_G)
         is_query = queries < NUM_GLOBALS
         query = load_rows(query_states, image_start + queries, is_query, HEAD_DIM, True)
+        whole, num_whole, rest, num_rest = split_runs(first, length, BLOCK_N)
         output, row_max, row_sum = _attend(
-            _attend_nothing(BLOCK_G, HEAD_DIM), query, query, key_states, value_states, column_ptr, logit_scale, run,
-            0, num_keys, num_keys, 1, HEAD_DIM, BLOCK_N, BOUNDED=True, NEAR=False,
-        )  # fmt: skip
+            query, key_states, value_states, logit_scale, whole, num_whole, rest, num_rest, 1, 1, HEAD_DIM, BLOCK_N
+        )
         store_rows((partial_output_ptr, HEAD_DIM), row + queries, is_query, output, HEAD_DIM)
         tl.store(partial_max_ptr + row + queries, row_max, mask=is_query)
         tl.store(partial_sum_ptr + row + queries, row_sum, mask=is_query)
     else:
-        start, end, tile_ptr = load_tile(table_ptr, program - num_split_programs, NUM_RUNS, PARTS, BLOCK_M)
+        tile_program = first_program + program - num_split_programs
+        start, end, tile_ptr = load_tile(table_ptr, tile_program, NUM_RUNS, PARTS, BLOCK_M)
         if start < end:
-            global_run = ((), (tl.load(tile_ptr + 2),))
-            runs, num_keys = load_runs(tile_ptr, NUM_RUNS)
-            column_ptr -= tl.load(tile_ptr + 3)
             queries = start + tl.arange(0, BLOCK_M)
             is_query = queries < end
             query = load_rows(query_states, queries, is_query, HEAD_DIM, True)
-            columns = tl.load(column_ptr + queries, mask=is_query, other=0)
-            state = _attend(
-                _attend_nothing(BLOCK_M, HEAD_DIM), query, columns, key_states, value_states, column_ptr, logit_scale,
-                global_run, 0, NUM_GLOBALS, NUM_GLOBALS, 1, HEAD_DIM, BLOCK_G, BOUNDED=True, NEAR=False,
-            )  # fmt: skip
-            # Of a tile in one block only the last positions need a mask; of other tiles all do.
-            whole = tl.load(tile_ptr + 4) * (num_keys // BLOCK_N * BLOCK_N)
-            state = _attend(
-                state, query, columns, key_states, value_states, column_ptr, logit_scale, runs, 0, whole, num_keys,
-                NUM_RUNS, HEAD_DIM, BLOCK_N, BOUNDED=False, NEAR=False,
-            )  # fmt: skip
+            whole, num_whole, rest, num_rest = load_runs(tile_ptr, NUM_GLOBALS, NUM_RUNS, BLOCK_N)
             output, row_max, row_sum = _attend(
-                state, query, columns, key_states, value_states, column_ptr, logit_scale, runs, whole, num_keys,
-                num_keys, NUM_RUNS, HEAD_DIM, BLOCK_N, BOUNDED=True, NEAR=True,
+                query, key_states, value_states, logit_scale, whole, num_whole, rest, num_rest, NUM_RUNS, NUM_RUNS + 1,
+                HEAD_DIM, BLOCK_N,
             )  # fmt: skip
             output_states = (output_ptr + head * HEAD_DIM, tl.num_programs(1) * HEAD_DIM)
             store_rows(output_states, queries, is_query, output / row_sum[:, None], HEAD_DIM)

@@ -2,7 +2,10 @@
 # ruff: noqa: ANN001, ANN201, RUF005 (Triton infers types, and compiles no unpacking)
 """What the forward and the backward kernels of block-local attention share: reading states, tiles and runs of tokens.
 
-States are (pointer, token stride) of one head, runs are (ends, shifts) as `load_runs` makes them.
+States are (pointer, token stride) of one head. Tokens to stream are split in two, each a list of runs that are walked
+through as if they lay one after the other: the *whole* steps of BLOCK_N tokens that lie in one run, so that a step has
+one address, and the *rest*, which is the global tokens and what remains of each run. A list is (ends, shifts): position
+p of it is packed token p + shifts[0], and at ends[i] the shift grows by shifts[i + 1].
 """
 
 from .attention_triton_tables import NUM_TILE_COLUMNS
@@ -14,7 +17,6 @@ except ImportError as error:
     raise ImportError("The attention kernel needs Triton, which is not installed: pip install triton.") from error
 
 _FIRST_RUN_COLUMN = tl.constexpr(NUM_TILE_COLUMNS)
-_FAR_COLUMN = tl.constexpr(-(2**30))
 
 
 @triton.jit
@@ -48,20 +50,31 @@ def load_tile(table_ptr, program, NUM_RUNS: tl.constexpr, PARTS: tl.constexpr, B
 
 
 @triton.jit
-def load_runs(tile_ptr, NUM_RUNS: tl.constexpr):
-    """Where runs end among the positions, how the shift to packed tokens changes there; the number of positions."""
+def load_runs(tile_ptr, NUM_GLOBALS: tl.constexpr, NUM_RUNS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The whole steps of a tile's runs and their number of tokens, the rest and its number of tokens."""
     run_ptr = tile_ptr + _FIRST_RUN_COLUMN
-    ends = ()
-    shifts = (tl.load(run_ptr + 1),)
-    for run in tl.static_range(1, NUM_RUNS):
-        ends = ends + (tl.load(run_ptr + 2 * run - 2),)
-        shifts = shifts + (tl.load(run_ptr + 2 * run + 1) - tl.load(run_ptr + 2 * run - 1),)
-    return (ends, shifts), tl.load(run_ptr + 2 * NUM_RUNS - 2)
+    whole_ends, whole_shifts, rest_ends = (), (), ()
+    num_whole, num_rest = 0, NUM_GLOBALS
+    whole_shift, rest_shift = 0, tl.load(tile_ptr + 2)
+    rest_shifts = (rest_shift,)
+    for run in tl.static_range(NUM_RUNS):
+        first, length = tl.load(run_ptr + 2 * run), tl.load(run_ptr + 2 * run + 1)
+        if run > 0:
+            whole_ends = whole_ends + (num_whole,)
+        rest_ends = rest_ends + (num_rest,)
+        whole_shifts = whole_shifts + (first - num_whole - whole_shift,)
+        whole_shift = first - num_whole
+        num_whole += length // BLOCK_N * BLOCK_N
+        # The rest of the run begins where its whole steps end.
+        rest_shifts = rest_shifts + (whole_shift + num_whole - num_rest - rest_shift,)
+        rest_shift = whole_shift + num_whole - num_rest
+        num_rest += length % BLOCK_N
+    return (whole_ends, whole_shifts), num_whole, (rest_ends, rest_shifts), num_rest
 
 
 @triton.jit
 def load_split(image_ptr, program, num_splits, NUM_GLOBALS: tl.constexpr, BLOCK_G: tl.constexpr):
-    """Of one split of an image's tokens: the image's start, which global tokens, the run, its length, the first row.
+    """Of one split of an image's tokens: the image's start, which global tokens, the first token, how many, the row.
 
     The row is that of the image's first global token among the partial results (images, heads, splits, globals).
     """
@@ -69,9 +82,16 @@ def load_split(image_ptr, program, num_splits, NUM_GLOBALS: tl.constexpr, BLOCK_
     image, first_global = rest // tl.cdiv(NUM_GLOBALS, BLOCK_G), rest % tl.cdiv(NUM_GLOBALS, BLOCK_G) * BLOCK_G
     start, end = tl.load(image_ptr + image), tl.load(image_ptr + image + 1)
     split_size = tl.cdiv(end - start, num_splits)
-    length = tl.minimum(end - start - split * split_size, split_size)
+    length = tl.maximum(tl.minimum(end - start - split * split_size, split_size), 0)
     row = ((image * tl.num_programs(1) + tl.program_id(1)) * num_splits + split) * NUM_GLOBALS
-    return start, first_global + tl.arange(0, BLOCK_G), ((), (start + split * split_size,)), length, row
+    return start, first_global + tl.arange(0, BLOCK_G), start + split * split_size, length, row
+
+
+@triton.jit
+def split_runs(first, length, BLOCK_N: tl.constexpr):
+    """As `load_runs`, of one run."""
+    num_whole = length // BLOCK_N * BLOCK_N
+    return ((), (first,)), num_whole, ((), (first + num_whole,)), length - num_whole
 
 
 @triton.jit
@@ -84,9 +104,6 @@ def tokens_at(positions, runs, NUM_RUNS: tl.constexpr):
 
 
 @triton.jit
-def is_near(columns, column_ptr, tokens, is_token, NUM_RUNS: tl.constexpr):
-    """(columns, tokens) whether the block columns are neighbours; absent tokens are near to none."""
-    other_columns = tl.load(column_ptr + tokens, mask=is_token, other=_FAR_COLUMN)
-    # One comparison without an absolute value: what is negative is large without its sign.
-    distances = (columns + NUM_RUNS // 2)[:, None] - other_columns[None, :]
-    return distances.to(tl.uint32) <= 2 * (NUM_RUNS // 2)
+def step_at(states, position, runs, NUM_RUNS: tl.constexpr):
+    """The states from the first token of a whole step on."""
+    return states[0] + tokens_at(position, runs, NUM_RUNS).to(tl.int64) * states[1], states[1]

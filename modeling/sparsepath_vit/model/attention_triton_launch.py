@@ -44,13 +44,19 @@ class LaunchShape(NamedTuple):
     num_stages: int
 
 
-# By kernel; 16-bit states with head_dim up to 64, then up to 128. The compiler spills no registers for sm_80 and sm_90
-# with the first of each, and for sm_90 with the second.
+# By kernel and tile size; 16-bit states with head_dim up to 64, then up to 128. For sm_80 and sm_90 Triton 3.6 spills
+# nothing; for sm_90 and head_dim 64 the registers are, from the top: 123, 127, 168, 230; 158, 162, 174; 160, 217, 222.
 _SHAPES = {
-    "forward": (LaunchShape(64, 64, 4, 3), LaunchShape(64, 64, 4, 2)),
-    "forward_large_tile": (LaunchShape(128, 64, 8, 3), LaunchShape(128, 64, 8, 2)),
-    "backward_query": (LaunchShape(64, 64, 4, 2), LaunchShape(64, 32, 4, 3)),
-    "backward_key_value": (LaunchShape(64, 32, 4, 3), LaunchShape(64, 32, 8, 2)),
+    ("forward", 128): (LaunchShape(128, 64, 8, 3), LaunchShape(128, 64, 8, 2)),
+    ("forward", 64): (LaunchShape(64, 64, 4, 3), LaunchShape(64, 64, 4, 2)),
+    ("forward", 32): (LaunchShape(32, 64, 2, 2), LaunchShape(32, 32, 2, 2)),
+    ("forward", 16): (LaunchShape(16, 64, 1, 2), LaunchShape(16, 32, 2, 2)),
+    ("backward_query", 64): (LaunchShape(64, 64, 4, 2), LaunchShape(64, 32, 4, 3)),
+    ("backward_query", 32): (LaunchShape(32, 32, 2, 2), LaunchShape(32, 32, 2, 2)),
+    ("backward_query", 16): (LaunchShape(16, 32, 1, 2), LaunchShape(16, 32, 2, 2)),
+    ("backward_key_value", 64): (LaunchShape(64, 32, 4, 3), LaunchShape(64, 32, 8, 2)),
+    ("backward_key_value", 32): (LaunchShape(32, 32, 2, 2), LaunchShape(32, 32, 4, 2)),
+    ("backward_key_value", 16): (LaunchShape(16, 32, 1, 2), LaunchShape(16, 32, 2, 2)),
 }
 # Warp group matrix products read both operands from shared memory; elsewhere a long head_dim needs smaller tiles.
 _SHAPE_WITHOUT_WARP_GROUPS = LaunchShape(32, 32, 4, 2)
@@ -68,16 +74,18 @@ def launch_shape(kernel: str, head_dim: int, dtype: torch.dtype, tile_size: int,
         kernel: which kernel.
         head_dim: of the states.
         dtype: of the states.
-        tile_size: of the tiles.
+        tile_size: most tokens of the tiles.
         capability: major compute capability of the GPU.
     """
     if dtype == torch.float32:
-        return _SHAPE_FLOAT32
-    if head_dim > 64 and capability not in (9, 10):
-        return _SHAPE_WITHOUT_WARP_GROUPS
-    if kernel == "forward" and tile_size == 128:
-        kernel = "forward_large_tile"
-    return _SHAPES[kernel][head_dim > 64]
+        shape = _SHAPE_FLOAT32
+    elif head_dim > 64 and capability not in (9, 10):
+        shape = _SHAPE_WITHOUT_WARP_GROUPS
+    else:
+        # The backward takes the tokens of its large tiles in two parts.
+        known = tile_size if (kernel, tile_size) in _SHAPES else 64
+        shape = _SHAPES[kernel, known][head_dim > 64]
+    return shape._replace(block_m=min(shape.block_m, tile_size))
 
 
 class _Programs(NamedTuple):
@@ -105,29 +113,37 @@ def _launch(
     tiles: AttentionTiles,
     scales: tuple[float, ...],
 ) -> None:
-    """Launches one of the three kernels that work on tiles; `states` are read with their strides."""
+    """Launches one of the three kernels that work on tiles, once for each width of them.
+
+    `states` are read with their strides.
+    """
     num_tokens, num_heads, head_dim = states[0].shape
     capability = torch.cuda.get_device_capability()[0] if states[0].is_cuda else 0
-    shape = launch_shape(name, head_dim, states[0].dtype, tiles.tile_size, capability)
-    programs, parts = _programs(tiles, num_tokens), tiles.tile_size // shape.block_m
-    kernel[(programs.num_split_programs + len(tiles.table) * parts, num_heads)](
-        *states,
-        *tensors,
-        *[stride for state in states for stride in state.stride()[:2]],
-        num_tokens,
-        programs.num_splits,
-        programs.num_split_programs,
-        *scales,
-        NUM_GLOBALS=tiles.num_global_tokens,
-        NUM_RUNS=2 * tiles.neighbor_radius + 1,
-        HEAD_DIM=head_dim,
-        PARTS=parts,
-        BLOCK_G=programs.block_g,
-        BLOCK_M=shape.block_m,
-        BLOCK_N=shape.block_n,
-        num_warps=shape.num_warps,
-        num_stages=shape.num_stages,
-    )
+    programs = _programs(tiles, num_tokens)
+    num_split_programs = programs.num_split_programs
+    for tile_size, first, count in tiles.widths():
+        shape = launch_shape(name, head_dim, states[0].dtype, tile_size, capability)
+        parts = tile_size // shape.block_m
+        kernel[(num_split_programs + count * parts, num_heads)](
+            *states,
+            *tensors,
+            *[stride for state in states for stride in state.stride()[:2]],
+            num_tokens,
+            first * parts,
+            programs.num_splits,
+            num_split_programs,
+            *scales,
+            NUM_GLOBALS=tiles.num_global_tokens,
+            NUM_RUNS=2 * tiles.neighbor_radius + 1,
+            HEAD_DIM=head_dim,
+            PARTS=parts,
+            BLOCK_G=programs.block_g,
+            BLOCK_M=shape.block_m,
+            BLOCK_N=shape.block_n,
+            num_warps=shape.num_warps,
+            num_stages=shape.num_stages,
+        )
+        num_split_programs = 0  # the global tokens are done by the first launch
 
 
 def launch_block_attention(
@@ -150,7 +166,7 @@ def launch_block_attention(
     partial = logsumexp.new_empty((num_images, num_heads, num_splits, tiles.num_global_tokens, head_dim))
     # Two tensors: halves of one would be aligned for some numbers of heads only, and the kernel compiled for both.
     partial_max, partial_sum = (partial.new_empty(partial.shape[:-1]) for _ in range(2))
-    tensors = (output, logsumexp, tiles.table, tiles.block_columns, tiles.image_offsets)
+    tensors = (output, logsumexp, tiles.table, tiles.image_offsets)
     with torch.cuda.device_of(query):
         _launch(
             forward_kernel,
@@ -196,7 +212,7 @@ def launch_block_attention_backward(
     partial_shape = (3, programs.num_images, num_heads, programs.num_splits, tiles.num_global_tokens, head_dim)
     partial_query, partial_key, partial_value = partial = logsumexp.new_empty(partial_shape)
     states, scales = (query, key, value, grad_output), (scale, scale * math.log2(math.e))
-    tables = (logsumexp, delta, tiles.table, tiles.block_columns, tiles.image_offsets)
+    tables = (logsumexp, delta, tiles.table, tiles.image_offsets)
     query_tensors = (grad_query, *tables, partial_query)
     key_value_tensors = (grad_key, grad_value, *tables, partial_key, partial_value)
     with torch.cuda.device_of(query):

@@ -1,14 +1,17 @@
 # Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
 """Which queries and keys each program of the attention kernel works on: tables made from a `TokenGrid` on its device.
 
-A tile is a run of consecutive patch tokens of one block row. Its neighbourhood is one contiguous run of packed tokens
-for each of the 2r+1 block rows around it. The kernel walks through these runs as if they lay one after the other:
-position p of the neighbourhood is packed token p + shift, and the shift changes where one run ends and the next begins.
+A tile is a block, or of a block with more patch tokens than a tile takes a piece: all its queries see the same keys, so
+no mask is ever needed between them. The keys are one contiguous run of packed tokens for each of the 2r+1 block rows
+around the block, and the global tokens. Pruning leaves blocks of any size: there are wide, medium and narrow tiles, and
+a tile is as wide as its piece needs, because slots beyond a piece are computed for nothing.
 
-Nothing here waits for the device: the number of tiles is an upper bound computed from host integers, and the tiles
+Nothing here waits for the device: the numbers of tiles are upper bounds computed from host integers, and the tiles
 beyond the last one are empty.
 """
 
+import itertools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,133 +19,183 @@ import torch
 from .token_grid import TokenGrid, per_image
 
 # Columns of `AttentionTiles.table` before those of the runs.
-NUM_TILE_COLUMNS = 5
+NUM_TILE_COLUMNS = 3
+
+# Each width is a launch of its own, which takes longer than what it saves where there are few tiles.
+LEAST_TILES_FOR_NARROW_ONES = 256
 
 
 class AttentionTiles(NamedTuple):
     """The tiles of one grid; the tensors are int32.
 
     Attributes:
-        table: (tiles, 5 + 2 * (2r+1)) with the columns: first packed token, end, first packed token of the image,
-            global tokens that precede the image's patch tokens, 1 where the tile lies in one block; then of each run
-            its end among the positions of the neighbourhood, and the shift from position to packed token.
-        block_columns: (T,) block column of each patch token.
+        table: (tiles, 3 + 2 * (2r+1)), wide tiles first, with the columns: first packed token, end, first packed token
+            of the image, which is its first global token; then of each run its first packed token and its length.
         image_offsets: (batch + 1,) packed index of each image's first global token, and the end of the last image.
-        tile_size: most patch tokens of a tile.
         num_global_tokens: G.
         neighbor_radius: r.
+        tile_size: most patch tokens of a wide tile; medium ones take half, narrow ones a quarter of it.
+        num_wide: how many tiles of the table are wide.
+        num_medium: how many are medium.
+        num_narrow: how many are narrow.
     """
 
     table: torch.Tensor
-    block_columns: torch.Tensor
     image_offsets: torch.Tensor
-    tile_size: int
     num_global_tokens: int
     neighbor_radius: int
+    tile_size: int
+    num_wide: int
+    num_medium: int
+    num_narrow: int
+
+    def widths(self) -> list[tuple[int, int, int]]:
+        """(patch tokens a tile takes, first tile, tiles) of each width that there are tiles of."""
+        counts = (self.num_wide, self.num_medium, self.num_narrow)
+        firsts = (0, self.num_wide, self.num_wide + self.num_medium)
+        sizes = tile_sizes(self.tile_size)
+        return [width for width in zip(sizes, firsts, counts, strict=True) if width[2] > 0]
 
 
 def attention_tile_size(window_size: int | None) -> int:
-    """Most patch tokens of a tile: where blocks are large, tiles of one block can be larger too."""
+    """Most patch tokens of a tile: larger where blocks are, because each of its keys is then read less often."""
     return 128 if window_size is None or window_size >= 16 else 64
+
+
+def tile_sizes(tile_size: int) -> tuple[int, int, int]:
+    """Most patch tokens of a wide, of a medium and of a narrow tile."""
+    return tile_size, tile_size // 2, tile_size // 4
 
 
 def attention_tiles(grid: TokenGrid) -> AttentionTiles:
     """The tiles of a grid, which all layers share."""
     tile_size = attention_tile_size(grid.window_size)
-    image_offsets = _starts(per_image(grid.counts, grid.device) + grid.num_global_tokens)
-    rows = _block_rows(grid)
-    # One element per tile; those beyond the last tile are made of the last block row, and empty.
-    first_tiles = _starts(-((rows.start - rows.end) // tile_size))
-    tile = torch.arange(_most_tiles(grid, tile_size), device=grid.device)
-    row = torch.searchsorted(first_tiles[1:], tile, right=True).clamp(max=len(rows.image) - 1)
-    rows = _BlockRows(*(of_row[row] for of_row in rows))
-    start = torch.minimum(rows.start + (tile - first_tiles[row]) * tile_size, rows.end)
-    end = torch.minimum(start + tile_size, rows.end)
-    num_globals_before = grid.num_global_tokens * (rows.image + 1)
-    last_patch = len(grid.blocks) - 1
-    first_column = (grid.blocks[(start - num_globals_before).clamp(max=last_patch)] - rows.entry).clamp(min=0)
-    last_column = (grid.blocks[(end - 1 - num_globals_before).clamp(min=0)] - rows.entry).clamp(min=0)
-    header = (start, end, image_offsets[rows.image], num_globals_before, first_column == last_column)
-    runs = _near_runs(grid, rows, first_column, last_column, start < end)
-    window = max(grid.canvas_size) if grid.window_size is None else grid.window_size
+    counts = _most_tiles(grid, tile_size)
+    image_offsets = _starts([count + grid.num_global_tokens for count in grid.counts], grid.device)
     return AttentionTiles(
-        torch.cat([torch.stack(header, dim=1), runs], dim=1).to(torch.int32),
-        (grid.columns // window).to(torch.int32),
+        _sorted_by_size(_pieces(grid, image_offsets, tile_size), tile_sizes(tile_size), counts).to(torch.int32),
         image_offsets.to(torch.int32),
-        tile_size,
         grid.num_global_tokens,
         grid.neighbor_radius,
+        tile_size,
+        *counts,
     )
 
 
-class _BlockRows(NamedTuple):
-    """Block rows of the batch, one element each, or the block row of each tile.
+def _pieces(grid: TokenGrid, image_offsets: torch.Tensor, tile_size: int) -> torch.Tensor:
+    """(pieces, columns of the table): each entry of `TokenGrid.block_offsets` in as many pieces as a block may have.
 
-    Attributes:
-        image: which image it is of.
-        row: its number in the image.
-        last_row: the number of the image's last block row.
-        last_column: the number of the image's last block column.
-        entry: where its blocks begin among `TokenGrid.block_offsets`.
-        start: its first packed token.
-        end: the end of its packed tokens.
+    Some are empty: of blocks with fewer tokens, and of the entries that end a block row and are no block.
     """
-
-    image: torch.Tensor
-    row: torch.Tensor
-    last_row: torch.Tensor
-    last_column: torch.Tensor
-    entry: torch.Tensor
-    start: torch.Tensor
-    end: torch.Tensor
-
-
-def _block_rows(grid: TokenGrid) -> _BlockRows:
-    num_rows = per_image([rows for rows, _ in grid.block_counts], grid.device)
-    num_columns = per_image([columns for _, columns in grid.block_counts], grid.device)
-    row = torch.arange(sum(rows for rows, _ in grid.block_counts), device=grid.device)
-    first_rows = _starts(num_rows)
-    image = torch.searchsorted(first_rows[1:], row, right=True)
-    row = row - first_rows[image]
-    entry = _starts(num_rows * (num_columns + 1))[image] + row * (num_columns[image] + 1)
-    start, end = grid.block_offsets[entry], grid.block_offsets[entry + num_columns[image]]
-    return _BlockRows(image, row, num_rows[image] - 1, num_columns[image] - 1, entry, start, end)
+    offsets, device = grid.block_offsets, grid.device
+    entry = torch.arange(len(offsets), device=device)
+    if grid.batch_size == 1:
+        num_rows, num_columns = (torch.full((1,), count, device=device) for count in grid.block_counts[0])
+        place, image_start = entry, image_offsets[:1]
+    else:
+        image = grid.entry_shifts // grid.num_global_tokens - 1
+        num_rows = per_image([rows for rows, _ in grid.block_counts], device)[image]
+        num_columns = per_image([columns for _, columns in grid.block_counts], device)[image]
+        place = entry - _starts([rows * (columns + 1) for rows, columns in grid.block_counts], device)[image]
+        image_start = image_offsets[image]
+    row, column = place // (num_columns + 1), place % (num_columns + 1)
+    runs = _near_runs(grid, entry, row, column, num_rows, num_columns)
+    # An entry that ends a block row holds no tokens: it ends where it starts.
+    end = offsets[entry + (column < num_columns)]
+    first = torch.arange(0, _pieces_of_a_block(grid, tile_size) * tile_size, tile_size, device=device)
+    start = torch.minimum(offsets[:, None] + first, end[:, None])  # (entries, pieces)
+    end = torch.minimum(start + tile_size, end[:, None])
+    keys = [column[:, None].expand_as(start) for column in (image_start.expand_as(entry), *runs)]
+    return torch.stack([start, end, *keys], dim=2).flatten(0, 1)
 
 
 def _near_runs(
     grid: TokenGrid,
-    rows: _BlockRows,
-    first_column: torch.Tensor,
-    last_column: torch.Tensor,
-    is_filled: torch.Tensor,
-) -> torch.Tensor:
-    """(tiles, 2 * (2r+1)): where each run ends among the positions of the neighbourhood, and its shift."""
+    entry: torch.Tensor,
+    row: torch.Tensor,
+    column: torch.Tensor,
+    num_rows: torch.Tensor,
+    num_columns: torch.Tensor,
+) -> list[torch.Tensor]:
+    """The first packed token and the length, (entries,), of each run of an entry's neighbourhood in turn."""
     radius = grid.neighbor_radius
-    step = torch.arange(-radius, radius + 1, device=grid.device)
-    left = (first_column - radius).clamp(min=0)
-    right = torch.minimum(last_column + radius, rows.last_column)
-    near_row = rows.row[:, None] + step  # (tiles, runs)
-    is_row = (near_row >= 0) & (near_row <= rows.last_row[:, None]) & is_filled[:, None]
-    near_entry = rows.entry[:, None] + step * (rows.last_column + 2)[:, None]
-    near_entry = torch.where(is_row, near_entry, rows.entry[:, None])
-    run_start = grid.block_offsets[near_entry + left[:, None]]
-    run_end = grid.block_offsets[near_entry + right[:, None] + 1]
-    position_end = torch.where(is_row, run_end - run_start, 0).cumsum(dim=1)
-    shift = run_end - position_end
-    return torch.stack((position_end, shift), dim=2).flatten(1)
+    left = entry - column.clamp(max=radius)
+    right = entry + (num_columns - column).clamp(max=radius + 1)
+    step = torch.arange(-radius, radius + 1, device=grid.device)[:, None]
+    near_row = row + step  # (runs, entries)
+    is_row = (near_row >= 0) & (near_row < num_rows)
+    # A run of a block row that is not there starts and ends at the first entry: it has no tokens.
+    near = torch.where(is_row, torch.stack((left, right))[:, None] + step * (num_columns + 1), 0)
+    start, end = grid.block_offsets[near]
+    return [column for run in zip(start, end - start, strict=True) for column in run]
 
 
-def _most_tiles(grid: TokenGrid, tile_size: int) -> int:
-    """Upper bound of the number of tiles; reached where every patch token is present."""
-    most = total_block_rows = 0
-    for (rows, columns), (block_rows, _) in zip(grid.grid_sizes, grid.block_counts, strict=True):
-        window = max(rows, columns) if grid.window_size is None else grid.window_size
-        full_rows, last_rows = rows // window, rows % window
-        most += full_rows * -(-window * columns // tile_size) - (-last_rows * columns // tile_size)
-        total_block_rows += block_rows
-    return min(most, (sum(grid.counts) + total_block_rows * (tile_size - 1)) // tile_size)
+def _sorted_by_size(pieces: torch.Tensor, sizes: Sequence[int], counts: Sequence[int]) -> torch.Tensor:
+    """The pieces that hold tokens, those of wide tiles first; `counts[i]` rows for the tiles of `sizes[i]` tokens."""
+    num_tokens = pieces[:, 1] - pieces[:, 0]
+    # Pieces without a token go beyond the last tile, each to a place of its own: no two are written to one.
+    place = torch.arange(sum(counts), sum(counts) + len(pieces), device=pieces.device)
+    used = [size for size, count in zip(sizes, counts, strict=True) if count > 0]
+    first = 0
+    for size, least in zip(used, [*used[1:], 0], strict=True):
+        is_of_size = num_tokens > least
+        if size < used[0]:
+            is_of_size &= num_tokens <= size
+        place = torch.where(is_of_size, is_of_size.cumsum(dim=0) + (first - 1), place)
+        first += counts[sizes.index(size)]
+    table = pieces.new_zeros((sum(counts) + len(pieces), pieces.shape[1]))
+    return table.index_copy(0, place, pieces)[: sum(counts)]
 
 
-def _starts(sizes: torch.Tensor) -> torch.Tensor:
-    """(n + 1,) where each of n consecutive pieces starts, and where the last one ends."""
-    return torch.nn.functional.pad(sizes.cumsum(dim=0), (1, 0))
+def _most_tiles(grid: TokenGrid, tile_size: int) -> tuple[int, ...]:
+    """Upper bounds of the numbers of wide, medium and narrow tiles; the numbers where every patch token is present.
+
+    A width with few tiles is not used: they join those that are wider. Sums and whole divisions only, and hardly a
+    comparison, so that a compiled graph serves every image size.
+    """
+    num_present = sum(grid.counts)
+    is_full = num_present == sum(rows * columns for rows, columns in grid.grid_sizes)
+    # Of the window, not of the image: else a small image would have the kernel compiled anew.
+    largest = tile_size if grid.window_size is None else min(grid.window_size**2, tile_size)
+    counts, least = dict.fromkeys(tile_sizes(tile_size), 0), 0
+    for size in reversed(tile_sizes(tile_size)):
+        most = _pieces_above(grid, tile_size, least)
+        if size < largest and is_full:
+            most -= _pieces_above(grid, tile_size, size)
+        most = min(most, num_present // (least + 1))
+        if size >= largest:
+            counts[size] = most
+            break
+        if most >= LEAST_TILES_FOR_NARROW_ONES:
+            counts[size], least = most, size
+    return tuple(counts.values())
+
+
+def _pieces_above(grid: TokenGrid, tile_size: int, least: int) -> int:
+    """How many pieces of more than `least` tokens, which is less than `tile_size`, the full grid is cut into."""
+    pieces = 0
+    window = grid.window_size
+    for size in grid.grid_sizes:
+        # Of blocks that are whole and of those that the image's border cuts: (tokens along a side, how many)
+        sides = [[(side, 1)] if window is None else [(window, side // window), (side % window, 1)] for side in size]
+        for (height, num_high), (width, num_broad) in itertools.product(*sides):
+            tokens = height * width
+            last_counts = (tokens % tile_size + tile_size - 1 - least) // tile_size  # 1 where it is above `least`
+            pieces += num_high * num_broad * (tokens // tile_size + last_counts)
+    return pieces
+
+
+def _pieces_of_a_block(grid: TokenGrid, tile_size: int) -> int:
+    """Most pieces that a block is cut into."""
+    most = max(grid.counts) if grid.window_size is None else grid.window_size**2
+    return -(-most // tile_size)
+
+
+def _starts(sizes: Sequence[int], device: torch.device) -> torch.Tensor:
+    """(n + 1,) where each of n consecutive pieces starts, and where the last one ends.
+
+    Added up on the host: inductor of torch 2.11 fails on the cumulative sum of a tensor filled with a symbolic number.
+    """
+    if all(size == sizes[0] for size in sizes):
+        return torch.arange(len(sizes) + 1, device=device) * sizes[0]
+    return per_image(list(itertools.accumulate(sizes, initial=0)), device)

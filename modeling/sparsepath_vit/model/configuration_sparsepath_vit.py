@@ -90,6 +90,8 @@ _FIELD_CHECKS: dict[str, Callable[[str, Any], None]] = {
     "image_size": _at_least(1, "It is the pretraining image size; 224 for nearly all models."),
     "num_channels": _at_least(1, "RGB images have 3."),
     "neighbor_radius": _at_least(0, "0 is the own block only, 1 (the default) is 3 x 3 blocks."),
+    "num_context_tokens": _at_least(0, "0 (the default) is the pattern of the paper, 1024 comes close to dense."),
+    "num_representatives": _at_least(0, "0 (the default) is the pruning of the paper, 1024 comes close to none."),
     "prune_after_layer": _at_least(1, "Layers count from 1; the method prunes after layer 4."),
     "chunk_size_feed_forward": _at_least(0, "0 runs the MLP on all tokens at once."),
     "mlp_type": _one_of(MLP_TYPES),
@@ -135,14 +137,25 @@ class SparsePathViTConfig(ConfigRemoteCodeMixin, BackboneConfigMixin, PreTrained
         position_interpolation_offset (`float`): on grids other than the stored one position embeddings are resampled as
             if there were that many more token rows and columns. 0.1 in DINOv2's own code for models without registers
             (its `interpolate_offset`), hence in GPFM; 0 everywhere else.
-        pooling (`str`): `"cls"`, or `"cls_mean"` for CLS concatenated with the mean of the kept patch tokens.
+        pooling (`str`): `"cls"`, or `"cls_mean"` for CLS concatenated with the mean of the kept patch tokens, each
+            counted as often as the patch tokens it stands for (`num_representatives`).
         window_size (`int` or `None`): tokens per block side; `None` is dense attention.
         neighbor_radius (`int`): a token sees blocks up to this many block rows and columns away.
+        num_context_tokens (`int`): stratified attention. The grid is cut into at most this many square cells; of each
+            one present patch token is drawn, the same for an image in every run, and every token sees those outside
+            its neighbourhood, each in place of all tokens of its cell. This estimates dense attention without bias at
+            any image size, for that many more keys a query. 0 (the default) is block-local attention alone, 1024 comes
+            close to the dense model. The weights are the same; the features are not, so choose it before training a
+            head on them.
         prune_after_layer (`int`): tokens are removed after this layer, counted from 1.
         prune_ratio (`float`): share of the present patch tokens removed, per image. 0.6 is recommended for
             classification, 0.0 (the default) removes none.
         prune_score (`str`): `"attention"` (mean over global queries and heads), `"cls_attention"` (CLS query only) or
             `"attention_value"` (probability times the norm of the value).
+        num_representatives (`int`): of each of at most this many cells from which pruning removes patch tokens, one of
+            these is kept after all and counts from then on, in attention and in the mean, for all that were removed
+            there. They come on top of the share that `prune_ratio` keeps. 0 (the default) keeps none. On CUDA their
+            number has to be read from the device, once a forward.
         unprune (`str` or `None`): `"scatter"` brings removed patch tokens back at the end, with the features they were
             removed with, so that `last_hidden_state` holds all patches; `None` (the default) leaves them out. Caution:
             the removed tokens are those of layer `prune_after_layer`, the others of the last layer, and a dense head
@@ -150,8 +163,8 @@ class SparsePathViTConfig(ConfigRemoteCodeMixin, BackboneConfigMixin, PreTrained
             with pruning off. Pooled features do not change.
         hidden_dropout, attention_dropout, drop_path_rate (`float`): regularisation in training.
         initializer_range (`float`): standard deviation of the weight initialisation.
-        chunk_size_feed_forward (`int`): tokens per MLP chunk at inference; 0 runs all at once. Bounds the peak memory
-            by the hidden states instead of the wide MLP activation.
+        chunk_size_feed_forward (`int`): tokens per MLP chunk at inference, on CUDA four times as many; 0 runs all at
+            once. Bounds the peak memory by the hidden states instead of the wide MLP activation.
         apply_layernorm (`bool`): whether the backbone normalises its feature maps.
 
     Example:
@@ -167,7 +180,9 @@ class SparsePathViTConfig(ConfigRemoteCodeMixin, BackboneConfigMixin, PreTrained
     own_auto_map = AUTO_MAP
     # A Trainer gathers the other outputs of all batches: without these, which differ in size from image to image, it
     # hands a classifier's logits alone to `compute_metrics`.
-    keys_to_ignore_at_inference = ["hidden_states", "attentions", "patch_positions", "grid_sizes", "prune_scores"]
+    keys_to_ignore_at_inference = [
+        *("hidden_states", "attentions", "patch_positions", "patch_weights", "grid_sizes", "prune_scores")
+    ]
 
     hidden_size: int = 1536
     num_hidden_layers: int = 24
@@ -188,9 +203,11 @@ class SparsePathViTConfig(ConfigRemoteCodeMixin, BackboneConfigMixin, PreTrained
     pooling: str = "cls"
     window_size: int | None = 8
     neighbor_radius: int = 1
+    num_context_tokens: int = 0
     prune_after_layer: int = 4
     prune_ratio: float | int = 0.0
     prune_score: str = "attention"
+    num_representatives: int = 0
     unprune: str | None = None
     hidden_dropout: float | int = 0.0
     attention_dropout: float | int = 0.0
@@ -300,6 +317,11 @@ class SparsePathViTConfig(ConfigRemoteCodeMixin, BackboneConfigMixin, PreTrained
     def prunes(self) -> bool:
         """Whether any token is removed."""
         return self.prune_ratio > 0
+
+    @property
+    def leaves_representatives(self) -> bool:
+        """Whether some of the removed tokens stay for the others."""
+        return self.prunes and self.num_representatives > 0
 
 
 def failure_signatures(config: SparsePathViTConfig) -> list[str]:

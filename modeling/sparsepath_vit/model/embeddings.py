@@ -22,7 +22,7 @@ def token_grid_of_sizes(
     present: torch.Tensor | None = None,
     device: torch.device | str | None = None,
 ) -> TokenGrid:
-    """`TokenGrid.create` with a model's global tokens and blocks.
+    """`TokenGrid.create` with a model's global tokens, blocks and context tokens.
 
     Args:
         config: of the model.
@@ -40,6 +40,7 @@ def token_grid_of_sizes(
         neighbor_radius=config.neighbor_radius,
         present=present,
         device=device,
+        num_context_tokens=config.num_context_tokens,
     )
 
 

@@ -21,7 +21,7 @@ class SparsePathViTModelOutput(BaseModelOutputWithPooling):
     Attributes:
         last_hidden_state: (batch, G + K, hidden_size) after the final norm; with `config.unprune` (batch, G + N, ...).
         pooler_output: (batch, hidden_size) of the CLS token, or (batch, 2 * hidden_size) of the CLS token and the mean
-            of the kept patch tokens.
+            of the kept patch tokens, each counted as often as the patch tokens it stands for.
         hidden_states: before the first and after each layer, (batch, G + N, hidden_size), and (batch, G + K, ...) for
             the layers after pruning. Before the final norm.
         attentions: per layer (batch, heads, tokens, tokens).
@@ -30,11 +30,14 @@ class SparsePathViTModelOutput(BaseModelOutputWithPooling):
         grid_sizes: (batch, 2) int64, (rows, columns) of each image's token grid.
         prune_scores: (batch, rows * columns) float32 on the grid all images fit in, 0 where no token was present;
             `None` without pruning.
+        patch_weights: (batch, K) int64, how many patch tokens of the image each of them stands for: 1, or for a
+            representative as many as were removed in its cell; `None` without representatives. Padded with 0.
     """
 
     patch_positions: torch.Tensor | None = None
     grid_sizes: torch.Tensor | None = None
     prune_scores: torch.Tensor | None = None
+    patch_weights: torch.Tensor | None = None
 
     def to_dense_map(self, fill: float = 0.0) -> torch.Tensor:
         """Puts the kept patch tokens where they belong.
@@ -75,11 +78,13 @@ class SparsePathViTImageClassifierOutput(ImageClassifierOutput):
         patch_positions: as in `SparsePathViTModelOutput`.
         grid_sizes: as in `SparsePathViTModelOutput`.
         prune_scores: as in `SparsePathViTModelOutput`.
+        patch_weights: as in `SparsePathViTModelOutput`.
     """
 
     patch_positions: torch.Tensor | None = None
     grid_sizes: torch.Tensor | None = None
     prune_scores: torch.Tensor | None = None
+    patch_weights: torch.Tensor | None = None
 
 
 def pooled_features(last_hidden_state: torch.Tensor, grid: TokenGrid, pooling: str) -> torch.Tensor:
@@ -88,7 +93,7 @@ def pooled_features(last_hidden_state: torch.Tensor, grid: TokenGrid, pooling: s
     Args:
         last_hidden_state: (batch, G + K, hidden_size) in raster order, zero where an image has fewer tokens.
         grid: of these tokens.
-        pooling: "cls", or "cls_mean" for the CLS token and the mean of the patch tokens.
+        pooling: "cls", or "cls_mean" for the CLS token and the weighted mean of the patch tokens.
 
     Returns:
         (batch, pooled_size).
@@ -97,8 +102,13 @@ def pooled_features(last_hidden_state: torch.Tensor, grid: TokenGrid, pooling: s
     cls_token = last_hidden_state[:, 0].clone()
     if pooling == "cls":
         return cls_token
-    counts = per_image(grid.counts, cls_token.device)[:, None]
-    mean = last_hidden_state[:, grid.num_global_tokens :].float().sum(dim=1) / counts
+    patch_tokens = last_hidden_state[:, grid.num_global_tokens :].float()
+    weights = weights_in_raster(grid)
+    if weights is None:
+        mean = patch_tokens.sum(dim=1) / per_image(grid.counts, cls_token.device)[:, None]
+    else:
+        shares = weights / weights.sum(dim=1, keepdim=True)
+        mean = (shares[:, :, None] * patch_tokens).sum(dim=1)
     return torch.cat([cls_token, mean.to(cls_token.dtype)], dim=-1)
 
 
@@ -106,6 +116,14 @@ def positions_in_raster(grid: TokenGrid) -> torch.Tensor:
     """(batch, K, 2) int64 (row, column) of the patch tokens in raster order, padded with -1."""
     positions = torch.stack([grid.rows, grid.columns], dim=-1)[grid.raster_order()].split(grid.counts)
     return nn.utils.rnn.pad_sequence(list(positions), batch_first=True, padding_value=-1)
+
+
+def weights_in_raster(grid: TokenGrid) -> torch.Tensor | None:
+    """(batch, K) int64 weights of the patch tokens in raster order, padded with 0; `None` where all are 1."""
+    if grid.weights is None:
+        return None
+    weights = grid.weights[grid.raster_order()].split(grid.counts)
+    return nn.utils.rnn.pad_sequence(list(weights), batch_first=True)
 
 
 def sizes_of_grids(grid: TokenGrid) -> torch.Tensor:

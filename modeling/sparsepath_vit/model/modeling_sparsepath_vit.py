@@ -25,6 +25,7 @@ from .modeling_outputs_sparsepath_vit import (
     pooled_features,
     positions_in_raster,
     sizes_of_grids,
+    weights_in_raster,
 )
 from .remote_code import ModelRemoteCodeMixin
 from .token_grid import TokenGrid
@@ -259,6 +260,7 @@ class SparsePathViTModel(SparsePathViTPreTrainedModel):
             patch_positions=positions_in_raster(tokens.grid),
             grid_sizes=sizes_of_grids(tokens.grid),
             prune_scores=None if encoded.last.pruning is None else encoded.last.pruning.score_map(),
+            patch_weights=weights_in_raster(tokens.grid),
         )
 
 
@@ -312,6 +314,7 @@ class SparsePathViTForImageClassification(SparsePathViTPreTrainedModel):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             patch_positions=outputs.patch_positions,
+            patch_weights=outputs.patch_weights,
             grid_sizes=outputs.grid_sizes,
             prune_scores=outputs.prune_scores,
         )

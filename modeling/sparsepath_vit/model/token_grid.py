@@ -1,5 +1,5 @@
 # Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
-"""`TokenGrid`: where every present patch token is, and nothing else.
+"""`TokenGrid`: where every present patch token is, and what it stands for; nothing else.
 
 Tokens of a batch lie one image after the other. An image's tokens are its G global tokens followed by its present patch
 tokens in *block-major* order: rows of blocks from the top, blocks from the left, inside a block row by row. A
@@ -16,10 +16,12 @@ from typing import Any
 
 import torch
 
+from .stratified_sampling import CONTEXT_SEED, ContextTokens, cell_counts, cell_side, draw_from_cells
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TokenGrid:
-    """Positions of the present patch tokens of a batch, in block-major order.
+    """Positions and weights of the present patch tokens of a batch, in block-major order.
 
     Made once by `TokenGrid.create`, made smaller by `select`. T is the number of present patch tokens of the whole
     batch, G the number of global tokens of each image, M = T + batch * G the number of packed tokens.
@@ -37,6 +39,8 @@ class TokenGrid:
             consecutive entries: where its blocks start, and where the last one ends. The keys of the blocks
             first..last of a block row are the packed tokens `block_offsets[first] : block_offsets[last + 1]`.
         entry_shifts: (entries,) int64, how many global tokens precede the patch tokens of an entry's image.
+        num_context_tokens: at most how many context tokens each image has, see `context_tokens`; 0 for none.
+        weights: (T,) int64, how many patch tokens of the image each stands for; `None` where all stand for themselves.
         prepared: what attention backends need of this grid, by backend, so that it is made once for all layers. They
             fill it; a grid made from this one, by pruning or on another device, begins anew.
     """
@@ -51,6 +55,8 @@ class TokenGrid:
     blocks: torch.Tensor
     block_offsets: torch.Tensor
     entry_shifts: torch.Tensor
+    num_context_tokens: int = 0
+    weights: torch.Tensor | None = None
     prepared: dict[str, Any] = dataclasses.field(default_factory=dict, init=False, repr=False)
 
     @classmethod
@@ -63,6 +69,7 @@ class TokenGrid:
         neighbor_radius: int = 1,
         present: torch.Tensor | None = None,
         device: torch.device | str | None = None,
+        num_context_tokens: int = 0,
     ) -> "TokenGrid":
         """Puts the present patch tokens of a batch in block-major order.
 
@@ -74,10 +81,13 @@ class TokenGrid:
             present: (batch, rows, columns) bool on a canvas that holds every image's grid in its top left corner;
                 `None` where every patch token is present.
             device: where the tensors live; by default where `present` lives.
+            num_context_tokens: see the class.
 
         Raises:
-            ValueError: a grid without tokens, an image without a present patch token, or a mask that does not fit.
+            ValueError: a grid without tokens, an image without a present patch token, a mask that does not fit, or a
+                negative number of context tokens.
         """
+        _check_num_context_tokens(num_context_tokens)
         if present is not None:
             _check_present(present, grid_sizes)
             device = present.device if device is None else device
@@ -86,11 +96,7 @@ class TokenGrid:
             for index, size in enumerate(grid_sizes)
         ]
         counts = tuple(rows.shape[0] for rows, _, _ in images)
-        if 0 in counts:
-            raise ValueError(
-                f"patch_mask leaves image {counts.index(0)} without a present patch token, so nothing can be computed "
-                "for it. Drop the image from the batch, or mask less of it."
-            )
+        _check_counts(counts)
         entries = [rows * (columns + 1) for rows, columns in _block_counts(grid_sizes, window_size)]
         first_entries = [sum(entries[:index]) for index in range(len(entries))]
         blocks = torch.cat([blocks + first for (_, _, blocks), first in zip(images, first_entries, strict=True)])
@@ -106,15 +112,19 @@ class TokenGrid:
             blocks=blocks,
             block_offsets=_block_offsets(blocks, entry_shifts),
             entry_shifts=entry_shifts,
+            num_context_tokens=num_context_tokens,
         )
 
-    def select(self, kept: torch.Tensor, counts: Sequence[int]) -> "TokenGrid":
+    def select(self, kept: torch.Tensor, counts: Sequence[int], weights: torch.Tensor | None = None) -> "TokenGrid":
         """The grid of the kept patch tokens.
 
         Args:
             kept: (K,) int64 indices into the T patch tokens, ascending.
             counts: how many of them belong to each image; their sum is K.
+            weights: (K,) int64, what they stand for from now on; by default what they stood for before.
         """
+        if weights is None and self.weights is not None:
+            weights = self.weights[kept]
         blocks = self.blocks[kept]
         return dataclasses.replace(
             self,
@@ -123,6 +133,7 @@ class TokenGrid:
             columns=self.columns[kept],
             blocks=blocks,
             block_offsets=_block_offsets(blocks, self.entry_shifts),
+            weights=weights,
         )
 
     def with_global_tokens(self, num_global_tokens: int) -> "TokenGrid":
@@ -192,6 +203,11 @@ class TokenGrid:
         return all(max(block_counts) - 1 <= self.neighbor_radius for block_counts in self.block_counts)
 
     @property
+    def weighs_keys(self) -> bool:
+        """Whether some key counts for more than itself: there are context tokens to see, or representatives."""
+        return self.weights is not None or (self.num_context_tokens > 0 and not self.is_dense)
+
+    @property
     def canvas_size(self) -> tuple[int, int]:
         """(rows, columns) that hold every image's grid."""
         return max(rows for rows, _ in self.grid_sizes), max(columns for _, columns in self.grid_sizes)
@@ -204,6 +220,49 @@ class TokenGrid:
                 for index, count in enumerate(self.counts)
             ]
         )
+
+    def cells(self, num_samples: int) -> tuple[torch.Tensor, int]:
+        """The cells that at most `num_samples` samples of each image are drawn from.
+
+        Returns:
+            (T,) int64, the cell of each patch token, counted over all images; and the number of cells, host integer.
+        """
+        sides = [cell_side(size, num_samples, self.window_size) for size in self.grid_sizes]
+        counts = [cell_counts(size, side) for size, side in zip(self.grid_sizes, sides, strict=True)]
+        first_cells = [0]
+        for cell_rows, cell_columns in counts:
+            first_cells.append(first_cells[-1] + cell_rows * cell_columns)
+        images = self.images()
+        side = per_image(sides, self.device)[images]
+        cell_columns = per_image([columns for _, columns in counts], self.device)[images]
+        first_cell = per_image(first_cells[:-1], self.device)[images]
+        return first_cell + (self.rows // side) * cell_columns + self.columns // side, first_cells[-1]
+
+    def context_tokens(self) -> ContextTokens | None:
+        """One patch token of each cell, drawn once for all layers; `None` where nobody would see them.
+
+        A query sees those outside its neighbourhood, each in place of its whole cell.
+        """
+        if self.num_context_tokens == 0 or self.is_dense:
+            return None
+        if "context tokens" not in self.prepared:
+            self.prepared["context tokens"] = self.draw_context_tokens()
+        return self.prepared["context tokens"]
+
+    def draw_context_tokens(self, seed: int = CONTEXT_SEED, layer: int | None = None) -> ContextTokens:
+        """Draws the context tokens anew.
+
+        Args:
+            seed: decides the draw.
+            layer: number of the layer they are for; `None` for all.
+        """
+        cells, num_cells = self.cells(self.num_context_tokens)
+        drawn = draw_from_cells(cells, num_cells, self.rows, self.columns, self.weights, seed=seed, layer=layer)
+        tokens, order = drawn.tokens.sort()  # the patch tokens' own order is block-major
+        num_entries = self.entry_shifts.shape[0]
+        blocks = torch.cat([self.blocks, self.blocks.new_full((1,), num_entries)])[tokens]
+        offsets = torch.searchsorted(blocks, torch.arange(num_entries, device=self.device))
+        return ContextTokens(tokens, drawn.weights[order], offsets)
 
     def patch_indices(self) -> torch.Tensor:
         """(T,) int64, where the patch tokens lie among the M packed tokens."""
@@ -294,6 +353,21 @@ def _block_offsets(blocks: torch.Tensor, entry_shifts: torch.Tensor) -> torch.Te
     """Packed index at which each entry's block starts: the tokens of earlier entries and the globals before them."""
     entries = torch.arange(entry_shifts.shape[0], device=blocks.device)
     return torch.searchsorted(blocks, entries) + entry_shifts
+
+
+def _check_counts(counts: tuple[int, ...]) -> None:
+    if 0 in counts:
+        raise ValueError(
+            f"patch_mask leaves image {counts.index(0)} without a present patch token, so nothing can be computed "
+            "for it. Drop the image from the batch, or mask less of it."
+        )
+
+
+def _check_num_context_tokens(num_context_tokens: int) -> None:
+    if num_context_tokens < 0:
+        raise ValueError(
+            f"num_context_tokens={num_context_tokens} is not possible: it must be at least 0, which gives none."
+        )
 
 
 def _check_present(present: torch.Tensor, grid_sizes: Sequence[tuple[int, int]]) -> None:

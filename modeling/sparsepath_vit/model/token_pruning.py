@@ -2,7 +2,8 @@
 """Token pruning: score, keep, select, and bring back. The only place where tokens disappear and where they return.
 
 The prune score of a patch token is the attention it receives from the global tokens (arXiv 2601.12150): the tokens with
-the lowest score are removed once, after an early layer.
+the lowest score are removed once, after an early layer. What is removed may leave representatives: of each cell of the
+grid one removed token stays, with the weight of all that were removed there.
 """
 
 import math
@@ -12,6 +13,8 @@ from typing import NamedTuple
 import torch
 from transformers.utils.generic import maybe_autocast
 
+from .prune_score_operator import has_prune_score_kernel, kernel_prune_scores
+from .stratified_sampling import REPRESENTATIVE_SEED, draw_from_cells
 from .token_grid import TokenGrid
 
 
@@ -21,7 +24,7 @@ class Pruning(NamedTuple):
     Attributes:
         grid: where the T patch tokens before pruning were.
         scores: (T,) float32, by which they were ranked.
-        kept: what `kept_tokens` returned: which of them are left.
+        kept: (K,) int64, which of them are left, representatives among them; ascending.
         hidden_states: (*grid.batch_shape, features) the tokens before pruning; `None` where nobody wants them back,
             since at 60,000 tokens they would be a sizeable part of the peak memory.
     """
@@ -95,7 +98,13 @@ class EncodedTokens(NamedTuple):
         return EncodedTokens(restore_tokens(tokens, all_tokens, grid, kept), grid)
 
 
-def prune(tokens: EncodedTokens, scores: torch.Tensor, prune_ratio: float, keeps_removed: bool) -> EncodedTokens:
+def prune(
+    tokens: EncodedTokens,
+    scores: torch.Tensor,
+    prune_ratio: float,
+    keeps_removed: bool,
+    num_representatives: int = 0,
+) -> EncodedTokens:
     """Removes the patch tokens with the lowest scores.
 
     Args:
@@ -103,12 +112,16 @@ def prune(tokens: EncodedTokens, scores: torch.Tensor, prune_ratio: float, keeps
         scores: (T,) of their patch tokens.
         prune_ratio: share of each image's present patch tokens that is removed.
         keeps_removed: whether `EncodedTokens.restored` and `to_map` are to bring them back.
+        num_representatives: at most how many removed tokens of each image stay for the others.
 
     Returns:
-        The global tokens and the kept patch tokens.
+        The global tokens and the kept patch tokens, representatives among them at their places.
     """
     kept, counts = kept_tokens(scores, tokens.grid, prune_ratio)
-    kept_grid = tokens.grid.select(kept, counts)
+    if num_representatives and counts != tokens.grid.counts:
+        kept, kept_grid = with_representatives(kept, tokens.grid, num_representatives)
+    else:
+        kept_grid = tokens.grid.select(kept, counts)
     pruning = Pruning(tokens.grid, scores, kept, tokens.hidden_states if keeps_removed else None)
     return EncodedTokens(select_tokens(tokens.hidden_states, tokens.grid, kept, kept_grid), kept_grid, pruning)
 
@@ -124,7 +137,8 @@ def prune_scores(
 ) -> torch.Tensor:
     """How much the global tokens attend to each patch token.
 
-    The softmax runs in float32 over all keys of a global query, global tokens included.
+    The softmax runs in float32 over all keys of a global query, global tokens included; a key that stands for several
+    patch tokens counts as often, and receives the attention of them all.
 
     Args:
         query, key, value: (batch, heads, tokens, head_dim) with (batch, tokens) = `grid.batch_shape`.
@@ -138,27 +152,47 @@ def prune_scores(
     """
     # Autocast would compute the logits in its lower precision.
     with torch.no_grad(), maybe_autocast(query.device.type, enabled=False):
+        bias = _log_weights(grid)  # (batch, tokens), or None
+        if bias is None and has_prune_score_kernel(query, grid, kind):
+            return kernel_prune_scores(query, key, value, grid, scale, kind)
         if grid.is_uniform:
-            return _image_scores(query, key, value, grid.num_global_tokens, scale, kind).reshape(-1)
-        bounds = zip(grid.image_offsets[:-1], grid.image_offsets[1:], strict=True)
-        scores = [
-            _image_scores(
-                *(states[:, :, start:end] for states in (query, key, value)), grid.num_global_tokens, scale, kind
-            )
-            for start, end in bounds
-        ]
+            return _image_scores(query, key, value, bias, grid.num_global_tokens, scale, kind).reshape(-1)
+        scores = []
+        for start, end in zip(grid.image_offsets[:-1], grid.image_offsets[1:], strict=True):
+            states = (states[:, :, start:end] for states in (query, key, value))
+            image_bias = None if bias is None else bias[:, start:end]
+            scores.append(_image_scores(*states, image_bias, grid.num_global_tokens, scale, kind))
         return torch.cat(scores, dim=1).reshape(-1)
 
 
+def _log_weights(grid: TokenGrid) -> torch.Tensor | None:
+    """(batch, tokens) float32 logarithms of what each token stands for; `None` where that is itself."""
+    if grid.weights is None:
+        return None
+    packed = torch.zeros(grid.num_tokens, dtype=torch.float32, device=grid.device)
+    return packed.index_put((grid.patch_indices(),), grid.weights.float().log()).view(grid.batch_shape)
+
+
 def _image_scores(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, num_global_tokens: int, scale: float, kind: str
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bias: torch.Tensor | None,
+    num_global_tokens: int,
+    scale: float,
+    kind: str,
 ) -> torch.Tensor:
-    """Scores of images with equally many tokens: (batch, heads, tokens, head_dim) -> (batch, patch tokens)."""
+    """Scores of images with equally many tokens: (batch, heads, tokens, head_dim) -> (batch, patch tokens).
+
+    `bias` is (batch, tokens), added to the logits of each key.
+    """
     num_queries = 1 if kind == "cls_attention" else num_global_tokens
     batch, heads, tokens, _ = key.shape
     scores = torch.zeros(batch, tokens - num_global_tokens, dtype=torch.float32, device=key.device)
     for head in range(heads):  # one head at a time: a float32 copy of all keys of a whole slide would not fit
         logits = query[:, head, :num_queries].float() @ key[:, head].float().transpose(1, 2) * scale
+        if bias is not None:
+            logits = logits + bias[:, None, :]
         received = logits.softmax(dim=-1)[:, :, num_global_tokens:].mean(dim=1)  # (batch, patch tokens)
         if kind == "attention_value":
             received = received * value[:, head, num_global_tokens:].float().norm(dim=-1)
@@ -196,13 +230,43 @@ def kept_tokens(scores: torch.Tensor, grid: TokenGrid, prune_ratio: float) -> tu
     return torch.cat(kept), counts
 
 
+def with_representatives(
+    kept: torch.Tensor, grid: TokenGrid, num_representatives: int
+) -> tuple[torch.Tensor, TokenGrid]:
+    """Adds to the kept patch tokens one removed token of each cell that lost some.
+
+    It is drawn with probability proportional to its weight, and has the weight of all that were removed in its cell.
+    How many there are is read from the device: one wait.
+
+    Args:
+        kept: what `kept_tokens` returned.
+        grid: where the tokens are.
+        num_representatives: at most how many of each image there are.
+
+    Returns:
+        Indices into the T patch tokens, ascending, and the grid of these tokens.
+    """
+    cells, num_cells = grid.cells(num_representatives)
+    weights = torch.ones_like(cells) if grid.weights is None else grid.weights
+    removed_weights = weights.index_fill(0, kept, 0)
+    drawn = draw_from_cells(cells, num_cells, grid.rows, grid.columns, removed_weights, seed=REPRESENTATIVE_SEED)
+    # (T + 1,): cells that lost nothing have drawn a last token that there is not.
+    new_weights = torch.cat([weights - removed_weights, weights.new_zeros(1)])
+    new_weights = new_weights.scatter(0, drawn.tokens, drawn.weights)[:-1]
+    is_left = new_weights > 0
+    counts = torch.stack([image.sum() for image in is_left.split(grid.counts)]).tolist()
+    left = is_left.nonzero()[:, 0]
+    # Where all are left each stands for what it stood for.
+    return left, grid.select(left, counts, None if len(left) == len(cells) else new_weights[left])
+
+
 def select_tokens(tokens: torch.Tensor, grid: TokenGrid, kept: torch.Tensor, kept_grid: TokenGrid) -> torch.Tensor:
     """Takes the global tokens and the kept patch tokens.
 
     Args:
         tokens: (*grid.batch_shape, features).
         grid: where they are.
-        kept: what `kept_tokens` returned.
+        kept: indices into the patch tokens, ascending.
         kept_grid: `grid.select` of it.
 
     Returns:
@@ -222,7 +286,7 @@ def restore_tokens(tokens: torch.Tensor, all_tokens: torch.Tensor, grid: TokenGr
         tokens: the global tokens and the kept patch tokens, (*kept grid.batch_shape, features).
         all_tokens: the tokens before pruning, (*grid.batch_shape, features).
         grid: where the tokens before pruning are.
-        kept: what `kept_tokens` returned.
+        kept: indices into their patch tokens, ascending.
 
     Returns:
         (*grid.batch_shape, features).

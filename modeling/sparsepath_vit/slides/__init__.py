@@ -8,13 +8,15 @@ from ..runtime.lazy_loading import lazy_names
 if TYPE_CHECKING:
     from .description import SlideDescription, describe
     from .embed import embed_slides
-    from .embedder import EmbedReport, EmbedSettings
+    from .embedder import EmbedSettings
     from .errors import SlideError
     from .estimate import estimate_for
     from .forward import Embedding, embed_regions, embed_slide
     from .heatmap import read_token_values, write_heatmap
+    from .inspection import Inspection, inspect_slide
     from .reader import Slide
     from .regions import Region, read_inputs, tissue_regions
+    from .report import EmbedReport
     from .store import EmbeddingStore, StoreError
     from .tissue import TissueMask, find_tissue
 
@@ -23,13 +25,15 @@ __getattr__, __dir__ = lazy_names(
     {
         "description": ("SlideDescription", "describe"),
         "embed": ("embed_slides",),
-        "embedder": ("EmbedReport", "EmbedSettings"),
+        "embedder": ("EmbedSettings",),
         "errors": ("SlideError",),
         "estimate": ("estimate_for",),
         "forward": ("Embedding", "embed_regions", "embed_slide"),
         "heatmap": ("read_token_values", "write_heatmap"),
+        "inspection": ("Inspection", "inspect_slide"),
         "reader": ("Slide",),
         "regions": ("Region", "read_inputs", "tissue_regions"),
+        "report": ("EmbedReport",),
         "store": ("EmbeddingStore", "StoreError"),
         "tissue": ("TissueMask", "find_tissue"),
     },
@@ -40,6 +44,7 @@ __all__ = [
     "EmbedSettings",
     "Embedding",
     "EmbeddingStore",
+    "Inspection",
     "Region",
     "Slide",
     "SlideDescription",
@@ -52,6 +57,7 @@ __all__ = [
     "embed_slides",
     "estimate_for",
     "find_tissue",
+    "inspect_slide",
     "read_inputs",
     "read_token_values",
     "tissue_regions",

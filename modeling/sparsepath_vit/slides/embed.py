@@ -14,10 +14,12 @@ from accelerate.utils import gather_object, parse_flag_from_env
 from ..runtime.compute import torch_device
 from ..runtime.load_model import load_model
 from ..runtime.model_identity import model_identity
-from .embedder import DEFAULT_MPP, EmbedReport, EmbedSettings, SlideEmbedder, default_workers
+from .embedder import DEFAULT_MPP, EmbedSettings, SlideEmbedder, default_workers
+from .folders import LeftOut, report_left_out
 from .reader import Slide
 from .reading_process import reading_process
-from .regions import SlideInput, read_inputs
+from .regions import SlideInput, find_inputs
+from .report import EmbedReport
 from .resolution import is_credible
 from .store import EmbeddingStore
 
@@ -41,7 +43,7 @@ def embed_slides(
     """Embeds slides into `out`, one HDF5 file each; what is done there with the same settings is skipped.
 
     Under `accelerate launch` or `torchrun` the slides are shared out over the processes. A slide that fails gets a row
-    in `failures.csv` and the others go on.
+    in `failures.csv` and the others go on; what the folders hold beside slides is listed in `left_out.csv`.
 
     Args:
         paths: slide files, folders and CSV manifests; see `slides.regions.read_inputs`.
@@ -63,7 +65,8 @@ def embed_slides(
         ImportError: a library of the `slides` extra is missing.
     """
     settings = settings or EmbedSettings()
-    slides = _by_name(read_inputs(paths))
+    inputs, left_out = find_inputs(paths)
+    slides = _by_name(inputs)
     _check_arguments(slides, settings, slide_mpp, tissue_mask)
     state = _process_state(device)
     chosen = torch_device(device) if device is not None and state.num_processes == 1 else state.device
@@ -84,10 +87,19 @@ def embed_slides(
         store = EmbeddingStore(out, {**model_identity(model, processor), **asdict(settings), "mpp": embedder.mpp})
         if state.is_main_process:
             store.forget_failures(item.path for item in slides.values())
+            embedder.report.left_out = _record_left_out(left_out, store)
     with state.split_between_processes(list(slides)) as names:
         embedder.run({name: slides[name] for name in names}, store)
     state.wait_for_everyone()
     return EmbedReport.of_processes(gather_object([embedder.report]))
+
+
+def _record_left_out(left_out: Sequence[LeftOut], store: EmbeddingStore) -> list[tuple[str, str]]:
+    """Logs and lists what is left out, and returns it as the report holds it."""
+    report_left_out(left_out)
+    entries = [(str(path), reason) for path, reason in left_out]
+    store.record_left_out(entries)
+    return entries
 
 
 def _check_arguments(
@@ -130,7 +142,7 @@ def _by_name(inputs: list[SlideInput]) -> dict[str, SlideInput]:
     """
     slides: dict[str, SlideInput] = {}
     for item in inputs:
-        name = Slide.name_of(item.path)
+        name = item.name or Slide.name_of(item.path)
         if name in slides:
             raise ValueError(
                 f"{slides[name].path} and {item.path} would both be written to {name}.h5: embed them into different "

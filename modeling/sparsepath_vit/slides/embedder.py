@@ -2,13 +2,12 @@
 """One process's share of a run: slide after slide, region after region, into the store."""
 
 import errno
-import hashlib
 import logging
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +21,9 @@ from ..runtime.measure import measured
 from .backends import SlideError
 from .forward import Embedding, Stopwatch, embed_regions, embed_slide, read_ahead
 from .reader import Slide
+from .records import region_labels, source_of
 from .regions import Box, Region, SlideInput, tissue_regions
+from .report import EmbedReport
 from .store import EmbeddingStore, SlideWriter
 from .tissue import TissueMask, find_tissue
 
@@ -50,6 +51,7 @@ class EmbedSettings:
         minimum_tissue: share of tissue tokens below which a region is left out; 0 leaves out none that has any.
         whole_slide: all tissue of a slide in one forward instead of regions.
         dense: whether to store the features of the patch tokens too.
+        origin: where coordinates of annotations, manifests and results start; see `Slide`.
     """
 
     mpp: float | None = None
@@ -58,57 +60,7 @@ class EmbedSettings:
     minimum_tissue: float = 0.0
     whole_slide: bool = False
     dense: bool = False
-
-
-@dataclass
-class EmbedReport:
-    """What a run did, over all its processes.
-
-    Attributes:
-        done: slides embedded now.
-        skipped: slides that were done before.
-        failed: (slide, reason) of the others.
-        regions: embedded now; a whole slide is one.
-        regions_without_tissue: that a manifest asks for and that were left out, of slides done now or before.
-        tokens: tissue tokens embedded now.
-        seconds: wall time, the longest of the processes.
-        model_seconds: share of it in the model, pixel values included.
-        reading_seconds: share of it waiting for pixels.
-        peak_bytes: the largest of the processes, as `runtime.measure` defines it.
-    """
-
-    done: int = 0
-    skipped: int = 0
-    failed: list[tuple[str, str]] = field(default_factory=list)
-    regions: int = 0
-    regions_without_tissue: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    model_seconds: float = 0.0
-    reading_seconds: float = 0.0
-    peak_bytes: int = 0
-
-    @classmethod
-    def of_processes(cls, reports: Sequence["EmbedReport"]) -> "EmbedReport":
-        """The sum of all processes; times and memory of the largest."""
-        total = cls(failed=[failure for report in reports for failure in report.failed])
-        for name in ("done", "skipped", "regions", "regions_without_tissue", "tokens"):
-            setattr(total, name, sum(getattr(report, name) for report in reports))
-        for name in ("seconds", "model_seconds", "reading_seconds", "peak_bytes"):
-            setattr(total, name, max(getattr(report, name) for report in reports))
-        return total
-
-    def __str__(self) -> str:
-        seconds = max(self.seconds, 1e-9)
-        rest = 1 - (self.model_seconds + self.reading_seconds) / seconds
-        left_out = f" ({self.regions_without_tissue} without tissue left out)" if self.regions_without_tissue else ""
-        return (
-            f"{self.done} slides embedded, {self.skipped} done before, {len(self.failed)} failed; "
-            f"{self.regions} regions{left_out}, {self.tokens:,} tissue tokens in {seconds:.1f} s "
-            f"({self.tokens / seconds:,.0f} tokens/s): {self.model_seconds / seconds:.0%} in the model, "
-            f"{self.reading_seconds / seconds:.0%} waiting for pixels, {rest:.0%} tissue, writing and the rest; "
-            f"peak memory {self.peak_bytes / 2**30:.2f} GiB"
-        )
+    origin: str = "bounds"
 
 
 class SlideEmbedder:
@@ -170,40 +122,63 @@ class SlideEmbedder:
 
     def _run_one(self, name: str, item: SlideInput, store: EmbeddingStore) -> None:
         mask_file = self._mask_file(name)
-        source = _source(item, self.slide_mpp, mask_file)
+        source = source_of(item, self.slide_mpp, mask_file)
         if store.is_done(name, source):
+            self._correct_labels(name, item, store)
             self.report.skipped += 1
         else:
             self._make(name, item, mask_file, store.writer(name, source))
             self.report.done += 1
         self._record_skipped_regions(name, item, store)
 
+    def _correct_labels(self, name: str, item: SlideInput, store: EmbeddingStore) -> None:
+        """What is done has the labels that the manifest gives now."""
+        left_out = {*store.skipped_regions(name), *store.impossible_regions(name)}
+        labels = (item.label, region_labels(item, left_out))
+        stored = store.labels(name)
+        if labels == stored:
+            return
+        if not item.gives_labels:
+            logger.warning("%s keeps the labels of an earlier manifest: this one gives none.", store.path_of(name))
+            return
+        store.set_labels(name, *labels)
+        logger.warning("%s: labels corrected.", store.path_of(name))
+        self.report.relabelled += 1
+
     def _make(self, name: str, item: SlideInput, mask_file: str | Path | None, writer: SlideWriter) -> None:
         """Embeds one slide into its file."""
-        with open_slide(item.path, item.mpp or self.slide_mpp, self.settings.mpp) as slide:
+        with open_slide(item.path, item.mpp or self.slide_mpp, self.settings.mpp, self.settings.origin) as slide:
             tissue = find_tissue(slide, mask_file)
-            regions, blank = self._regions(slide, tissue, item)
+            regions, blank, impossible = self._regions(slide, tissue, item)
             with writer, closing(self._embed(slide, tissue, regions, name)) as embeddings:
                 for region, embedding in embeddings:
                     _write(writer, slide, region, embedding, self.mpp, self.patch_size)
                     self.report.regions += 1
                     self.report.tokens += len(embedding.token_positions)
                 if blank:
-                    boxes = [[box.x, box.y, box.width, box.height] for box in blank]
-                    writer.append(skipped_regions=np.asarray(boxes, dtype=np.int64))
+                    writer.append(skipped_regions=_rows(blank))
                     writer.describe("skipped_regions", {"reason": "no tissue"})
-                self._describe(writer, slide, name, item)
+                if impossible:
+                    reasons = list(impossible.values())
+                    writer.append(impossible_regions=_rows(impossible), impossible_region_reasons=reasons)
+                boxes = [box for box in item.boxes if box not in impossible]
+                self._describe(writer, slide, name, replace(item, boxes=tuple(boxes)))
 
     def _record_skipped_regions(self, name: str, item: SlideInput, store: EmbeddingStore) -> None:
-        """Names regions without tissue in `failures.csv`, also those of an earlier run: the slide's file knows them."""
-        for x, y, width, height in store.skipped_regions(name):
+        """Names regions that were left out in `failures.csv`, also those of an earlier run: the slide's file knows."""
+        skipped, impossible = store.skipped_regions(name), store.impossible_regions(name)
+        for x, y, width, height in skipped:
             reason = (
                 f"no tissue was found in the region x={x}, y={y}, width={width}, height={height}: it was left out, all "
                 "else of the slide is embedded. To have it too, pass --tissue-mask all and another folder"
             )
             logger.warning("%s: %s", item.path, reason)
             store.record_failure(item.path, reason)
-            self.report.regions_without_tissue += 1
+        for reason in impossible.values():
+            logger.warning("%s", reason)
+            store.record_failure(item.path, reason)
+        self.report.regions_without_tissue += len(skipped)
+        self.report.impossible_regions += len(impossible)
 
     def _mask_file(self, name: str) -> str | Path | None:
         """The tissue mask of one slide, where masks are given."""
@@ -215,42 +190,59 @@ class SlideEmbedder:
             raise SlideError(f"{self.tissue_mask} holds no tissue mask {name} with one of {', '.join(MASK_SUFFIXES)}.")
         return found[0]
 
-    def _regions(self, slide: Slide, tissue: TissueMask, item: SlideInput) -> tuple[list[Region], list[Box]]:
-        """The regions to embed, and the boxes of a manifest that hold no tissue."""
+    def _regions(
+        self, slide: Slide, tissue: TissueMask, item: SlideInput
+    ) -> tuple[list[Region], list[Box], dict[Box, str]]:
+        """The regions to embed; of a manifest the boxes without tissue, and those that are impossible with why."""
         settings = self.settings
         if settings.whole_slide:
-            return [Region(0, 0, *slide.size_at(self.mpp))], []
+            return [Region(0, 0, *slide.size_at(self.mpp))], [], {}
         if item.boxes:
             return self._regions_of_boxes(slide, tissue, item.boxes)
         regions = tissue_regions(
             slide, tissue, self.patch_size, settings.region_size, self.mpp, settings.overlap, settings.minimum_tissue
         )
-        return regions, []
+        return regions, [], {}
 
     def _regions_of_boxes(
         self, slide: Slide, tissue: TissueMask, boxes: Sequence[Box]
-    ) -> tuple[list[Region], list[Box]]:
-        regions, blank = [], []
+    ) -> tuple[list[Region], list[Box], dict[Box, str]]:
+        regions: list[Region] = []
+        blank: list[Box] = []
+        impossible: dict[Box, str] = {}
         for box in boxes:
-            region = box.at(slide, self.mpp)
-            if min(region.width, region.height) < self.patch_size:
-                raise SlideError(
-                    f"{slide.path}: the region at x={box.x}, y={box.y} has {region.width} x {region.height} pixels at "
-                    f"{self.mpp:g} micrometres per pixel, less than one patch of {self.patch_size}: enlarge it, lower "
-                    "mpp, or leave it out."
-                )
+            try:
+                region = self._region_of_box(slide, box)
+            except SlideError as error:
+                impossible[box] = f"{error} It was left out, all else of the slide is embedded"
+                continue
             if self._tissue_tokens(slide, tissue, region).any():
                 regions.append(region)
             else:
                 blank.append(box)
         if not regions:
+            reasons = f" {next(iter(impossible.values()))}." if impossible else ""
             raise SlideError(
                 f"{slide.path}: no tissue was found in any of the {len(boxes)} regions that were asked for. Check "
                 "their coordinates (level-0 pixels), leave them out, or pass --tissue-mask all to embed them whole."
+                + reasons
             )
+        if padded := sum(box.overhangs(slide) for box in boxes if box not in impossible):
+            logger.warning("%s: %d regions reach over its edge; what lies beyond is masked.", slide.path, padded)
         if any(box.label is not None for box in boxes):
             regions = [replace(region, label=region.label or "") for region in regions]
-        return regions, blank
+        return regions, blank, impossible
+
+    def _region_of_box(self, slide: Slide, box: Box) -> Region:
+        """Raises SlideError for a box that cannot be embedded."""
+        region = box.at(slide, self.mpp)
+        if min(region.width, region.height) < self.patch_size:
+            raise SlideError(
+                f"{slide.path}: the region at x={box.x}, y={box.y} has {region.width} x {region.height} pixels at "
+                f"{self.mpp:g} micrometres per pixel, less than one patch of {self.patch_size}: enlarge it, lower "
+                "mpp, or leave it out."
+            )
+        return region
 
     def _embed(
         self, slide: Slide, tissue: TissueMask, regions: list[Region], name: str
@@ -266,7 +258,7 @@ class SlideEmbedder:
             return
 
         def read(region: Region) -> tuple[Region, np.ndarray, np.ndarray]:
-            # Tissue regions end with the last token, which may reach over the slide's edge; boxes lie inside.
+            # Tissue regions end with the last token, which may reach over the slide's edge; so may a manifest's boxes.
             image = slide.read_region(region.x, region.y, region.width, region.height, self.mpp, pad=True)
             return region, image, self._tissue_tokens(slide, tissue, region)
 
@@ -316,6 +308,8 @@ class SlideEmbedder:
             "level0_width": slide.dimensions[0],
             "level0_height": slide.dimensions[1],
         }
+        if slide.frame[:2] != (0, 0):  # the level-0 pixel that all coordinates in the file count from
+            attributes["origin_level0"] = slide.frame[:2]
         writer.describe("coords", attributes)
         writer.describe("features", {"name": name, **({"label": item.label} if item.label else {})})
         level0_size = (self.patch_size * scale, self.patch_size * scale_y)
@@ -325,12 +319,17 @@ class SlideEmbedder:
                 writer.describe(dataset, token_attributes)
 
 
-def open_slide(path: Path, slide_mpp: float | None, mpp: float | None) -> Slide:
+def _rows(boxes: Iterable[Box]) -> np.ndarray:
+    """(boxes, 4) int64: x, y, width, height."""
+    return np.asarray([[box.x, box.y, box.width, box.height] for box in boxes], dtype=np.int64)
+
+
+def open_slide(path: Path, slide_mpp: float | None, mpp: float | None, origin: str = "bounds") -> Slide:
     """Opens a slide; where neither it nor `slide_mpp` gives its resolution, an explicit target `mpp` does."""
-    slide = Slide(path, mpp=slide_mpp, apart=True)
+    slide = Slide(path, mpp=slide_mpp, origin=origin, apart=True)
     if slide_mpp is None and mpp is not None and not slide.states_mpp:
         logger.warning("%s does not state its resolution; taken to be %g micrometres per pixel.", path, mpp)
-        return Slide(path, mpp=mpp, apart=True)
+        return Slide(path, mpp=mpp, origin=origin, apart=True)
     return slide
 
 
@@ -342,9 +341,9 @@ def default_workers() -> int:
 def _write(
     writer: SlideWriter, slide: Slide, region: Region, embedding: Embedding, mpp: float, patch_size: int
 ) -> None:
-    """Adds a region to the file; token coordinates are level-0 pixels of their top left corners, like the region's."""
+    """Adds a region to the file; coordinates of regions and tokens are those of their top left corners in the frame."""
     scale = np.asarray(slide.scale(mpp))
-    corner = np.asarray([region.x, region.y])
+    corner = np.asarray([region.x, region.y]) - slide.frame[:2]  # level-0 pixels
 
     def level0(positions: np.ndarray) -> np.ndarray:  # (tokens, 2) row, column -> x, y
         return np.rint(corner + positions[:, ::-1] * patch_size * scale).astype(np.int64)
@@ -368,18 +367,6 @@ def _write(
         }
         if scores is not None:
             rows["prune_scores"] = scores
+        if embedding.patch_weights is not None:
+            rows["patch_weights"] = embedding.patch_weights
     writer.append(**rows)
-
-
-def _source(item: SlideInput, slide_mpp: float | None, mask_file: str | Path | None) -> dict[str, Any]:
-    """What a result depends on beside the settings: the slide file and what was said of it."""
-    digest = mask_file
-    if mask_file not in (None, "all"):
-        digest = hashlib.sha256(Path(mask_file).read_bytes()).hexdigest()
-    return {
-        "file": item.path.name,
-        "bytes": item.path.stat().st_size if item.path.exists() else 0,
-        "mpp": item.mpp or slide_mpp,
-        "boxes": [[box.x, box.y, box.width, box.height] for box in item.boxes],
-        "tissue_mask": digest,
-    }

@@ -15,10 +15,10 @@ from transformers import AutoModel
 
 from ..model.configuration_sparsepath_vit import SparsePathViTConfig
 from ..model.embeddings import token_grid_of_sizes
+from ..model.encoder_sparsepath_vit import feed_forward_chunk_size
 from ..model.token_grid import TokenGrid
-from ..model.token_pruning import num_kept
 from ..runtime.compute import torch_device, weight_dtype
-from ..runtime.cost import forward_flops
+from ..runtime.cost import forward_flops, tokens_after_pruning
 from ..runtime.measure import measured
 from .embedder import DEFAULT_MPP, EmbedSettings, default_workers, open_slide
 from .forward import forward_strips, strip_rows
@@ -91,7 +91,7 @@ def estimate_for(
     if size is not None:
         return estimate_size(config, size, size, chosen, number_type)
     workers = workers or default_workers()
-    with open_slide(Path(slide), slide_mpp, settings.mpp) as opened:
+    with open_slide(Path(slide), slide_mpp, settings.mpp, settings.origin) as opened:
         mpp = DEFAULT_MPP if settings.mpp is None else settings.mpp
         tissue = find_tissue(opened, tissue_mask)
         return estimate_slide(config, opened, tissue, settings, mpp, chosen, number_type, workers)
@@ -170,7 +170,7 @@ def _estimate(
     return Estimate(
         forwards=len(token_grids),
         tokens=tokens,
-        kept_tokens=sum(num_kept(grid.counts[0], config.prune_ratio) for grid in token_grids),
+        kept_tokens=sum(tokens_after_pruning(config, grid)[0] for grid in token_grids),
         tissue_share=tissue_share,
         flops=flops,
         seconds=flops * probe.seconds_per_flop(),
@@ -223,7 +223,7 @@ class _Probe:
         attention = extra[1] + slope * (tokens - sizes[1])
         embedding = extra[1] + row * (tokens - sizes[1])
         widths = (4 if config.mlp_type == "swiglu" else 2) * config.intermediate_size + 3 * config.hidden_size
-        chunk = min(tokens, chunk_size or tokens)
+        chunk = min(tokens, feed_forward_chunk_size(self.model.config, self.device) or tokens)
         mlp = 4 * tokens * row + chunk * widths * itemsize
         return self.idle_bytes + self._full_weight_bytes() + max(attention, embedding, mlp)
 
@@ -252,8 +252,8 @@ class _Probe:
 _ARCHITECTURE = (
     *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "mlp_type", "qkv_bias"),
     *("use_layerscale", "num_register_tokens", "patch_size", "image_size", "num_channels"),
-    *("num_prefix_position_embeddings", "pooling", "window_size", "neighbor_radius", "prune_ratio"),
-    "chunk_size_feed_forward",
+    *("num_prefix_position_embeddings", "pooling", "window_size", "neighbor_radius", "num_context_tokens"),
+    *("prune_ratio", "chunk_size_feed_forward"),
 )
 
 

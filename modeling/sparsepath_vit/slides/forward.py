@@ -61,6 +61,8 @@ class Embedding:
         patch_features: (K, hidden_size) float16 after the final norm, in raster order; None where not asked for. With
             `config.unprune` removed tokens come back, and K is N.
         patch_positions: (K, 2) int32, (row, column) of each of these tokens in the token grid.
+        patch_weights: (K,) int32, how many tissue tokens each of these stands for; None where the model leaves no
+            representatives of what it prunes.
         token_positions: (N, 2) int32, (row, column) of each tissue token.
         prune_scores: (N,) float32 of the tissue tokens; None where the model does not prune.
         grid_size: (rows, columns) of the token grid.
@@ -69,6 +71,7 @@ class Embedding:
     pooled: np.ndarray
     patch_features: np.ndarray | None
     patch_positions: np.ndarray
+    patch_weights: np.ndarray | None
     token_positions: np.ndarray
     prune_scores: np.ndarray | None
     grid_size: tuple[int, int]
@@ -97,8 +100,10 @@ def embed_regions(
         rows, columns = tokens.shape
         patch_mask[index, :rows, :columns] &= torch.from_numpy(tokens).to(patch_mask.device)
     outputs = model(batch["pixel_values"], patch_mask=patch_mask, image_sizes=batch["image_sizes"])
+    has_weights = model.config.leaves_representatives
     return [
-        _embedding(outputs, index, patch_mask[index], tokens.shape, dense) for index, tokens in enumerate(tissue_tokens)
+        _embedding(outputs, index, patch_mask[index], tokens.shape, dense, has_weights)
+        for index, tokens in enumerate(tissue_tokens)
     ]
 
 
@@ -170,7 +175,7 @@ def forward_strips(
     """
     patch_mask = torch.from_numpy(present).to(model.device)
     outputs = model.finish(model.encode(strips, model.token_grid_of_image(patch_mask)))
-    return _embedding(outputs, 0, patch_mask, present.shape, dense)
+    return _embedding(outputs, 0, patch_mask, present.shape, dense, model.config.leaves_representatives)
 
 
 def strip_rows(columns: int, patch_size: int) -> int:
@@ -233,12 +238,21 @@ def read_ahead(read: Callable[[Item], Result], items: Iterable[Item], workers: i
 
 
 def _embedding(
-    outputs: "SparsePathViTModelOutput", index: int, patch_mask: torch.Tensor, grid_size: tuple[int, int], dense: bool
+    outputs: "SparsePathViTModelOutput",
+    index: int,
+    patch_mask: torch.Tensor,
+    grid_size: tuple[int, int],
+    dense: bool,
+    has_weights: bool,
 ) -> Embedding:
     """One image of a batch; `patch_mask` is (canvas rows, canvas columns) bool, True where a token was present."""
     positions = outputs.patch_positions[index]
     positions = positions[positions[:, 0] >= 0]  # images that keep fewer tokens are padded
-    features, scores = None, None
+    features, scores, weights = None, None, None
+    if has_weights:  # all are 1 where everything came back, or nothing was removed from this batch
+        ones = torch.ones(len(positions), dtype=torch.int32)
+        weights = ones if outputs.patch_weights is None else outputs.patch_weights[index, : len(positions)]
+        weights = weights.int().cpu().numpy()
     if dense:
         first = outputs.last_hidden_state.shape[1] - outputs.patch_positions.shape[1]
         features = outputs.last_hidden_state[index, first : first + len(positions)].half().cpu().numpy()
@@ -248,6 +262,7 @@ def _embedding(
         pooled=outputs.pooler_output[index].float().cpu().numpy(),
         patch_features=features,
         patch_positions=positions.int().cpu().numpy(),
+        patch_weights=weights,
         token_positions=patch_mask.nonzero().int().cpu().numpy(),
         prune_scores=scores,
         grid_size=tuple(grid_size),

@@ -74,6 +74,7 @@ def read_token_values(file: str | os.PathLike[str], value: str = "prune_scores")
         corners, values = _values(stored, value, tissue, kept)
         coords = stored["coords"].attrs
         dimensions = (int(coords["level0_width"]), int(coords["level0_height"]))
+        corners = corners + np.asarray(coords.get("origin_level0", (0, 0)))  # absent where they are level-0 pixels
         token_size = tuple(stored["token_coords"].attrs["token_size_level0"].tolist())
     return TokenValues(Path(value).stem, corners, values.astype(float), token_size, dimensions)
 
@@ -127,7 +128,7 @@ def write_heatmap(
     """Writes `<slide>_<value>.png` and `<slide>_<value>.geojson` into the folder `out`.
 
     Args:
-        slide: the slide the tokens belong to.
+        slide: the slide the tokens belong to; the polygons count from the corner of its `frame`.
         tokens: what to show.
         out: made if missing.
         max_size: pixels of the picture's longer side.
@@ -146,7 +147,7 @@ def write_heatmap(
     folder.mkdir(parents=True, exist_ok=True)
     picture, polygons = (folder / f"{slide.name}_{tokens.name}{suffix}" for suffix in (".png", ".geojson"))
     save_image(overlay(slide, tokens, max_size, opacity), picture)
-    write_atomically(polygons, json.dumps(to_geojson(tokens, classes)))
+    write_atomically(polygons, json.dumps(to_geojson(tokens, classes, slide.frame[:2])))
     return [picture, polygons]
 
 
@@ -169,9 +170,16 @@ def overlay(slide: Slide, tokens: TokenValues, max_size: int = 2048, opacity: fl
     return figure
 
 
-def to_geojson(tokens: TokenValues, classes: int = 5) -> dict[str, Any]:
-    """Polygons in level-0 pixels, one annotation per class of values (or kept and removed), as QuPath imports them."""
-    grid, origin = tokens.grid()
+def to_geojson(tokens: TokenValues, classes: int = 5, zero: tuple[int, int] = (0, 0)) -> dict[str, Any]:
+    """Polygons in level-0 pixels, one annotation per class of values (or kept and removed), as QuPath imports them.
+
+    Args:
+        tokens: what to show.
+        classes: into how many classes of equally many tokens the values are divided.
+        zero: the level-0 pixel (x, y) that the polygons count from: the corner of `Slide.frame`.
+    """
+    grid, corner = tokens.grid()
+    origin = corner - np.asarray(zero)
     present = ~np.isnan(grid)
     if tokens.name == "kept":
         groups = [("kept", KEPT_COLOR, grid > 0), ("removed", REMOVED_COLOR, grid == 0)]

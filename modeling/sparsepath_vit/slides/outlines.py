@@ -1,5 +1,5 @@
 # Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
-"""Boolean grids as polygons (exact outlines, with holes, nothing smoothed), and polygons as QuPath reads them."""
+"""Boolean grids as polygons (exact outlines, with holes, nothing smoothed) and back, and polygons for QuPath."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,6 +9,7 @@ import numpy as np
 from ..runtime.extras import require
 
 Ring = np.ndarray  # (points, 2) column and row of token corners, closed: the first point is also the last
+_MOST_CROSSINGS = 2**18  # of edges and rows, held at once while a ring is filled
 
 
 def outlines(grid: np.ndarray) -> list[list[Ring]]:
@@ -29,6 +30,51 @@ def outlines(grid: np.ndarray) -> list[list[Ring]]:
         # The outer ring runs clockwise and so has positive area where y points down; holes run the other way.
         polygons.append(sorted(rings, key=_area, reverse=True))
     return polygons
+
+
+def fill(grid: np.ndarray, rings: Sequence[Ring], value: bool = True) -> None:
+    """Sets the cells whose centre lies in a polygon: in its outline, and in none of its holes.
+
+    What lies inside a ring is decided by the even-odd rule, the ring taken as closed. Time grows with the vertices and
+    the rows that their edges span, memory with the polygon's box.
+
+    Args:
+        grid: (rows, columns) bool, written to; what reaches beyond it is cut off.
+        rings: (points, 2) column and row of corners, any finite numbers: the outline, then the holes.
+        value: what the cells are set to.
+    """
+    outline, *holes = rings
+    place, inside = _inside(outline, grid.shape)
+    top, left = (side.start for side in place)
+    for hole in holes:
+        hole_place, in_hole = _inside(hole - np.array([left, top]), inside.shape)
+        inside[hole_place] &= ~in_hole
+    grid[place][inside] = value
+
+
+def _inside(ring: Ring, shape: tuple[int, int]) -> tuple[tuple[slice, slice], np.ndarray]:
+    """The part of a grid of `shape` that holds a ring, and which of its cells have their centre in the ring."""
+    limits = np.array(shape[::-1])  # columns, rows
+    # The first cell whose centre lies at or behind a corner is number ceil(corner - 0.5).
+    first, last = (np.clip(np.ceil(end - 0.5), 0, limits).astype(int) for end in (ring.min(axis=0), ring.max(axis=0)))
+    place = (slice(first[1], last[1]), slice(first[0], last[0]))
+    columns, rows = last - first
+    parity = np.zeros((rows, columns + 1), dtype=np.uint8)  # crossings, modulo 256
+    starts, ends = ring, np.roll(ring, -1, axis=0)
+    bounds = np.clip(np.ceil(np.stack([starts[:, 1], ends[:, 1]]) - 0.5), first[1], last[1]).astype(int)
+    top, bottom = bounds.min(axis=0), bounds.max(axis=0)  # an edge crosses the centres of rows top .. bottom - 1
+    crossing = np.flatnonzero(bottom > top)
+    parts = np.cumsum(bottom[crossing] - top[crossing]) // _MOST_CROSSINGS
+    for edges in np.split(crossing, np.flatnonzero(np.diff(parts)) + 1):
+        counts = bottom[edges] - top[edges]
+        edge = np.repeat(edges, counts)
+        row = top[edge] + np.arange(len(edge)) - np.repeat(np.cumsum(counts) - counts, counts)
+        (x, y), (end_x, end_y) = starts[edge].T, ends[edge].T
+        crossed = x + (row + 0.5 - y) / (end_y - y) * (end_x - x)
+        column = np.clip(np.ceil(crossed - 0.5), first[0], last[0]).astype(int)
+        # All cells from the crossing on change sides.
+        np.add.at(parity, (row - first[1], column - first[0]), np.uint8(1))
+    return place, np.add.accumulate(parity, axis=1, dtype=np.uint8)[:, :columns] % 2 == 1
 
 
 def annotation(

@@ -17,6 +17,7 @@ from .description import SlideDescription, describe
 from .errors import DAMAGED, SlideError, UnsupportedSlideError
 from .reading_process import ApartBackend
 from .resolution import CREDIBLE_MPP, MppXY, is_credible
+from .viewer_frame import Frame, checked_origin, viewer_frame
 
 logger = logging.getLogger(__name__)
 
@@ -40,12 +41,15 @@ class Slide:
     Args:
         path: the slide file.
         mpp: micrometres per pixel of level 0, for a file that does not state it or states it wrongly.
+        origin: where coordinates of annotations, manifests and results start: "bounds" at the scanned area that the
+            file states, as in QuPath; "slide" at the corner of level 0. `read_region` always counts from the latter.
         apart: decode in another process, for runs over many slides: damaged bytes that abort a decoder, fill the
             memory or never come to an end are then a `SlideError` too. The pixels are the same. The process starts
             once, with the first such slide.
 
     Raises:
-        SlideError: the file is missing, a folder, unreadable, empty or damaged; or `mpp` cannot be a full resolution.
+        SlideError: the file is missing, a folder, unreadable, empty or damaged; `mpp` cannot be a full resolution; an
+            unknown `origin`.
         ImportError: a library of the `slides` extra is missing; the message gives the install command.
 
     Example:
@@ -55,8 +59,15 @@ class Slide:
     ```
     """
 
-    def __init__(self, path: str | os.PathLike[str], mpp: float | None = None, apart: bool = False) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        mpp: float | None = None,
+        origin: str = "bounds",
+        apart: bool = False,
+    ) -> None:
         self.path = Path(path)
+        self._origin, self._frame = checked_origin(origin), None
         if mpp is not None and not is_credible(mpp):
             raise SlideError(
                 f"mpp={mpp!r} cannot be the full resolution of {self.path}: it is in micrometres per pixel, between "
@@ -84,7 +95,8 @@ class Slide:
             return self._handle
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: self.__dict__[name] for name in ("path", "_given_mpp", "_apart", "_has_warned")}
+        kept = ("path", "_given_mpp", "_apart", "_has_warned", "_origin", "_frame")
+        return {name: getattr(self, name) for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -134,6 +146,17 @@ class Slide:
     def description(self) -> SlideDescription:
         """What the file holds and who reads it, found out anew."""
         return describe(self.path)
+
+    @property
+    def frame(self) -> Frame:
+        """(x, y, width, height) in level-0 pixels of what the users' viewer shows as the slide.
+
+        Annotations, manifests and results count from its corner. It is all of level 0, unless the file states a
+        scanned area and the slide was opened with `origin="bounds"`. The first use logs a line where they differ.
+        """
+        if self._frame is None:
+            self._frame = viewer_frame(self.path, self.dimensions, self._origin)
+        return self._frame
 
     @property
     def states_mpp(self) -> bool:

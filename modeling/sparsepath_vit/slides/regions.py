@@ -1,26 +1,26 @@
 # Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
 """Which slides and which of their regions to embed: tissue-covering regions, folders and CSV manifests."""
 
-import csv
 import logging
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
+from ..runtime.tables import TableRow, read_table
 from .errors import SlideError
+from .folders import SLIDE_SUFFIXES, LeftOut, report_left_out, same_slide_key, search_folder
 from .reader import Slide
 from .resolution import is_credible
 from .tissue import TissueMask
 
 logger = logging.getLogger(__name__)
 
-SLIDE_SUFFIXES = (
-    *(".svs", ".tif", ".tiff", ".ndpi", ".vms", ".vmu", ".scn", ".mrxs", ".svslide", ".bif", ".czi"),
-    *(".png", ".jpg", ".jpeg", ".bmp", ".webp"),
-)
 MANIFEST_COLUMNS = ("slide", "mpp", "x", "y", "width", "height", "label")
+_MOST_PADDED_PIXELS = 2**26  # of a region that reaches beyond the slide and is four times as large as it, or more
+_LARGEST_COORDINATE = 2**53  # up to here floats are exact
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,10 @@ class Region:
 
 @dataclass(frozen=True)
 class Box:
-    """A rectangle of a slide, all in level-0 pixels, as manifests give it."""
+    """A rectangle of a slide, as manifests give it: level-0 pixels from the corner of `Slide.frame`.
+
+    It may reach over the slide's edge.
+    """
 
     x: int
     y: int
@@ -45,21 +48,30 @@ class Box:
     label: str | None = None
 
     def at(self, slide: Slide, mpp: float | None) -> Region:
-        """This box as a region at `mpp`, rounded down to whole output pixels.
+        """This box as a region at `mpp`, rounded down to whole output pixels. What lies beyond the slide is white.
 
         Raises:
-            SlideError: the box is not inside the slide.
+            SlideError: nothing of the box lies inside the slide, or far more than all of the slide.
         """
         slide_width, slide_height = slide.dimensions
-        right, bottom = self.x + self.width, self.y + self.height
-        if self.x < 0 or self.y < 0 or right > slide_width or bottom > slide_height:
-            raise SlideError(
-                f"the region x={self.x}..{right}, y={self.y}..{bottom} (level-0 pixels) is not inside {slide.path}, "
-                f"which is {slide_width} x {slide_height}: move or shrink it."
-            )
+        x, y = self.x + slide.frame[0], self.y + slide.frame[1]
+        right, bottom = x + self.width, y + self.height
+        place = f"the region x={x}..{right}, y={y}..{bottom} (level-0 pixels)"
+        where = f"{slide.path}, which is {slide_width} x {slide_height}: move or shrink it"
+        if x >= slide_width or y >= slide_height or right <= 0 or bottom <= 0:
+            raise SlideError(f"{place} is not inside {where}.")
         scale_x, scale_y = slide.scale(mpp)
         width, height = math.floor(self.width / scale_x + 1e-6), math.floor(self.height / scale_y + 1e-6)
-        return Region(self.x, self.y, width, height, self.label)
+        is_far_larger = self.width * self.height > 4 * slide_width * slide_height
+        if is_far_larger and width * height > _MOST_PADDED_PIXELS:
+            raise SlideError(f"{place} is far larger than {where}.")
+        return Region(x, y, width, height, self.label)
+
+    def overhangs(self, slide: Slide) -> bool:
+        """Whether a part of the box lies beyond the slide's edge."""
+        slide_width, slide_height = slide.dimensions
+        x, y = self.x + slide.frame[0], self.y + slide.frame[1]
+        return min(x, y) < 0 or x + self.width > slide_width or y + self.height > slide_height
 
 
 @dataclass(frozen=True)
@@ -71,12 +83,23 @@ class SlideInput:
         mpp: of level 0, where the manifest gives it; it goes before what the file states.
         boxes: the regions to embed; none for all tissue.
         label: of the whole slide.
+        name: of the result; None for the file's. The one DICOM series of a folder is called like the folder.
+        gives_labels: whether a manifest with a column `label` gave this; else nothing was said about labels.
     """
 
     path: Path
     mpp: float | None = None
     boxes: tuple[Box, ...] = ()
     label: str | None = None
+    name: str | None = None
+    gives_labels: bool = field(default=False, compare=False)
+
+
+class FoundInputs(NamedTuple):
+    """The slides behind what was given, and what of the folders and links is no slide of its own."""
+
+    slides: list[SlideInput]
+    left_out: list[LeftOut]
 
 
 def tissue_regions(
@@ -137,74 +160,90 @@ def read_inputs(paths: Sequence[str | os.PathLike[str]]) -> list[SlideInput]:
 
     A manifest has the columns `slide,mpp,x,y,width,height,label`, of which only `slide` must be there. `slide` is
     relative to the manifest's folder; `mpp` is that of the slide's level 0; x, y, width and height are level-0
-    pixels, empty for all tissue; a slide may have many rows. Files are not opened here.
+    pixels, empty for all tissue; a slide may have many rows. Slides are not opened here. What a folder holds beside
+    slides, and second names of a slide, are logged with the reason.
 
     Raises:
         ValueError: nothing to read, a folder without slides, or a manifest row that cannot be understood.
     """
-    found: dict[Path, SlideInput] = {}
+    found = find_inputs(paths)
+    report_left_out(found.left_out)
+    return found.slides
+
+
+def find_inputs(paths: Sequence[str | os.PathLike[str]]) -> FoundInputs:
+    """As `read_inputs`, with a list of what was left out instead of a log."""
+    found: dict[tuple[object, ...], SlideInput] = {}
+    left_out: list[LeftOut] = []
     for path in map(Path, paths):
         if path.is_dir():
-            inputs = [SlideInput(file) for file in _slides_in(path)]
-        elif path.suffix.lower() == ".csv":
+            inputs, others = _slides_in(path)
+            left_out += others
+        elif path.suffix.lower() in (".csv", ".tsv"):
             inputs = read_manifest(path)
         else:
             inputs = [SlideInput(path)]
         for item in inputs:
-            known = found.setdefault(item.path.resolve(), item)
-            if (known.mpp, known.boxes) != (item.mpp, item.boxes):
-                raise ValueError(f"{item.path} is given twice, with different mpp or regions: give it once.")
+            known = found.setdefault(same_slide_key(item.path), item)
+            said, said_before = ((given.mpp, given.boxes, given.label) for given in (item, known))
+            if said != said_before:
+                raise ValueError(
+                    f"{item.path} is given twice ({known.path}), with different mpp, regions or labels: give it once."
+                )
+            if item.path.absolute() != known.path.absolute():
+                left_out.append(LeftOut(item.path, f"it is {known.path} under another name, or of the same series"))
     if not found:
         raise ValueError("no slides were given: pass files, folders or a CSV with a column 'slide'.")
-    return list(found.values())
+    return FoundInputs(list(found.values()), left_out)
 
 
-def _slides_in(folder: Path) -> list[Path]:
-    slides = sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in SLIDE_SUFFIXES and not path.name.startswith(".") and path.is_file()
-    )
+def _slides_in(folder: Path) -> tuple[list[SlideInput], list[LeftOut]]:
+    try:
+        slides, left_out = search_folder(folder)
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be read: {error.strerror}.") from error
     if not slides:
-        raise ValueError(f"{folder} holds no slides: expected files ending in {', '.join(SLIDE_SUFFIXES)}.")
-    return slides
+        others = "; ".join(f"{path.name}: {reason}" for path, reason in left_out[:10])
+        listed = f" It holds {len(left_out)} other entries ({others})." if left_out else ""
+        raise ValueError(f"{folder} holds no slides: expected files ending in {', '.join(SLIDE_SUFFIXES)}.{listed}")
+    return [SlideInput(path, name=name) for path, name in slides], left_out
 
 
 def read_manifest(path: Path) -> list[SlideInput]:
     """The slides of a CSV manifest; see `read_inputs`."""
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            rows = list(reader)
-            columns = reader.fieldnames or []
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"the manifest {path} cannot be read: {error}.") from error
-    if "slide" not in columns:
-        raise ValueError(
-            f"the manifest {path} has the columns {columns}, and no column 'slide'. Expected a comma-separated header "
-            f"of {','.join(MANIFEST_COLUMNS)}, of which only 'slide' must be there."
-        )
-    ignored = [column for column in columns if column not in MANIFEST_COLUMNS]
+    table = read_table(path, MANIFEST_COLUMNS[:1], MANIFEST_COLUMNS[1:])
+    ignored = [column for column in table.columns if column and column not in MANIFEST_COLUMNS]
     if ignored:
         logger.warning("%s: the columns %s are not used.", path, ignored)
-    slides: dict[str, SlideInput] = {}
-    for line, row in enumerate(rows, start=2):
-        name = (row["slide"] or "").strip()
+    slides: dict[Path, SlideInput] = {}
+    for row in table.rows:
+        place = f"{path}, line {row.line}"
+        name = row.cells["slide"]
         if not name:
-            raise ValueError(f"{path}, line {line}: the column 'slide' is empty.")
-        item = _manifest_row(path.parent / name, row, f"{path}, line {line}")
-        known = slides.get(name)
-        if known is not None and (known.mpp != item.mpp or not known.boxes or not item.boxes):
-            raise ValueError(
-                f"{path}, line {line}: {name} stands in several rows; these must agree in mpp and each give a region."
-            )
-        slides[name] = item if known is None else SlideInput(known.path, known.mpp, known.boxes + item.boxes)
+            raise ValueError(f"{place}: the column 'slide' is empty.")
+        slide = path.parent / name
+        item = _manifest_row(slide, row, place)
+        known = slides.get(slide)
+        if known is None:
+            slides[slide] = _of_folder(item, place) if slide.is_dir() else item
+        elif known.mpp != item.mpp or not known.boxes or not item.boxes:
+            raise ValueError(f"{place}: {name} stands in several rows; these must agree in mpp and each give a region.")
+        else:
+            slides[slide] = replace(known, boxes=known.boxes + item.boxes)
     return list(slides.values())
 
 
-def _manifest_row(slide: Path, row: dict[str, str | None], place: str) -> SlideInput:
+def _of_folder(item: SlideInput, place: str) -> SlideInput:
+    """`item` with the slide that its path, a folder, is: that of a DICOM series."""
+    inputs, _ = _slides_in(item.path)
+    if len(inputs) != 1:
+        raise ValueError(f"{place}: the folder {item.path} holds {len(inputs)} slides: name each in its own row.")
+    return replace(item, path=inputs[0].path, name=inputs[0].name)
+
+
+def _manifest_row(slide: Path, row: TableRow, place: str) -> SlideInput:
     def number(column: str, kind: Callable[[str], float]) -> float | None:
-        text = (row.get(column) or "").strip()
+        text = row.cells.get(column, "")
         try:
             return kind(text) if text else None
         except ValueError as error:
@@ -214,20 +253,20 @@ def _manifest_row(slide: Path, row: dict[str, str | None], place: str) -> SlideI
     mpp = number("mpp", float)
     if mpp is not None and not is_credible(mpp):
         raise ValueError(f"{place}: mpp={mpp} is not the micrometres per pixel of a slide (0.25 at 40x, 0.5 at 20x).")
-    label = (row.get("label") or "").strip() or None
+    label, gives_labels = row.cells.get("label") or None, "label" in row.cells
     box = [number(column, _whole_number) for column in ("x", "y", "width", "height")]
     if all(value is None for value in box):
-        return SlideInput(slide, mpp, label=label)
+        return SlideInput(slide, mpp, label=label, gives_labels=gives_labels)
     if any(value is None for value in box):
         raise ValueError(f"{place}: a region needs x, y, width and height; leave all four empty for all tissue.")
     if box[2] < 1 or box[3] < 1:
         raise ValueError(f"{place}: the region is {box[2]} x {box[3]} pixels; both are at least 1.")
-    return SlideInput(slide, mpp, (Box(*box, label=label),))
+    return SlideInput(slide, mpp, (Box(*box, label=label),), gives_labels=gives_labels)
 
 
 def _whole_number(text: str) -> int:
     """Also of "100.0", which pandas writes where a column has empty cells."""
     number = float(text)
-    if not number.is_integer():
+    if not number.is_integer() or abs(number) > _LARGEST_COORDINATE:
         raise ValueError(text)
     return int(number)

@@ -9,7 +9,8 @@ import io
 import json
 import logging
 import os
-from collections.abc import Iterable
+import shutil
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -23,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 SETTINGS_FILE = "settings.json"
 FAILURES_FILE = "failures.csv"
+LEFT_OUT_FILE = "left_out.csv"
 _CHUNK_BYTES = 2**19
 
 
@@ -75,7 +77,8 @@ class EmbeddingStore:
         """Whether `name` was embedded from `source` (what identifies the slide file and what was taken of it).
 
         Raises:
-            StoreError: the file of that name was made from something else.
+            StoreError: the file of that name was made from something else. A slide whose content has changed where it
+                lies is no other slide: its file is made again.
         """
         path = self.path_of(name)
         if not path.exists():
@@ -91,9 +94,24 @@ class EmbeddingStore:
             raise StoreError(
                 f"{path} was not made with the settings of this folder: remove it, or choose another folder."
             )
-        if there != json.loads(json.dumps(source)):
+        return self._holds(path, there, json.loads(json.dumps(source)))
+
+    def _holds(self, path: Path, there: dict[str, Any], now: dict[str, Any]) -> bool:
+        """Whether what was made from `there` is what would be made from `now`; where the slide lies does not matter."""
+        differing = {key for key in {*there, *now} if there.get(key) != now.get(key)}
+        if "content" not in there and "content" in now:
+            differing -= {"content", "place"}
+            if not differing:
+                logger.warning(
+                    "%s does not say what its slide held: an earlier version made it, and compared name and size only. "
+                    "It counts as done; remove it to have it made again.", path,
+                )  # fmt: skip
+        elif "content" in differing and differing <= {"content", "bytes"}:
+            logger.warning("%s is made again: its slide has changed since.", path)
+            return False
+        if differing - {"place"}:
             raise StoreError(
-                f"{path} was made from {there}, not from {source}. If these are two slides, give each its own folder; "
+                f"{path} was made from {there}, not from {now}. If these are two slides, give each its own folder; "
                 "if it is to be replaced, remove the file first."
             )
         return True
@@ -112,6 +130,47 @@ class EmbeddingStore:
         with require("h5py").File(self.path_of(name), "r") as file:
             return [tuple(box) for box in file["skipped_regions"][:].tolist()] if "skipped_regions" in file else []
 
+    def impossible_regions(self, name: str) -> dict[tuple[int, int, int, int], str]:
+        """Likewise, of the regions that could not be embedded, and why."""
+        with require("h5py").File(self.path_of(name), "r") as file:
+            if "impossible_regions" not in file:
+                return {}
+            boxes = map(tuple, file["impossible_regions"][:].tolist())
+            return dict(zip(boxes, file["impossible_region_reasons"].asstr()[:].tolist(), strict=True))
+
+    def labels(self, name: str) -> tuple[str | None, list[str] | None]:
+        """The labels in the file of `name`: the slide's, and those of its regions; None where there are none."""
+        with require("h5py").File(self.path_of(name), "r") as file:
+            of_regions = file["labels"].asstr()[:].tolist() if "labels" in file else None
+            return file["features"].attrs.get("label"), of_regions
+
+    def set_labels(self, name: str, of_slide: str | None, of_regions: Sequence[str] | None) -> None:
+        """Writes the file of `name` anew with other labels, all else as it is.
+
+        Args:
+            name: of the slide.
+            of_slide: its label; None for none.
+            of_regions: one for each region that the file holds; None for none.
+
+        Raises:
+            StoreError: the file holds another number of regions.
+            OSError: it cannot be written; the old one stays.
+        """
+        path = self.path_of(name)
+        temporary, descriptor = open_temporary(path)
+        try:
+            with _DiskFile(descriptor, "r+") as disk:
+                with open(path, "rb") as original:
+                    shutil.copyfileobj(original, disk)
+                disk.check()
+                with require("h5py").File(disk, "r+") as file:
+                    _replace_labels(file, path, of_slide, of_regions)
+                disk.check()
+                os.fsync(disk.fileno())
+                os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
     def failures(self) -> list[tuple[str, str]]:
         """(slide, reason) of every row of `failures.csv`."""
         path = self.folder / FAILURES_FILE
@@ -120,6 +179,15 @@ class EmbeddingStore:
         with open(path, newline="", encoding="utf-8") as file:
             rows = [tuple(row[:2]) for row in csv.reader(file) if len(row) >= 2]
         return [row for row in rows if row != ("slide", "reason")]
+
+    def record_left_out(self, left_out: Iterable[tuple[str, str]]) -> None:
+        """Writes `left_out.csv` with the path and the reason of each entry; no entries, no file. For one process."""
+        rows = [_csv_row(*entry) for entry in left_out]
+        path = self.folder / LEFT_OUT_FILE
+        if rows:
+            write_atomically(path, _csv_row("path", "reason") + "".join(rows))
+        else:
+            path.unlink(missing_ok=True)
 
     def forget_failures(self, slides: Iterable[str | os.PathLike[str]]) -> None:
         """Drops the rows of slides that are tried again. For one process, before the others start."""
@@ -156,20 +224,8 @@ class SlideWriter:
         """Adds rows to datasets by name, e.g. `append(features=(N, D), coords=(N, 2))`; the first call makes them."""
         for name, values in rows.items():
             values = np.asarray(values)
-            if name not in self._file:
-                self._create(name, values)
-            dataset = self._file[name]
-            start = len(dataset)
-            dataset.resize(start + len(values), axis=0)
-            dataset[start:] = values
+            _append(self._file, name, values)
         self._disk.check()
-
-    def _create(self, name: str, values: np.ndarray) -> None:
-        row_shape = values.shape[1:]
-        row_bytes = max(1, values.dtype.itemsize * int(np.prod(row_shape)))
-        kind = require("h5py").string_dtype() if values.dtype.kind in "UO" else values.dtype
-        chunk = (max(1, _CHUNK_BYTES // row_bytes), *row_shape)
-        self._file.create_dataset(name, (0, *row_shape), kind, maxshape=(None, *row_shape), chunks=chunk)
 
     def describe(self, name: str, attributes: dict[str, Any]) -> None:
         """Sets attributes of a dataset."""
@@ -187,6 +243,33 @@ class SlideWriter:
         finally:
             self._temporary.unlink(missing_ok=True)
             self._disk.close()
+
+
+def _append(file: Any, name: str, values: np.ndarray) -> None:
+    """Adds rows to a dataset of an HDF5 file, which is made if missing."""
+    if name not in file:
+        row_shape = values.shape[1:]
+        row_bytes = max(1, values.dtype.itemsize * int(np.prod(row_shape)))
+        kind = require("h5py").string_dtype() if values.dtype.kind in "UO" else values.dtype
+        chunk = (max(1, _CHUNK_BYTES // row_bytes), *row_shape)
+        file.create_dataset(name, (0, *row_shape), kind, maxshape=(None, *row_shape), chunks=chunk)
+    dataset = file[name]
+    start = len(dataset)
+    dataset.resize(start + len(values), axis=0)
+    dataset[start:] = values
+
+
+def _replace_labels(file: Any, path: Path, of_slide: str | None, of_regions: Sequence[str] | None) -> None:
+    features = file["features"]
+    if of_regions is not None and len(of_regions) != len(features):
+        raise StoreError(f"{path} holds {len(features)} regions, and {len(of_regions)} labels were given: remove it.")
+    features.attrs.pop("label", None)
+    if of_slide is not None:
+        features.attrs["label"] = of_slide
+    if "labels" in file:
+        del file["labels"]
+    if of_regions is not None:
+        _append(file, "labels", np.asarray(of_regions))
 
 
 class _DiskFile(io.FileIO):

@@ -1,20 +1,23 @@
 # Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
 """Where the tissue is: found on a low-resolution overview, or read from a file, and asked for as a token grid."""
 
-import json
+import logging
 import math
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 from ..runtime.extras import require
+from .annotations import Annotations, read_annotations
 from .errors import SlideError
+from .outlines import fill
 from .reader import Slide
+
+logger = logging.getLogger(__name__)
 
 _OVERVIEW_MPP = 8.0
 _OVERVIEW_MAX_SIDE = 4096
@@ -25,6 +28,9 @@ _GREEN_PEN = (0.22, 0.47)  # hues no histological stain of ours has
 _BLUE_PEN = (0.50, 0.66)  # haematoxylin lies above; a pen is also more saturated than any stain at low resolution
 _BLUE_PEN_SATURATION = 0.6
 _ASPECT_TOLERANCE = 0.03
+_PLACED_MAX_SIDE = 8192
+_SECONDS_UNTIL_PROGRESS = 3
+_BEYOND = 0.05  # of the slide's side: annotations drawn along its edge reach over it by less
 _ROUNDING = 1e-9  # of shares of a token's area
 
 
@@ -133,8 +139,10 @@ def find_tissue(
 
     Args:
         slide: its mpp must be known.
-        mask_file: instead of all this, an image of the slide's aspect ratio (zero is background; a JPEG counts from
-            128), or GeoJSON polygons in level-0 pixels as QuPath exports them. It is taken as it is. "all" takes the
+        mask_file: instead of all this, an image of the aspect ratio of `slide.frame` (zero is background; a JPEG
+            counts from 128), or GeoJSON polygons in level-0 pixels from that frame's corner, as QuPath exports them.
+            Polygons of all classes are tissue, but for those that end in a star, which QuPath ignores, and
+            "Background"; "Ignore*" and "Background" are cut out of the others. It is taken as it is. "all" takes the
             whole slide (for images that were cut out of tissue).
         margin: micrometres added around the tissue.
         smallest_piece: square micrometres; smaller specks are dropped. On small images 0.5 % of the area, if less.
@@ -233,46 +241,104 @@ def _read_mask(path: Path, slide: Slide) -> TissueMask:
             "aspect ratio works; a side of 4096 pixels is plenty."
         ) from error
     pixels = pixels.max(-1) if pixels.ndim == 3 else pixels
-    width, height = slide.dimensions
-    if abs((pixels.shape[1] / pixels.shape[0]) / (width / height) - 1) > _ASPECT_TOLERANCE:
+    *_, width, height = slide.frame
+    if not _has_shape(pixels, (width, height)):
+        shape = f"the tissue mask {path} is {pixels.shape[1]} x {pixels.shape[0]}"
+        if _has_shape(pixels, slide.dimensions):
+            raise SlideError(
+                f"{shape}, the shape of all of level 0 of {slide.path}, and not of its scanned area ({width} x "
+                f"{height}), which QuPath shows: pass --origin slide (in Python Slide(path, origin='slide'))."
+            )
         raise SlideError(
-            f"the tissue mask {path} is {pixels.shape[1]} x {pixels.shape[0]}, which is not the shape of {slide.path} "
-            f"({width} x {height}): it must cover the whole slide, at any resolution."
+            f"{shape}, which is not the shape of {slide.path} ({width} x {height}): it must cover the whole slide, at "
+            "any resolution."
         )
-    return TissueMask.of_mask(pixels >= 128 if lossy else pixels > 0, slide)
+    return _placed(pixels >= 128 if lossy else pixels > 0, slide)
+
+
+def _has_shape(pixels: np.ndarray, size: tuple[int, int]) -> bool:
+    """Whether an image has the aspect ratio of `size` (width, height)."""
+    return abs((pixels.shape[1] / pixels.shape[0]) / (size[0] / size[1]) - 1) <= _ASPECT_TOLERANCE
+
+
+def _placed(mask: np.ndarray, slide: Slide) -> TissueMask:
+    """A mask of the slide's frame as one of all of its level 0."""
+    if slide.frame == (0, 0, *slide.dimensions):
+        return TissueMask.of_mask(mask, slide)
+    sides, sources = [], []
+    for start, length, dimension, pixels in zip(
+        slide.frame[:2], slide.frame[2:], slide.dimensions, mask.shape[::-1], strict=True
+    ):
+        # Fine enough that the shift by whole pixels is less than half of the mask's own.
+        side = min(dimension, _PLACED_MAX_SIDE, max(_OVERVIEW_MAX_SIDE, math.ceil(2 * pixels * dimension / length)))
+        source = np.floor(((np.arange(side) + 0.5) * dimension / side - start) * pixels / length).astype(int)
+        sides.append(side)
+        sources.append((np.flatnonzero((source >= 0) & (source < pixels)), source))
+    (columns, column_of), (rows, row_of) = sources
+    whole = np.zeros((sides[1], sides[0]), dtype=bool)
+    whole[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] = mask[np.ix_(row_of[rows], column_of[columns])]
+    return TissueMask.of_mask(whole, slide)
 
 
 def _read_polygons(path: Path, slide: Slide) -> TissueMask:
-    draw = require("skimage.draw")
     try:
-        polygons = list(_polygons(json.loads(path.read_text(encoding="utf-8"))))
+        annotations = read_annotations(path)
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise SlideError(f"the tissue mask {path} is no GeoJSON of polygons ({error!r}).") from error
     longest = max(slide.dimensions)
     scale = longest / min(_OVERVIEW_MAX_SIDE, max(1, round(longest * slide.mpp / _OVERVIEW_MPP)))
     width, height = (max(1, round(side / scale)) for side in slide.dimensions)
     tissue = TissueMask.of_mask(np.zeros((height, width), dtype=bool), slide)
-    for rings in polygons:
-        inside = np.zeros_like(tissue.mask)
-        for number, ring in enumerate(rings):  # the outline, then its holes
-            columns, rows = (ring / tissue.scale - 0.5).T  # pixel centres are whole numbers there
-            inside[draw.polygon(rows, columns, inside.shape)] = number == 0
-        tissue.mask[inside] = True
+    _say_what_is_taken(annotations, path)
+    _warn_of_places_beyond(annotations, path, slide)
+    marked = [polygon for polygon in annotations.polygons if not polygon.is_ignored]
+    cut_out = [polygon for polygon in annotations.polygons if polygon.is_cut_out]
+    if annotations.polygons and not marked:
+        raise SlideError(
+            f"the tissue mask {path} marks nothing: all of its polygons are of classes that mean no tissue "
+            f"({', '.join(annotations.counts())}; QuPath ignores those that end in a star). Give the tissue another "
+            "class, or none."
+        )
+    for polygons, value in ((marked, True), (cut_out, False)):
+        for polygon in tqdm(polygons, desc=path.name, unit="polygon", leave=False, delay=_SECONDS_UNTIL_PROGRESS):
+            rings = [(ring + slide.frame[:2]) / tissue.scale for ring in polygon.rings]
+            fill(tissue.mask, rings, value)
     return tissue
 
 
-def _polygons(content: Any) -> Iterator[list[np.ndarray]]:
-    """Every polygon in a GeoJSON collection, list, feature or geometry: its rings, each (points, 2) as x, y."""
-    if isinstance(content, list):
-        for part in content:
-            yield from _polygons(part)
-    elif content["type"] == "FeatureCollection":
-        yield from _polygons(content["features"])
-    elif content["type"] == "GeometryCollection":
-        yield from _polygons(content["geometries"])
-    elif content["type"] == "Feature":
-        yield from _polygons(content["geometry"])
-    elif content["type"] in ("Polygon", "MultiPolygon"):
-        parts = content["coordinates"] if content["type"] == "MultiPolygon" else [content["coordinates"]]
-        for rings in parts:
-            yield [np.asarray(ring, dtype=float)[:, :2] for ring in rings]
+def _say_what_is_taken(annotations: Annotations, path: Path) -> None:
+    """One line where not everything in the file is tissue, or where classes differ."""
+    if len(annotations.counts()) < 2 and not annotations.others:
+        return
+    ignored = {polygon.class_name for polygon in annotations.polygons if polygon.is_ignored}
+    cut_out = {polygon.class_name for polygon in annotations.polygons if polygon.is_cut_out}
+    counted = {name: f"{name} ({count:,})" for name, count in annotations.counts().items()}
+    parts = [
+        ("taken as tissue", [text for name, text in counted.items() if name not in ignored]),
+        ("cut out of it", [text for name, text in counted.items() if name in cut_out]),
+        ("ignored, as in QuPath", [text for name, text in counted.items() if name in ignored - cut_out]),
+        ("not used", [f"{annotations.others:,} geometries that are no polygons"] * bool(annotations.others)),
+    ]
+    listed = "; ".join(f"{what}: {', '.join(names)}" for what, names in parts if names)
+    logger.warning("the tissue mask %s, polygons by class: %s.", path, listed)
+
+
+def _warn_of_places_beyond(annotations: Annotations, path: Path, slide: Slide) -> None:
+    """Annotations that reach far over the slide's edge are of another slide, level or unit, or of another origin."""
+    rings = [polygon.rings[0] for polygon in annotations.polygons]
+    if not rings:
+        return
+    lowest = np.min([ring.min(axis=0) for ring in rings], axis=0)
+    highest = np.max([ring.max(axis=0) for ring in rings], axis=0)
+    size = np.array(slide.frame[2:])
+    slack = _BEYOND * size
+    if (lowest >= -slack).all() and (highest <= size + slack).all():
+        return
+    other_origin = ""
+    if slide.frame != (0, 0, *slide.dimensions):
+        other_origin = ", or count from the corner of level 0 (then pass --origin slide)"
+    logger.warning(
+        "the tissue mask %s reaches from x=%.6g, y=%.6g to x=%.6g, y=%.6g; %s has %d x %d pixels. What lies beyond is "
+        "cut off. Such annotations are of another slide, or not in level-0 pixels%s.",
+        path, *lowest, *highest, slide.path, *size, other_origin,
+    )  # fmt: skip

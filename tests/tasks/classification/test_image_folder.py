@@ -44,6 +44,25 @@ def test_what_is_no_image_is_named_and_left_out(image_folder):
     }
 
 
+def test_everything_in_the_folders_is_taken_or_named(image_folder):
+    (image_folder / "list.csv").touch()
+    (image_folder / ".ipynb_checkpoints").mkdir()
+    (image_folder / "dark/more").mkdir()
+    (image_folder / "dark/._d0_0.png").write_bytes(b"notes")
+    (image_folder / "dark/gone.png").symlink_to("/nowhere/gone.png")
+    (image_folder / "dark/other_name.png").symlink_to(image_folder / "bright/b0_0.png")
+    dataset, problems = read_image_folder(image_folder, 4)
+    assert len(dataset) == 16 and dataset.label_names == ("bright", "dark")
+    assert {tuple(problem) for problem in problems} == {
+        ("no_class", "list.csv", "it is no class folder"),
+        ("no_class", ".ipynb_checkpoints", "it is no class folder"),
+        ("no_image", "dark/more", "it is a folder: images lie in the class folders themselves"),
+        ("no_image", "dark/._d0_0.png", "it is hidden"),
+        ("dead_link", "dark/gone.png", "it is a dead link to /nowhere/gone.png"),
+        ("second_name", "dark/other_name.png", "it is bright/b0_0.png under another name"),
+    }
+
+
 def test_a_fold_without_a_class_is_named(image_folder):
     _, problems = read_image_folder(image_folder, 2, group_pattern="[bd]")
     assert {problem.kind for problem in problems} == {"empty_class_in_split"}

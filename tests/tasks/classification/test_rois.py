@@ -1,4 +1,5 @@
 # Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -89,6 +90,25 @@ class TestContentKey:
             keys.add(dataset.content_key(0))
         assert len(keys) == 2
 
+    def test_a_change_anywhere_in_a_file_of_some_megabytes_has_another(self, tmp_path):
+        """Only the first and the last MiB counted."""
+        pixels = np.random.default_rng(0).integers(0, 256, (1100, 1000, 3), dtype=np.uint8)
+        dataset = dataset_of(roi(file="s.bmp", mpp=None), root=tmp_path)
+        keys = set()
+        for value in (0, 1):
+            pixels[550, 500] = value
+            Image.fromarray(pixels).save(tmp_path / "s.bmp")
+            keys.add(dataset.content_key(0))
+        assert len(keys) == 2 and (tmp_path / "s.bmp").stat().st_size > 3 * 2**20
+
+    def test_pixels_are_those_of_the_file_as_it_is_now(self, tmp_path, pixels):
+        """A file that was written anew gave the pixels of the old one, under the key of the new one."""
+        dataset = dataset_of(roi(), root=tmp_path)
+        for shift in (0, 40):
+            shown = np.roll(pixels, shift, axis=1)
+            write_levels(tmp_path / "s.tiff", shown, 0.5, factors=(), compression="deflate")
+            assert np.array_equal(dataset.read(0), shown[32:96, 16:144])
+
     def test_stored_images_are_told_apart(self, tmp_path, pixels):
         Image.fromarray(pixels).save(tmp_path / "s.png")
         rois = (roi("a", file="s.png", mpp=None), roi("b", file="s.png", x=0, mpp=None))
@@ -143,6 +163,46 @@ class TestShuffledLabels:
         shuffled = dataset_of(*rois, slide_level=True).with_shuffled_labels(1)
         assert len({(roi.slide_id, roi.label) for roi in shuffled.rois}) == 20
         assert shuffled.rois != tuple(rois)
+
+
+class TestPreparedFolders:
+    @pytest.fixture
+    def prepared(self, tmp_path, pixels):
+        for name in "st":
+            write_levels(tmp_path / f"{name}.tiff", pixels, 0.5, factors=(), compression="deflate")
+        dataset = dataset_of(roi("b", "t", 1, "test"), roi("a", "s"), root=tmp_path)
+        save_roi_dataset(dataset, tmp_path / "out")
+        return dataset, tmp_path / "out"
+
+    def test_a_slide_that_changed_is_refused_by_name(self, prepared, tmp_path, pixels):
+        dataset, folder = prepared
+        loaded = load_roi_dataset(folder)
+        assert loaded == dataset and np.array_equal(loaded.read(0), dataset.read(0))
+        assert loaded.content_key(0) == dataset.content_key(0)
+        write_levels(tmp_path / "t.tiff", pixels[:, ::-1], 0.5, factors=(), compression="deflate")
+        for use in (loaded.read, loaded.content_key):
+            use(1)
+            with pytest.raises(ValueError, match=r"t\.tiff has changed since b was chosen from it"):
+                use(0)
+
+    def test_a_list_that_was_edited_is_refused(self, prepared):
+        """It is a copy: who corrects a label in it would be ignored."""
+        folder = prepared[1]
+        text = (folder / "rois.csv").read_text()
+        (folder / "rois.csv").write_text("\ufeff" + text.replace(",", ";"), encoding="utf-8")
+        load_roi_dataset(folder)  # only saved again by a spreadsheet
+        for edited in (text.replace("second", "first"), "\n".join(text.splitlines()[::2])):
+            (folder / "rois.csv").write_text(edited)
+            with pytest.raises(ValueError, match=r"rois\.csv was edited: of b it says .*says \('second', 'test'\)"):
+                load_roi_dataset(folder)
+
+    def test_a_folder_of_an_earlier_version_is_taken_as_it_is(self, prepared, tmp_path, pixels):
+        folder = prepared[1]
+        description = json.loads((folder / "description.json").read_text())
+        assert sorted(description.pop("contents")) == ["s.tiff", "t.tiff"]
+        (folder / "description.json").write_text(json.dumps(description))
+        write_levels(tmp_path / "t.tiff", pixels[:, ::-1], 0.5, factors=(), compression="deflate")
+        load_roi_dataset(folder).read(0)
 
 
 def test_an_unprepared_folder_is_refused(tmp_path):

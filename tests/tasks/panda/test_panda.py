@@ -92,6 +92,16 @@ class TestFolder:
         with pytest.raises(ValueError, match=r"no usable slide: 1 rows.*row_without_slide"):
             panda.read()
 
+    def test_the_table_is_read_as_people_write_it(self, panda):
+        panda.add("a", "radboud", 1, "3+3")
+        folder = panda.write_csv()
+        text = (folder / "train.csv").read_text()
+        (folder / "train.csv").write_text("\ufeff" + text.replace(",", "; "), encoding="utf-8")
+        assert [slide.isup_grade for slide in read_panda_folder(folder, True)[0]] == [1]
+        (folder / "train.csv").write_text(text.replace("gleason_score", "gleeson_score"))
+        with pytest.raises(ValueError, match="Did you mean 'gleason_score' by 'gleeson_score'"):
+            read_panda_folder(folder, True)
+
 
 class TestLabels:
     @pytest.mark.parametrize(

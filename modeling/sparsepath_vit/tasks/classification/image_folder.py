@@ -32,39 +32,61 @@ def read_image_folder(
         seed: of the folds.
 
     Returns:
-        The data set, and every image that cannot be read and was left out.
+        The data set, and everything in the folders that was left out: images that cannot be read, second names of an
+        image (links), what is no image, and what lies in no class folder.
 
     Raises:
         ValueError: fewer than two classes, too few images or groups for the folds, or a file name in which
             `group_pattern` finds nothing.
     """
     folder = Path(folder)
-    names = sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+    entries = sorted(folder.iterdir()) if folder.is_dir() else []
+    classes = [path for path in entries if path.is_dir() and not path.name.startswith(".")]
+    names = [path.name for path in classes]
     if len(names) < 2:
         raise ValueError(
             f"{folder} holds {len(names)} class folders: expected one folder per class, at least two, with images in "
             f"them ({', '.join(IMAGE_SUFFIXES)})."
         )
     rois: list[Roi] = []
-    problems: list[Problem] = []
+    problems = [Problem("no_class", path.name, "it is no class folder") for path in entries if path not in classes]
+    seen: dict[tuple[int, int], str] = {}
     for label, name in enumerate(names):
         for path in sorted((folder / name).iterdir()):
-            if path.suffix.lower() not in IMAGE_SUFFIXES:
-                problems.append(Problem("no_image", f"{name}/{path.name}", "its ending is not that of an image"))
+            relative = path.relative_to(folder).as_posix()
+            problem = _reason_against(path, relative, seen)
+            if problem is not None:
+                problems.append(problem)
                 continue
             try:
                 with Slide(path) as image:
                     width, height = image.dimensions
                     image.thumbnail(64)
             except SlideError as error:
-                problems.append(Problem("corrupt_image", f"{name}/{path.name}", str(error)))
+                problems.append(Problem("corrupt_image", relative, str(error)))
                 continue
-            relative = path.relative_to(folder).as_posix()
             group = relative if group_pattern is None else _group(path.name, group_pattern)
             rois.append(Roi(relative, group, relative, 0, 0, width, height, None, label, ""))
     rois = _with_folds(rois, names, num_folds, seed, folder)
     dataset = RoiDataset(tuple(rois), tuple(names), folder.name, folder)
     return dataset, problems + dataset.empty_classes()
+
+
+def _reason_against(path: Path, relative: str, seen: dict[tuple[int, int], str]) -> Problem | None:
+    """What keeps an entry of a class folder from being one of its images; `seen` are the images so far."""
+    if path.is_symlink() and not path.exists():
+        return Problem("dead_link", relative, f"it is a dead link to {os.readlink(path)}")
+    if path.name.startswith("."):
+        return Problem("no_image", relative, "it is hidden")
+    if path.is_dir():
+        return Problem("no_image", relative, "it is a folder: images lie in the class folders themselves")
+    if path.suffix.lower() not in IMAGE_SUFFIXES:
+        return Problem("no_image", relative, "its ending is not that of an image")
+    status = path.stat()
+    known = seen.setdefault((status.st_dev, status.st_ino), relative)
+    if known != relative:  # in two folds it would be learnt and tested
+        return Problem("second_name", relative, f"it is {known} under another name")
+    return None
 
 
 def _group(name: str, pattern: str) -> str:

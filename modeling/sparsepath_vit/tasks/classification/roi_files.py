@@ -17,6 +17,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from ...runtime.atomic_files import atomic_folder, write_atomically
+from ...runtime.tables import read_table
+from ...slides.records import slide_content
 from .image_folder import read_image_folder
 from .rois import Problem, Roi, RoiDataset
 
@@ -61,6 +63,7 @@ def save_roi_dataset(dataset: RoiDataset, folder: str | os.PathLike[str], store_
         "slide_level": dataset.slide_level,
         "root": str(Path(dataset.root).resolve()),
         "images_stored": store_images,
+        "contents": {} if store_images else _contents(dataset),
     }
     write_atomically(folder / DESCRIPTION_FILE, json.dumps(description, indent=2) + "\n")
     rows = [{**_columns(roi), "label": dataset.label_names[roi.label]} for roi in dataset.rois]
@@ -113,7 +116,8 @@ def load_roi_dataset(folder: str | os.PathLike[str], root: str | os.PathLike[str
         root: where the slides lie now, if they were moved.
 
     Raises:
-        ValueError: `folder` holds no prepared data set, or the slides are no longer there.
+        ValueError: `folder` holds no prepared data set, its list `rois.csv` was edited, or the slides are no longer
+            there. A slide that has changed since is refused when it is read.
     """
     folder = Path(folder)
     path = folder / DESCRIPTION_FILE
@@ -129,6 +133,7 @@ def load_roi_dataset(folder: str | os.PathLike[str], root: str | os.PathLike[str
         for split, rows in splits.items()
         for row in rows.select_columns([name for name in rows.column_names if name != _IMAGE_COLUMN])
     )
+    _check_list(folder / ROI_LIST, rois, description["label_names"])
     images = datasets.concatenate_datasets(list(splits.values())) if description["images_stored"] else None
     root = Path(description["root"] if root is None else root)
     if images is None and rois and not (root / rois[0].file).is_file():
@@ -136,11 +141,35 @@ def load_roi_dataset(folder: str | os.PathLike[str], root: str | os.PathLike[str
             f"{folder} refers to slides in {root}, where {rois[0].file} is missing: pass the folder in which they lie "
             "now (--data_root), or prepare with --store images."
         )
-    dataset = RoiDataset(
-        rois, tuple(description["label_names"]), description["task"], root, description["slide_level"], images
-    )
+    label_names, contents = tuple(description["label_names"]), description.get("contents", {})
+    dataset = RoiDataset(rois, label_names, description["task"], root, description["slide_level"], images, contents)
     dataset.check_no_slide_in_two_splits()
     return dataset
+
+
+def _contents(dataset: RoiDataset) -> dict[str, str]:
+    """Samples of the content of the slides that are there."""
+    files = sorted({roi.file for roi in dataset.rois if (Path(dataset.root) / roi.file).is_file()})
+    shown = tqdm(files, desc="content of slides", unit="slide", disable=len(files) < 2)
+    return {file: slide_content(Path(dataset.root) / file) for file in shown}
+
+
+def _check_list(path: Path, rois: Sequence[Roi], label_names: Sequence[str]) -> None:
+    """Refuses a list `rois.csv` that says something else than the data set: whoever corrected it would be ignored."""
+    if not path.is_file():
+        return
+    columns = ("roi_id", "label", "split")
+    said = {
+        row.cells["roi_id"]: tuple(row.cells[name] for name in columns[1:]) for row in read_table(path, columns).rows
+    }
+    held = {roi.roi_id.strip(): (label_names[roi.label].strip(), roi.split) for roi in rois}
+    for name in (*held, *said):
+        if said.get(name) != held.get(name):
+            raise ValueError(
+                f"{path} was edited: of {name} it says {said.get(name, 'nothing')}, the data set {DATASET_FOLDER}/ "
+                f"says {held.get(name, 'nothing')} (label, split). The list is a copy that training does not read: "
+                "correct the labels where the data set is made from and prepare it again, or remove the list."
+            )
 
 
 def write_rows(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from ...slides import Slide
+from ...slides.records import slide_content
 
 if TYPE_CHECKING:
     import datasets
@@ -22,7 +23,6 @@ SPLITS = ("train", "validation", "test")
 FOLD_PREFIX = "fold"
 VIEWS = ("field_of_view", "pixels")
 _OPEN_SLIDES = 4
-_HASHED_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,8 @@ class RoiDataset:
         root: folder that `Roi.file` is relative to.
         slide_level: whether the label belongs to the whole slide: embeddings of its ROIs are then averaged.
         images: the ROIs' own pixels, row by row in a column `image`, where they were stored; else slides are read.
+        contents: samples of the slides' content when the ROIs were chosen, by `Roi.file`, see `slide_content`: places
+            and labels hold for that content only. A slide that is not in it is taken as it is.
     """
 
     rois: tuple[Roi, ...]
@@ -92,6 +94,7 @@ class RoiDataset:
     root: Path
     slide_level: bool = False
     images: "datasets.Dataset | None" = None
+    contents: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     def __len__(self) -> int:
         return len(self.rois)
@@ -182,20 +185,21 @@ class RoiDataset:
             (height, width, 3) uint8.
 
         Raises:
-            ValueError: a `size` larger than the ROI, or pixels that cannot be read (`SlideError`); both are named.
+            ValueError: a `size` larger than the ROI, a slide that has changed since the ROIs were chosen, or pixels
+                that cannot be read (`SlideError`); all are named.
         """
         roi = self.rois[index]
         crop, output = _crop_and_output(roi, size, view)  # both (width, height)
         offset = tuple((side - part) // 2 for side, part in zip((roi.width, roi.height), crop, strict=True))
         if self.images is None and roi.mpp is not None:
-            slide = _open_slide(self.root / roi.file)
+            slide = self._slide_of(roi)
             scale = slide.scale(roi.mpp)
             mpp = roi.mpp * crop[0] / output[0]
             return slide.read_region(roi.x + offset[0] * scale[0], roi.y + offset[1] * scale[1], *output, mpp)
         if self.images is not None:
             image = self.images[index]["image"].convert("RGB")
         else:
-            slide = _open_slide(self.root / roi.file)
+            slide = self._slide_of(roi)
             image = Image.fromarray(slide.read_region(roi.x, roi.y, roi.width, roi.height))
         box = (*offset, offset[0] + crop[0], offset[1] + crop[1])
         return np.asarray(image.crop(box) if crop == output else image.resize(output, Image.Resampling.BICUBIC, box))
@@ -203,7 +207,11 @@ class RoiDataset:
     def content_key(self, index: int) -> str:
         """What identifies the pixels of an ROI wherever they lie: the file's content and the rectangle in it.
 
-        Of files beyond 2 MiB the size, the first and the last MiB stand for the content: a slide has gigabytes.
+        Of large files a sample stands for the content, see `content_sample`: a slide has gigabytes.
+
+        Raises:
+            ValueError: the slide has changed since the ROIs were chosen.
+            OSError: it cannot be read.
         """
         roi = self.rois[index]
         if self.images is not None:
@@ -212,11 +220,27 @@ class RoiDataset:
             ].as_py()  # not decoded only to be hashed
             content = hashlib.sha256(encoded).hexdigest()
         else:
-            path = self.root / roi.file
-            status = os.stat(path)
-            content = _file_fingerprint(path, status.st_size, status.st_mtime_ns)
+            content = self._content_of(roi)
         rectangle = (roi.x, roi.y, roi.width, roi.height, roi.mpp)
         return hashlib.sha256(f"{content} {rectangle}".encode()).hexdigest()
+
+    def _content_of(self, roi: Roi) -> str:
+        path = self.root / roi.file
+        content = _content(*_version(path))
+        if content != self.contents.get(roi.file, content):
+            raise ValueError(
+                f"{path} has changed since {roi.roi_id} was chosen from it: where it lies and its label need no longer "
+                "hold. Prepare the data set again, or bring the slide back."
+            )
+        return content
+
+    def _slide_of(self, roi: Roi) -> Slide:
+        path = self.root / roi.file
+        if not path.exists():
+            return Slide(path)  # raises
+        if roi.file in self.contents:
+            self._content_of(roi)
+        return _open_slide(*_version(path))
 
 
 def _crop_and_output(roi: Roi, size: int | None, view: str) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -237,19 +261,20 @@ def _crop_and_output(roi: Roi, size: int | None, view: str) -> tuple[tuple[int, 
     return whole, tuple(max(1, round(side * size / max(whole))) for side in whole)
 
 
+def _version(path: Path) -> tuple[Path, int, int]:
+    """A file, its size and when it was written: what is kept of a file does not outlive a change of it."""
+    status = os.stat(path)
+    return path, status.st_size, status.st_mtime_ns
+
+
 @lru_cache(maxsize=_OPEN_SLIDES)
-def _open_slide(path: Path) -> Slide:
+def _open_slide(path: Path, size: int, modified: int) -> Slide:
     return Slide(path)
 
 
 @lru_cache(maxsize=4096)
-def _file_fingerprint(path: Path, size: int, modified: int) -> str:
-    digest = hashlib.sha256(str(size).encode())
-    with open(path, "rb") as file:
-        digest.update(file.read(_HASHED_BYTES))
-        file.seek(max(_HASHED_BYTES, size - _HASHED_BYTES))
-        digest.update(file.read(_HASHED_BYTES))
-    return digest.hexdigest()
+def _content(path: Path, size: int, modified: int) -> str:
+    return slide_content(path)
 
 
 def count_problems(problems: Sequence[Problem]) -> dict[str, int]:

@@ -5,13 +5,13 @@ The folder holds `train.csv`, `train_images/ID.tiff` and `train_label_masks/ID_m
 what cannot be used becomes a `Problem` that names it.
 """
 
-import csv
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from ...runtime.tables import TableRow, read_table
 from ..classification.rois import Problem
 
 NUM_SLIDES = 10_616
@@ -127,7 +127,7 @@ def read_panda_folder(
     folder = Path(folder)
     rows = _read_csv(folder / "train.csv")
     images = {path.stem: path for path in sorted((folder / "train_images").glob("*.tiff"))}
-    found = sum(row["image_id"] in images for row in rows)
+    found = sum(row.cells["image_id"] in images for row in rows)
     if found < NUM_SLIDES and not allow_subset:
         raise ValueError(
             f"expected {NUM_SLIDES:,} slides, found {found:,} in {folder} (of {len(rows):,} rows of train.csv): "
@@ -135,7 +135,7 @@ def read_panda_folder(
         )
     slides: dict[str, PandaSlide] = {}
     problems: list[Problem] = []
-    for line, row in enumerate(rows, start=2):
+    for line, row in rows:
         image_id = row["image_id"]
         if image_id in slides:
             problems.append(Problem("duplicate_row", image_id, f"train.csv, line {line}: its first row counts"))
@@ -143,7 +143,7 @@ def read_panda_folder(
         slide = _usable_slide(row, f"train.csv, line {line}", images.get(image_id), folder, problems)
         if slide is not None:
             slides[image_id] = slide
-    listed = {row["image_id"] for row in rows}
+    listed = {row.cells["image_id"] for row in rows}
     problems += [
         Problem("slide_without_row", name, f"{path.name} has no row in train.csv")
         for name, path in images.items()
@@ -155,23 +155,13 @@ def read_panda_folder(
     return sorted(slides.values(), key=lambda slide: slide.image_id), problems
 
 
-def _read_csv(path: Path) -> list[dict[str, str]]:
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            rows = [{name: (row.get(name) or "").strip() for name in CSV_COLUMNS} for row in reader]
-            columns = reader.fieldnames or []
-    except FileNotFoundError as error:
+def _read_csv(path: Path) -> tuple[TableRow, ...]:
+    if not path.exists():
         raise ValueError(
             f"{path.parent} holds no {path.name}: --panda_dir is the folder as Kaggle ships it, with train.csv, "
             "train_images/ and train_label_masks/."
-        ) from error
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path} cannot be read: {error}.") from error
-    missing = [name for name in CSV_COLUMNS if name not in columns]
-    if missing:
-        raise ValueError(f"{path} has the columns {columns}; {', '.join(missing)} is missing.")
-    return rows
+        )
+    return read_table(path, CSV_COLUMNS).rows
 
 
 def _usable_slide(

@@ -39,10 +39,12 @@ class SegmentSettings:
         compares_with_whole: with windows, whether the region is also segmented as a whole and the difference reported.
         mpp: micrometres per pixel to segment at; the full resolution as it is where None.
         slide_mpp: micrometres per pixel of the full resolution, where the file does not state it.
-        region: (x, y, width, height) in pixels of the full resolution; all where None.
+        region: (x, y, width, height) in pixels of the full resolution, from the corner of `Slide.frame`; all of that
+            frame where None.
         min_area: pixels below which a piece gets no polygon.
         attention_window: patch tokens of an attention block's side; 0 is dense; as saved where None.
         compared_attention: attention windows that are reported against dense attention.
+        origin: where coordinates of the region and the polygons start; see `Slide`.
     """
 
     window_size: int | None = None
@@ -55,6 +57,7 @@ class SegmentSettings:
     min_area: int = 0
     attention_window: int | None = None
     compared_attention: tuple[int, ...] = ()
+    origin: str = "bounds"
 
     def __post_init__(self) -> None:
         if self.stride is not None and self.window_size is None:
@@ -63,11 +66,15 @@ class SegmentSettings:
 
 @dataclass(frozen=True)
 class _RegionPixels:
-    """(height, width, 3) uint8 pixels, the file's name, and where they lie in pixels of the full resolution."""
+    """(height, width, 3) uint8 pixels, the file's name, and where they lie in pixels of the full resolution.
+
+    `origin` is their corner as polygons count, from that of `Slide.frame`; `level0_origin` as the file does.
+    """
 
     image: np.ndarray
     name: str
     origin: tuple[float, float]
+    level0_origin: tuple[float, float]
     scale: tuple[float, float]
 
 
@@ -132,16 +139,19 @@ def segment_file(
 
 
 def _read_region(image: str | os.PathLike[str], settings: SegmentSettings) -> _RegionPixels:
-    with Slide(image, mpp=settings.slide_mpp) as slide:
+    with Slide(image, mpp=settings.slide_mpp, origin=settings.origin) as slide:
         scale = slide.scale(settings.mpp)
-        x, y, width, height = settings.region or (0, 0, *slide.dimensions)
+        left, top, *frame_size = slide.frame
+        x, y, width, height = settings.region or (0, 0, *frame_size)
         size = tuple(max(1, math.floor(side / step + 1e-6)) for side, step in zip((width, height), scale, strict=True))
         if size[0] * size[1] > MAX_PIXELS:
             raise ValueError(
                 f"the region is {size[0]} x {size[1]} px (width x height), more than {MAX_PIXELS:,} px in all: name a "
                 "part with --region X Y WIDTH HEIGHT, or a coarser --mpp."
             )
-        return _RegionPixels(slide.read_region(x, y, *size, mpp=settings.mpp), slide.name, (x, y), scale)
+        corner = (left + x, top + y)
+        pixels = slide.read_region(*corner, *size, mpp=settings.mpp)
+        return _RegionPixels(pixels, slide.name, (x, y), corner, scale)
 
 
 def _segment(
@@ -174,7 +184,8 @@ def _describe(region: _RegionPixels, masks: np.ndarray, label_names: tuple[str, 
     height, width = region.image.shape[:2]
     return {
         "size": [width, height],
-        "origin_level0": list(region.origin),
+        "origin": list(region.origin),
+        "origin_level0": list(region.level0_origin),
         "level0_pixels_per_pixel": list(region.scale),
         "labels": {str(index + 1): label for index, label in enumerate(label_names)},
         "area_share": {label: float(mask.mean()) for label, mask in zip(label_names, masks, strict=True)},

@@ -6,13 +6,12 @@ antigen the other cell types are there too, but nobody marked them. So each pair
 about the other labels.
 """
 
-import csv
-import gzip
 import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from ...runtime.tables import read_table
 from ..segmentation.pairs import IMAGE_ENDING, MASK_ENDING, SPLITS, SegmentationPair, SegmentationPairs
 
 ANTIGENS = (
@@ -98,24 +97,16 @@ def _antigen_pairs(folder: Path, table: Path, antigen: str, label: int) -> list[
 
 def _read_fileinfo(table: Path) -> dict[str, str]:
     """Name of each pair, and its split. Rows may name the image, the mask or both."""
-    opener = gzip.open if table.suffix == ".gz" else open
     names: dict[str, str] = {}
-    try:
-        with opener(table, "rt", encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
-            if not set(COLUMNS) <= set(reader.fieldnames or ()):
-                raise ValueError(f"{table} has the columns {reader.fieldnames}: expected {', '.join(COLUMNS)}.")
-            for row in reader:
-                name = re.sub(f"({IMAGE_ENDING}|{MASK_ENDING})$", "", Path(row["filename"] or "").name)
-                split = _SPLIT_NAMES.get((row["train_val_test"] or "").strip().lower())
-                if split is None or names.get(name, split) != split:
-                    raise ValueError(
-                        f"{table}, line {reader.line_num}: train_val_test={row['train_val_test']!r} of {name}: "
-                        "it takes train, val or test, and one of them for image and mask."
-                    )
-                names[name] = split
-    except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{table} cannot be read ({error}): download it again.") from error
+    for line, row in read_table(table, COLUMNS).rows:
+        name = re.sub(f"({IMAGE_ENDING}|{MASK_ENDING})$", "", Path(row["filename"]).name)
+        split = _SPLIT_NAMES.get(row["train_val_test"].lower())
+        if split is None or names.get(name, split) != split:
+            raise ValueError(
+                f"{table}, line {line}: train_val_test={row['train_val_test']!r} of {name}: it takes train, val or "
+                "test, and one of them for image and mask."
+            )
+        names[name] = split
     return names
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from slide_files import write_leica
 from small_models import large_weights_, small_config
 from typer.testing import CliRunner
 
@@ -74,6 +75,26 @@ def test_writes_mask_overlay_polygons_and_report(model_dir, image_path, tmp_path
     polygons = json.loads((tmp_path / "new" / "region.geojson").read_text())["features"]
     area = sum(feature["properties"]["measurements"]["area_px"] for feature in polygons)
     assert area == pytest.approx(50 * 70 * sum(report["area_share"].values()))
+
+
+def test_slides_with_bounds_are_segmented_where_their_viewer_shows_them(model_dir, image_path, tmp_path):
+    """The same pixels as an image and as the scanned area of a slide: the same masks and polygons."""
+    corner, pixels = (320, 448), np.asarray(Image.open(image_path))
+    slide = write_leica(tmp_path / "scan.scn", pixels, corner)
+    plain = ("--model", str(model_dir), "--out", str(tmp_path), "--region")
+    segment(str(image_path), *plain, "8", "4", "40", "36")
+    segment(str(slide), *plain, "8", "4", "40", "36")
+    expected, found = (json.loads((tmp_path / f"{name}.geojson").read_text()) for name in ("region", "scan"))
+    report = json.loads((tmp_path / "scan_report.json").read_text())
+    assert found == expected and found["features"]
+    assert report["origin"] == [8, 4] and report["origin_level0"] == [328, 452]
+    segment(str(slide), *plain[:-1])
+    assert json.loads((tmp_path / "scan_report.json").read_text())["size"] == [70, 50]  # the scanned area is all
+    segment(str(slide), *plain, "328", "452", "40", "36", "--origin", "slide")
+    assert (
+        np.asarray(Image.open(tmp_path / "scan_mask.png")) == np.asarray(Image.open(tmp_path / "region_mask.png"))
+    ).all()
+    assert json.loads((tmp_path / "scan_report.json").read_text())["origin"] == [328, 452]
 
 
 def test_exclusive_labels_share_the_pixels(model_dir, image_path, tmp_path):

@@ -54,9 +54,19 @@ def test_version_is_the_packages():
     assert sparsepath_vit.__version__ in run_python(RUN_COMMAND, "--version")
 
 
+AUTO_CLASSES_ALONE = """
+import sys
+import torch
+from transformers import AutoBackbone, AutoConfig, AutoModel, Mask2FormerConfig
+print(*sys.modules)
+"""
+
+
 def test_importing_the_package_imports_no_model():
+    """Nothing heavy but what the configurations and Auto classes of Transformers import: 5.17's torch._dynamo."""
     modules = set(run_python("import sys, sparsepath_vit; print(*sys.modules)"))
-    assert not modules & HEAVY
+    assert "torchvision" not in modules
+    assert not modules & HEAVY - set(run_python(AUTO_CLASSES_ALONE))
     own = {name for name in modules if name.startswith("sparsepath_vit.")}
     assert not [name for name in own if "modeling_" in name or "attention" in name or "image_processing" in name]
 

@@ -1,0 +1,141 @@
+# Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
+"""Stratified sampling of patch tokens: the grid is cut into square cells, and one token is drawn from each.
+
+A drawn token stands for all tokens of its cell: sums over keys, of which softmax attention is a ratio, are then
+estimated without bias. The draw is no random event but a fixed function of a token's place, so that an image gives the
+same result alone, in a batch, on any device and in every run.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+
+# Context tokens and representatives are drawn independently: a representative had a high number in its own draw, and
+# would come up too often if the same numbers decided which tokens give context.
+CONTEXT_SEED = 0x5EED
+REPRESENTATIVE_SEED = 0xCE11
+
+_LOW_32_BITS = 0xFFFFFFFF
+
+
+class CellSample(NamedTuple):
+    """One token of each cell.
+
+    Attributes:
+        tokens: (cells,) int64 index of the drawn token; the number of tokens where a cell holds none.
+        weights: (cells,) int64, the total weight of the cell; 0 where it holds none.
+    """
+
+    tokens: torch.Tensor
+    weights: torch.Tensor
+
+
+class ContextTokens(NamedTuple):
+    """The context tokens of a grid in block-major order: those of one block lie together.
+
+    There are as many entries as cells, a number known without waiting for a device. Cells without a present token have
+    the last entries, which belong to no block.
+
+    Attributes:
+        tokens: (cells,) int64 indices into the T patch tokens, ascending; T for a cell without a token.
+        weights: (cells,) int64, what each stands for: the total weight of its cell.
+        offsets: (entries,) int64, for each entry of `TokenGrid.block_offsets` the first context token of its block.
+    """
+
+    tokens: torch.Tensor
+    weights: torch.Tensor
+    offsets: torch.Tensor
+
+
+def cell_side(grid_size: tuple[int, int], num_samples: int, window_size: int | None) -> int:
+    """Tokens per side of the square cells that give at most `num_samples` samples of a grid.
+
+    Args:
+        grid_size: (rows, columns) of the token grid.
+        num_samples: how many samples are asked for, at least 1.
+        window_size: tokens per block side. The cells are enlarged to the next side that divides it or is a multiple of
+            it, so that cells and blocks nest; `None` leaves them as they are.
+
+    Raises:
+        ValueError: no sample is asked for.
+    """
+    if num_samples < 1:
+        raise ValueError(f"num_samples={num_samples} is not possible: it must be at least 1, one cell for the grid.")
+    side = 1
+    while math.prod(cell_counts(grid_size, side)) > num_samples:
+        side += 1
+    if window_size is not None:
+        while window_size % side and side % window_size:
+            side += 1
+    return side
+
+
+def cell_counts(grid_size: tuple[int, int], side: int) -> tuple[int, int]:
+    """(rows, columns) of cells that cover a grid."""
+    return -(-grid_size[0] // side), -(-grid_size[1] // side)
+
+
+def draw_from_cells(
+    cells: torch.Tensor,
+    num_cells: int,
+    rows: torch.Tensor,
+    columns: torch.Tensor,
+    weights: torch.Tensor | None,
+    *,
+    seed: int,
+    layer: int | None = None,
+) -> CellSample:
+    """Draws one token of each cell with probability proportional to its weight.
+
+    Each token gets a number from its place; -log(number) / weight is then exponentially distributed with the weight as
+    its rate, and of independent such variables each is the smallest with probability proportional to its rate.
+    Without weights the integers themselves are compared.
+
+    Args:
+        cells: (tokens,) int64, the cell of each token, in [0, num_cells).
+        num_cells: number of cells.
+        rows, columns: (tokens,) int64, the place of each token in the token grid of its image.
+        weights: (tokens,) int64; a token of weight 0 is never drawn. `None` where all are 1.
+        seed: decides the draw, beside the places.
+        layer: number of the layer the draw is for; `None` for a draw that all layers share.
+    """
+    numbers = _numbers_of_places(rows, columns, seed, layer)
+    num_tokens = cells.shape[0]
+    if weights is None:
+        times, never, is_candidate = -numbers, 1, None
+        cell_weights = torch.zeros(num_cells, dtype=torch.int64, device=cells.device)
+        cell_weights = cell_weights.scatter_add(0, cells, torch.ones_like(cells))
+    else:
+        # In (0, 1], exactly: a number has 53 bits, as a double has.
+        times, never, is_candidate = -((numbers + 1).double() * 2.0**-53).log() / weights, math.inf, weights > 0
+        cell_weights = weights.new_zeros(num_cells).scatter_add(0, cells, weights)
+    earliest = times.new_full((num_cells,), never).scatter_reduce(0, cells, times, "amin")
+    is_drawn = times == earliest[cells]
+    if is_candidate is not None:
+        is_drawn = is_drawn & is_candidate
+    # Of equal numbers the first token wins.
+    indices = torch.arange(num_tokens, device=cells.device).where(is_drawn, num_tokens)
+    drawn = cells.new_full((num_cells,), num_tokens).scatter_reduce(0, cells, indices, "amin")
+    return CellSample(drawn, cell_weights)
+
+
+def _numbers_of_places(rows: torch.Tensor, columns: torch.Tensor, seed: int, layer: int | None) -> torch.Tensor:
+    """(tokens,) int64 in [0, 2**53), as good as uniform and independent between places, seeds and layers."""
+    key = seed if layer is None else seed + 0x9E3779B9 * (layer + 1)
+    halves = []
+    for half in range(2):
+        start = torch.full_like(rows, (key * 2 + half) & _LOW_32_BITS)
+        halves.append(_mixed(_mixed(_mixed(start) ^ columns) ^ rows))
+    return (halves[0] << 21) | (halves[1] >> 11)
+
+
+def _mixed(values: torch.Tensor) -> torch.Tensor:
+    """A bijection of 32-bit integers, each in an int64, that changes half of the bits when one changes.
+
+    The finaliser of MurmurHash3 with the constants of Wellons' search ("lowbias32"). No product leaves 64 bits, so
+    that every device computes the same: the second constant is written modulo 2**32 as a negative number.
+    """
+    values = ((values ^ (values >> 16)) * 0x7FEB352D) & _LOW_32_BITS
+    values = ((values ^ (values >> 15)) * (0x846CA68B - 2**32)) & _LOW_32_BITS
+    return values ^ (values >> 16)
