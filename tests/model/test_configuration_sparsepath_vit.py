@@ -141,6 +141,12 @@ IMPOSSIBLE = [
     ("prune_ratio", 1.0, r"prune_ratio=1.0 is not possible.*\[0, 1\).*Use 0.6"),
     ("prune_ratio", -0.1, r"prune_ratio=-0.1 is not possible.*0.0 to keep every token"),
     ("prune_after_layer", 0, "prune_after_layer=0 is not possible.*count from 1"),
+    ("num_context_tokens", -1, r"num_context_tokens=-1 is not possible.*is the pattern of the paper"),
+    (
+        "num_representatives",
+        -1,
+        r"num_representatives=-1 is not possible.*is the pruning of the paper",
+    ),
     ("neighbor_radius", -1, "neighbor_radius=-1 is not possible.*0 is the own block"),
     ("num_register_tokens", -1, "num_register_tokens=-1.*Use 0"),
     ("hidden_size", 0, "hidden_size=0.*at least 1"),

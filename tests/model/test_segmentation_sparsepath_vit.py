@@ -82,6 +82,8 @@ def in_bfloat16(values):
         return values.bfloat16() if values.is_floating_point() else values
     if isinstance(values, dict):
         return {name: in_bfloat16(value) for name, value in values.items()}
+    if hasattr(values, "_fields"):  # a named tuple
+        return type(values)(*map(in_bfloat16, values))
     return type(values)(map(in_bfloat16, values)) if isinstance(values, tuple | list) else values
 
 

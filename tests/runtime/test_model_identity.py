@@ -45,6 +45,8 @@ OTHER_CONFIG_VALUES = {
     "prune_ratio": 0.5,
     "prune_score": "cls_attention",
     "unprune": "scatter",
+    "num_context_tokens": 16,
+    "num_representatives": 16,
     "hidden_dropout": 0.1,
     "attention_dropout": 0.1,
     "drop_path_rate": 0.1,

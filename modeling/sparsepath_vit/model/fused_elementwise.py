@@ -67,7 +67,7 @@ def _fuses_sum(residual: torch.Tensor, branch: torch.Tensor, *weights: torch.Ten
 def add_scaled_and_normalise(
     residual: torch.Tensor, branch: torch.Tensor, scale: torch.Tensor | None, norm: nn.LayerNorm
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """residual + branch * scale, and its LayerNorm.
+    """The sum residual + branch * scale, and its LayerNorm.
 
     Args:
         residual, branch: (..., width).
@@ -87,7 +87,7 @@ def add_scaled_and_normalise(
 
 
 def add_scaled_(residual: torch.Tensor, branch: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
-    """residual + branch * scale, written over the residual, which is returned.
+    """The sum residual + branch * scale, written over the residual, which is returned.
 
     Args:
         residual, branch: (..., width).
@@ -102,7 +102,7 @@ def add_scaled_(residual: torch.Tensor, branch: torch.Tensor, scale: torch.Tenso
 
 
 def gated_silu(packed: torch.Tensor, may_fuse: bool = True) -> torch.Tensor:
-    """silu(gate) * value of a SwiGLU whose gate and value share one projection, gate first.
+    """The product silu(gate) * value of a SwiGLU whose gate and value share one projection, gate first.
 
     Args:
         packed: (..., 2 * width).

@@ -20,7 +20,7 @@ def add_scaled_kernel(
     residual_ptr, branch_ptr, scale_ptr, weight_ptr, bias_ptr, sum_ptr, normalised_ptr, num_rows, eps,
     WIDTH: tl.constexpr, SCALES: tl.constexpr, NORMALISES: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """residual + branch * scale, and its LayerNorm, of BLOCK_M whole rows; `sum_ptr` may be `residual_ptr`."""
+    """Computes residual + branch * scale, and its LayerNorm, of BLOCK_M whole rows; `sum_ptr` may be `residual_ptr`."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.arange(0, triton.next_power_of_2(WIDTH))
     is_column = columns < WIDTH
@@ -43,7 +43,7 @@ def add_scaled_kernel(
 
 @triton.jit
 def gated_silu_kernel(packed_ptr, output_ptr, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr):
-    """silu(gate) * value of BLOCK_N columns of one row of (rows, gate then value); grid (rows, column blocks)."""
+    """Computes silu(gate) * value of BLOCK_N columns of a row of (rows, gate then value); grid (rows, column blocks)."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = columns < WIDTH
@@ -102,7 +102,7 @@ def launch_add_scaled(
 
 
 def launch_gated_silu(packed: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * value: (..., gate then value), contiguous -> (..., half as wide)."""
+    """Launches silu(gate) * value: (..., gate then value), contiguous -> (..., half as wide)."""
     width = packed.shape[-1] // 2
     output = packed.new_empty((*packed.shape[:-1], width))
     block = gated_silu_block(width)

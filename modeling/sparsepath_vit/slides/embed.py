@@ -66,8 +66,7 @@ def embed_slides(
     """
     settings = settings or EmbedSettings()
     inputs, left_out = find_inputs(paths)
-    slides = _by_name(inputs)
-    _check_arguments(slides, settings, slide_mpp, tissue_mask)
+    _check_arguments(slides := _by_name(inputs), settings, slide_mpp, tissue_mask)
     state = _process_state(device)
     chosen = torch_device(device) if device is not None and state.num_processes == 1 else state.device
     reading_process()  # starts while the model is loaded
