@@ -43,7 +43,7 @@ def add_scaled_kernel(
 
 @triton.jit
 def gated_silu_kernel(packed_ptr, output_ptr, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Computes silu(gate) * value of BLOCK_N columns of a row of (rows, gate then value); grid (rows, column blocks)."""
+    """Computes silu(gate) * value of BLOCK_N columns of a row of (rows, gate then value); grid (rows, blocks)."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = columns < WIDTH
