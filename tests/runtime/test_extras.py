@@ -12,8 +12,8 @@ from sparsepath_vit.runtime.extras import imports_of_extra
 
 # The libraries of pyproject.toml's extras, as they are imported.
 EXTRAS = ("datasets", "evaluate", "matplotlib", "peft", "scipy", "skimage", "sklearn", "torchmetrics")
-EXTRAS += ("h5py", "imagecodecs", "openslide", "tifffile", "timm")
-NEEDS_NO_EXTRA = {"gpu_acceptance", "kernel_repository", "benchmark", "push_to_hub"}
+EXTRAS += ("h5py", "imagecodecs", "onnx", "openslide", "tifffile", "timm")
+NEEDS_NO_EXTRA = {"studies.stratified_draw", "gpu_acceptance", "kernel_repository", "benchmark", "push_to_hub"}
 
 ASK_EACH_FOR_HELP = """
 import contextlib, io, runpy, sys
@@ -40,11 +40,12 @@ def test_every_script_and_study_names_the_missing_extra_and_its_command(tmp_path
     said = dict(line.split(" | ") for line in lines)
     assert said.keys() == set(map(str, scripts))
     for name, message in said.items():
-        if Path(name).stem in NEEDS_NO_EXTRA:
+        if {name, Path(name).stem} & NEEDS_NO_EXTRA:
             assert message == "usage:"
         else:
-            assert message.startswith("error: this script needs the extra 'train', and ")
-            assert message.endswith('Install it with: pip install "sparsepath-vit[train]"')
+            extra = "studies" if name == "studies.real_weights" else "train"
+            assert message.startswith(f"error: this script needs the extra '{extra}', and ")
+            assert message.endswith(f'Install it with: pip install "sparsepath-vit[{extra}]"')
 
 
 def test_modules_that_are_used_later_are_asked_for_at_once():
