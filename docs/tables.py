@@ -174,6 +174,12 @@ def representatives() -> str:
     return markdown(title, _by_rule(read("stratified_pruning"), ("rule", "num_samples")))
 
 
+def draw_sizes() -> str:
+    """The best rules at larger sizes, 1,024 samples: cosines to dense."""
+    title = ["size in px", "rule", "keys a query", "CLS mean (worst)", "patches mean (worst)", "runs"]
+    return markdown(title, _by_rule(read("stratified_sizes"), ("size", "rule")))
+
+
 def draw_layers() -> str:
     """Error of the attention branch in each layer, and its part that all queries share: means over images."""
     rows = read("stratified_layers")
@@ -210,6 +216,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "probe": probe,
     "nuclei": nuclei,
     "draws": draws,
+    "draw_sizes": draw_sizes,
     "draw_layers": draw_layers,
     "representatives": representatives,
 }

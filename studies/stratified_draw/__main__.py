@@ -62,9 +62,12 @@ RULES = {
     "fixed place": DrawRule(place="fixed"),
     "paired places": DrawRule(place="paired"),
     "finer where busy": DrawRule(busy=True),
+    "wide cells": DrawRule(wide=True),
+    "exact and mean queries, wide, anew": DrawRule(exact=EXACT, references=REFERENCES, wide=True, layers="anew"),
     "mean values": DrawRule(mean_values=True),
 }
 BEST = ("random", "exact and mean queries")
+AT_SIZES = (*BEST, "exact and mean queries, anew", "exact and mean queries, wide, anew")
 ON_ALL_IMAGES = (*BEST, "anew in each layer", "exact and mean queries, anew")
 KEYS = ("image", "size", "rule", "num_samples", "prune_ratio", "representatives", "seed")
 VALUES = ("keys", "cls_cosine", "patch_cosine", "patch_cosine_p5", "estimated_cls_error")
@@ -106,7 +109,7 @@ def passes_of(part: str) -> list[tuple[tuple[int, ...], tuple[int, ...], list[Jo
         jobs = [Job("dense", 0, 0.6), Job("dense", 1024, 0.6, True), Job("paper", 0, 0.6)]
         return [(every, (700,), jobs + [Job(name, 1024, 0.6, True) for name in BEST])]
     if part == "sizes":
-        return [(every, (1022, 1400), [Job("paper"), *(Job(name, 1024) for name in BEST)])]
+        return [(SCREENED, (1022, 1400), [Job("paper"), *(Job(name, 1024) for name in AT_SIZES)])]
     screened = [Job(name, 1024) for name in RULES if name not in ON_ALL_IMAGES] + [Job(name, 256) for name in BEST]
     return [
         (every, (700,), [Job(name, 1024) for name in BEST]),

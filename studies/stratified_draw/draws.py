@@ -39,9 +39,10 @@ class Tokens:
         """(T,) indices into the whole grid."""
         return self.rows * self.grid_size[1] + self.columns
 
-    def cells(self, side: int) -> torch.Tensor:
-        """(T,) the cell of each token, for cells of `side` x `side`."""
-        return (self.rows // side) * -(-self.grid_size[1] // side) + self.columns // side
+    def cells(self, side: int, width: int | None = None) -> torch.Tensor:
+        """(T,) the cell of each token, for cells of `side` x `side`, or of `side` x `width`."""
+        width = width or side
+        return (self.rows // side) * -(-self.grid_size[1] // width) + self.columns // width
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,7 @@ class DrawRule:
         mass_of: "own" layer, or "previous" (then the first layer has none).
         importance: share of a token's chance in its cell that goes by attention mass instead of by weight.
         busy: whether the fifth of the area where keys vary most has cells of half the side, the rest of twice the side.
+        wide: whether cells may be wider than high, where the bound leaves room for twice as many as square ones.
         mean_values: whether a drawn key carries the mean value of its cell.
         references: most regions of blocks whose mean query corrects what its blocks have in common; 0 for none.
     """
@@ -100,6 +102,7 @@ class DrawRule:
     mass_of: str = "own"
     importance: float = 0.0
     busy: bool = False
+    wide: bool = False
     mean_values: bool = False
     references: int = 0
 
@@ -110,6 +113,15 @@ def cell_side(grid_size: tuple[int, int], num_samples: int, window: int) -> int:
     while num_cells(grid_size, side) > num_samples or (window % side and side % window):
         side += 1
     return side
+
+
+def wide_cell(grid_size: tuple[int, int], num_samples: int, window: int) -> tuple[int, int]:
+    """(rows, columns) of the smallest cell that nests with the blocks and is square, or one size wider than high."""
+    width = cell_side(grid_size, num_samples, window)
+    smaller = [side for side in range(1, width) if not (window % side and side % window)]
+    height = smaller[-1] if smaller else width
+    fits = -(-grid_size[0] // height) * -(-grid_size[1] // width) <= num_samples
+    return (height if fits else width), width
 
 
 def region_side(grid_size: tuple[int, int], num_regions: int, window: int) -> int:
@@ -164,6 +176,8 @@ def draw(tokens: Tokens, state: LayerState, rule: DrawRule, num_samples: int, wi
         is_sampled[mass.topk(min(num_exact, len(is_sampled))).indices] = False
     sampled, exact = is_sampled.nonzero()[:, 0], (~is_sampled).nonzero()[:, 0]
     cells = _busy_cells(tokens, state, side) if rule.busy else tokens.cells(side)
+    if rule.wide:
+        cells = tokens.cells(*wide_cell(tokens.grid_size, num_samples - rule.exact, window))
     cells = cells[sampled]
     chances = _chances(tokens, mass, rule, sampled, cells)
     seed = seed + 7919 * (state.layer + 1) if rule.layers == "anew" else seed

@@ -16,6 +16,8 @@ from sparsepath_vit.model.modeling_sparsepath_vit import SparsePathViTModel
 
 from .draws import Drawn, DrawRule, LayerState, Tokens, draw, draw_representatives, num_cells, region_side
 
+_QUERIES_AT_ONCE = 512  # at 1400 px the logits of all would take 2.4 GB
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -59,8 +61,11 @@ class Features:
 
 def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, added: torch.Tensor) -> torch.Tensor:
     """(heads, queries, head_dim), with a number added to the logits of each key."""
-    bias = added.to(query.dtype).expand(1, query.shape[0], query.shape[1], -1)
-    return scaled_dot_product_attention(query[None], key[None], value[None], attn_mask=bias)[0]
+    pieces = []
+    for some in query.split(_QUERIES_AT_ONCE, dim=1):
+        bias = added.to(query.dtype).expand(1, query.shape[0], some.shape[1], -1)
+        pieces.append(scaled_dot_product_attention(some[None], key[None], value[None], attn_mask=bias)[0])
+    return torch.cat(pieces, dim=1)
 
 
 @torch.inference_mode()

@@ -19,6 +19,7 @@ from studies.stratified_draw.draws import (
     draw_representatives,
     num_cells,
     region_side,
+    wide_cell,
 )
 from studies.stratified_draw.forward import Settings, attend, block_attention, run
 from studies.stratified_draw.layers import layer_errors
@@ -157,6 +158,13 @@ def test_representatives_carry_the_weight_of_all_that_was_removed(model, pixels)
 )
 def test_cells_nest_with_blocks(samples, window, side):
     assert cell_side((50, 50), samples, window) == side
+
+
+def test_wide_cells_use_what_square_ones_leave():
+    assert wide_cell((73, 73), 1024, 8) == (2, 4)  # 37 x 19 = 703, where 4 x 4 would give 361
+    assert wide_cell((50, 50), 1024, 8) == (2, 2)  # 1 x 2 would give 1250
+    assert wide_cell((8, 8), 64, 8) == (1, 1)
+    assert wide_cell((200, 200), 330, 8) == (8, 16)
 
 
 def test_regions_are_whole_blocks():
