@@ -132,9 +132,10 @@ def test_a_model_computes_the_same(use_layerscale, mlp_type, chunk_size, kernels
     monkeypatch.setattr(fused_elementwise, "kernels_run_on", lambda device: False)
     expected = model(pixels, output_hidden_states=True)
     assert len(kernels) == fused
+    # The roundings of each step grow over the layers: to 1.3e-5 on CPUs without AVX-512.
     for state, expected_state in zip(outputs.hidden_states, expected.hidden_states, strict=True):
-        torch.testing.assert_close(state, expected_state, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(outputs.pooler_output, expected.pooler_output, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(state, expected_state, rtol=3e-5, atol=3e-5)
+    torch.testing.assert_close(outputs.pooler_output, expected.pooler_output, rtol=3e-5, atol=3e-5)
 
 
 def test_training_gradients_and_hooks_keep_to_the_modules(kernels):
