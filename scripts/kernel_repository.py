@@ -20,9 +20,9 @@ import json
 import logging
 import os
 import shutil
-import tempfile
 from pathlib import Path
 
+from sparsepath_vit.runtime.atomic_files import atomic_folder
 from sparsepath_vit.runtime.extras import ScriptParser, run_script
 
 logger = logging.getLogger("kernel_repository")
@@ -116,10 +116,7 @@ def export_kernel(output_dir: str | os.PathLike) -> Path:
     output_dir = Path(output_dir)
     if output_dir.exists() and any(output_dir.iterdir()):
         raise FileExistsError(f"output_dir={str(output_dir)!r} is not empty: remove it, or name another folder.")
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
-    # Written beside its destination and renamed, so that an interrupted export leaves no half repository.
-    with tempfile.TemporaryDirectory(dir=output_dir.parent) as temporary:
-        repository = Path(temporary) / output_dir.name
+    with atomic_folder(output_dir) as repository:
         sources = repository / "torch-ext" / _PACKAGE_NAME
         build = repository / "build" / "torch-universal"
         sources.mkdir(parents=True)
@@ -131,7 +128,6 @@ def export_kernel(output_dir: str | os.PathLike) -> Path:
         shutil.copytree(sources, build / _PACKAGE_NAME)
         metadata = json.dumps(_metadata(sources), indent=2) + "\n"
         (build / "metadata.json").write_text(metadata, encoding="utf-8")
-        os.replace(repository, output_dir)
     return output_dir
 
 

@@ -66,7 +66,8 @@ def embed_slides(
     """
     settings = settings or EmbedSettings()
     inputs, left_out = find_inputs(paths)
-    _check_arguments(slides := _by_name(inputs), settings, slide_mpp, tissue_mask)
+    slides = _by_name(inputs)
+    _check_arguments(slides, settings, slide_mpp, tissue_mask)
     state = _process_state(device)
     chosen = torch_device(device) if device is not None and state.num_processes == 1 else state.device
     reading_process()  # starts while the model is loaded
@@ -89,8 +90,13 @@ def embed_slides(
             embedder.report.left_out = _record_left_out(left_out, store)
     with state.split_between_processes(list(slides)) as names:
         embedder.run({name: slides[name] for name in names}, store)
+    return _joint_report(state, embedder.report)
+
+
+def _joint_report(state: PartialState, report: EmbedReport) -> EmbedReport:
+    """The report of all processes, once the last of them is done."""
     state.wait_for_everyone()
-    return EmbedReport.of_processes(gather_object([embedder.report]))
+    return EmbedReport.of_processes(gather_object([report]))
 
 
 def _record_left_out(left_out: Sequence[LeftOut], store: EmbeddingStore) -> list[tuple[str, str]]:
