@@ -251,7 +251,7 @@ def _estimated_cls_error(
     with other_draws(model):
         second = model.base_model(**inputs)
     states = (one.last_hidden_state[0, 0].double() for one in (outputs, second))
-    return (1.0 - cosine_similarity(*states, dim=0).item()) / 2
+    return max(0.0, 1.0 - cosine_similarity(*states, dim=0).item()) / 2  # of equal ones rounding may leave less than 0
 
 
 @contextmanager
