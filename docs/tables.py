@@ -135,6 +135,24 @@ def fidelity() -> str:
     return markdown(["CLS / patches", *(f"w = {window}" for window in windows)], table)
 
 
+def fidelity_real() -> str:
+    """Variants against the dense model on pretrained weights, by size: mean and worst over images."""
+    rows, table = read("fidelity"), []
+    for size, variant in dict.fromkeys((row["size"], row["variant"]) for row in rows):
+        of = [row for row in rows if (row["size"], row["variant"]) == (size, variant)]
+        if variant == "dense":
+            continue
+        cls, patches, plain, keys = (
+            [float(row[name]) for row in of]
+            for name in ("cls_cosine", "centred_patch_cosine", "patch_cosine", "keys_per_query")
+        )
+        cells = [f"{sum(cls) / len(of):.4f} ({min(cls):.4f})", f"{sum(patches) / len(of):.3f} ({min(patches):.3f})"]
+        cells += [f"{sum(plain) / len(of):.3f}", f"{sum(keys) / len(of):,.0f}", str(len(of))]
+        table.append([f"{size} px", variant, *cells])
+    titles = ["size", "variant", "CLS mean (worst)", "patches, centred (worst)", "plain", "keys a query", "images"]
+    return markdown(titles, table)
+
+
 def probe() -> str:
     """Balanced accuracy of linear probes on osteosarcoma regions."""
     rows = read("tiny_probe")
@@ -213,6 +231,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "gpu_models": gpu_models,
     "gpu_attention": gpu_attention,
     "fidelity": fidelity,
+    "fidelity_real": fidelity_real,
     "probe": probe,
     "nuclei": nuclei,
     "draws": draws,
