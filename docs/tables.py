@@ -192,10 +192,10 @@ def representatives() -> str:
     return markdown(title, _by_rule(read("stratified_pruning"), ("rule", "num_samples")))
 
 
-def draw_sizes() -> str:
-    """The best rules at larger sizes, 1,024 samples: cosines to dense."""
+def draw_definition() -> str:
+    """What was chosen between for the library, 1,024 samples: cosines to dense."""
     title = ["size in px", "rule", "keys a query", "CLS mean (worst)", "patches mean (worst)", "runs"]
-    return markdown(title, _by_rule(read("stratified_sizes"), ("size", "rule")))
+    return markdown(title, _by_rule(read("stratified_definition"), ("size", "rule")))
 
 
 def draw_layers() -> str:
@@ -235,7 +235,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "probe": probe,
     "nuclei": nuclei,
     "draws": draws,
-    "draw_sizes": draw_sizes,
+    "draw_definition": draw_definition,
     "draw_layers": draw_layers,
     "representatives": representatives,
 }
