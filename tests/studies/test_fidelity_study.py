@@ -29,7 +29,7 @@ def call(tmp_path, monkeypatch):
 def test_the_table_has_all_variants_and_goes_on_where_it_was_stopped(call, tmp_path, caplog, monkeypatch):
     arguments = ["--model-name-or-path", tmp_path / "model", "--sizes", "60,80", "--context-tokens", "0,40"]
     arguments += ["--windows", "2", "--device", "cpu", "--images"]
-    first = call(*arguments, tmp_path / "a.png")
+    first = call(*arguments, tmp_path / "a.png", "--figure", tmp_path / "fidelity.png")
     assert [row["size"] for row in first] == ["60"] * 5 + ["80"] * 5
     assert [row["variant"] for row in first[:5]] == [
         "dense",
@@ -40,7 +40,7 @@ def test_the_table_has_all_variants_and_goes_on_where_it_was_stopped(call, tmp_p
     ]
     local, stratified = first[1], first[2]
     assert float(stratified["cls_cosine"]) > float(local["cls_cosine"]) and local["estimated_cls_error"] == ""
-    assert (tmp_path / "out" / "fidelity.png").stat().st_size > 10_000
+    assert (tmp_path / "fidelity.png").stat().st_size > 10_000
     compared = []
     monkeypatch.setattr(study, "region", lambda path, *rest: compared.append(path.name) or region(path, *rest))
     with caplog.at_level(logging.INFO):
