@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tifffile
 from PIL import Image
+from slide_files import write_ome_parts
 
 from sparsepath_vit.model.image_inputs import load_rgb
 from sparsepath_vit.slides import Slide, SlideError, describe
@@ -214,6 +215,17 @@ def test_a_macro_with_more_pixels_than_the_scan_is_not_the_slide(tmp_path, rgb):
     path = write_images(tmp_path / "b.ome.tif", [(rgb, "first", 4.0), (rgb[:90, :90], "second", 0.25)])
     with pytest.raises(SlideError, match=r"cannot be told.*'first', 203 x 150.*'second', 90 x 90.*export one"):
         Slide(path)
+
+
+def test_planes_in_several_files_are_not_read_from_one(tmp_path, rgb):
+    """The first file's bytes were taken for all three colours."""
+    parts = write_ome_parts(tmp_path, rgb)
+    for path in parts:
+        with pytest.raises(UnsupportedSlideError, match="spread over several files"):
+            Slide(path)
+    parts[2].unlink()
+    with pytest.raises(UnsupportedSlideError, match="not beside it"):
+        Slide(parts[0])
 
 
 def test_two_scans_of_a_file_are_named(tmp_path, rgb, caplog):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .dicom_series import DICOM_SUFFIXES, WHOLE_SLIDE, may_be_dicom, read_dicom_header, series_in
+from .ome_parts import files_of_ome, may_have_parts
 from .reader import Slide
 from .store import SETTINGS_FILE
 
@@ -86,7 +87,7 @@ def report_left_out(left_out: Sequence[LeftOut]) -> None:
 
 
 def same_slide_key(path: Path) -> tuple[object, ...]:
-    """Equal for two paths of one slide: other names and links of a file, and the files of one DICOM series.
+    """Equal for two paths of one slide: other names and links of a file, and files of one DICOM series or OME-TIFF.
 
     A path that does not exist is itself.
     """
@@ -95,7 +96,7 @@ def same_slide_key(path: Path) -> tuple[object, ...]:
             header = read_dicom_header(path)
             if header is not None and header.series:
                 return (_identity(path.resolve().parent), header.series)
-        return _identity(path)
+        return _identity(next(iter(files_of_ome(path)), path) if may_have_parts(path) else path)
     except OSError:
         return (path.absolute(),)
 
@@ -115,6 +116,8 @@ def files_of_slide(path: Path) -> list[Path]:
     elif suffix in (*DICOM_SUFFIXES, "") and path.is_file():
         header = read_dicom_header(path)
         others = series_in(path.parent).get(header.series or "", []) if header is not None else []
+    elif may_have_parts(path) and path.is_file():
+        others = files_of_ome(path)
     return [path, *(file for file in others if file != path)]
 
 
@@ -228,8 +231,12 @@ def _other_dicom(path: Path) -> str | None:
 
 
 def _parts_of_slides(files: Sequence[Path]) -> dict[Path, str]:
-    """The files that an index file names (Hamamatsu VMS and VMU)."""
+    """The files that an index file names (Hamamatsu VMS and VMU), and those of an OME-TIFF but its first."""
     parts: dict[Path, str] = {}
+    for file in files:
+        if file not in parts and may_have_parts(file):
+            first, *others = files_of_ome(file) or [file]
+            parts |= dict.fromkeys(others, f"it is a part of {first.name}")
     for index in files:
         if index.suffix.lower() in (".vms", ".vmu"):
             parts |= {index.parent / name: f"it is a part of {index.name}" for name in _files_of_index(index)}
