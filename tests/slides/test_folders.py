@@ -51,6 +51,7 @@ def test_everything_else_has_its_reason(folder):
         "_b_/stack1/frame_t.ets",
     )
     fill(folder, "c.isyntax", "d.ome.zarr/0/.zarray", "done/settings.json", "done/a.h5", "e.jp2")
+    fill(folder, "f.dzi", "f_files/9/0_0.jpeg", "zoom/ImageProperties.xml", "zoom/TileGroup0/0-0-0.jpg")
     (folder / "gone.svs").symlink_to("/nowhere/gone.svs")
     (folder / "loop.svs").symlink_to(folder / "loop.svs")
     os.mkfifo(folder / "pipe.svs")
@@ -65,6 +66,9 @@ def test_everything_else_has_its_reason(folder):
         "b.vsi": "Olympus VSI is not supported: export it as OME-TIFF or SVS",
         "_b_": "it holds the data of b.vsi",
         "c.isyntax": "Philips iSyntax is not supported: export it as OME-TIFF or SVS",
+        "f.dzi": "Deep Zoom (a folder of tiles) is not supported: export it as OME-TIFF or SVS",
+        "f_files": "it holds the tiles of f.dzi",
+        "zoom": "it holds Zoomify tiles, which are not supported: export the slide as OME-TIFF or SVS",
         "d.ome.zarr": "OME-Zarr is not supported: export it as OME-TIFF",
         "done": "it holds embeddings",
         "e.jp2": "JPEG 2000 is not supported: export it as OME-TIFF or SVS",

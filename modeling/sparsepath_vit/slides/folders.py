@@ -12,6 +12,7 @@ from .dicom_series import DICOM_SUFFIXES, WHOLE_SLIDE, may_be_dicom, read_dicom_
 from .ome_parts import files_of_ome, may_have_parts
 from .reader import Slide
 from .store import SETTINGS_FILE
+from .unsupported_formats import reason_against_format
 
 logger = logging.getLogger(__name__)
 
@@ -21,15 +22,6 @@ SLIDE_SUFFIXES = (
     *(".qptiff", ".btf", ".tf2", ".tf8", ".ptif", ".ptiff", *DICOM_SUFFIXES),
     *IMAGE_SUFFIXES,
 )
-_NOT_SUPPORTED = {
-    **dict.fromkeys((".vsi", ".ets"), "Olympus VSI"),
-    **dict.fromkeys((".isyntax", ".i2syntax"), "Philips iSyntax"),
-    **dict.fromkeys((".kfb", ".kfbf"), "KFBio"),
-    **dict.fromkeys((".mds", ".mdsx"), "Motic MDS"),
-    **dict.fromkeys((".jp2", ".j2k", ".jpf", ".jpx"), "JPEG 2000"),
-    **{".sdpc": "SQRAY SDPC", ".tmap": "UNIC TMAP", ".lif": "Leica LIF", ".nd2": "Nikon ND2", ".zvi": "Zeiss ZVI"},
-    **{".afi": "Aperio AFI (fluorescence)", ".ndpis": "Hamamatsu NDPIS (fluorescence)", ".oir": "Olympus OIR"},
-}
 _ZARR_FILES = (".zattrs", ".zgroup", ".zarray", "zarr.json")
 _PICTURE_WORDS = r"(?:thumbnail|thumb|macro|label|overview|preview|mask|heatmap|contour|annotation)s?|prune_scores"
 _PICTURE_OF = re.compile(rf"(?P<slide>.+?)(?:[-_. ]tissue)?[-_. ](?:{_PICTURE_WORDS})", re.IGNORECASE)
@@ -169,8 +161,8 @@ def _reason_against(path: Path, entries: Sequence[Path]) -> str | None:
     if not path.is_file():
         return "it is no regular file"
     suffix = path.suffix.lower()
-    if suffix in _NOT_SUPPORTED:
-        return f"{_NOT_SUPPORTED[suffix]} is not supported: export it as OME-TIFF or SVS"
+    if reason := reason_against_format(path):
+        return reason
     if suffix not in SLIDE_SUFFIXES and not _is_dicom(path):
         return f"{suffix} is no ending of a slide" if suffix else "it has no ending, and is no DICOM file"
     return None
@@ -180,6 +172,8 @@ def _reason_against_folder(folder: Path, entries: Sequence[Path]) -> str | None:
     names = {path.name for path in entries}
     if folder.suffix.lower() == ".zarr" or names & set(_ZARR_FILES):
         return "OME-Zarr is not supported: export it as OME-TIFF"
+    if "ImageProperties.xml" in names:
+        return "it holds Zoomify tiles, which are not supported: export the slide as OME-TIFF or SVS"
     if "Slidedat.ini" in names:
         return "it holds the data of a MIRAX slide: its .mrxs file lies beside the folder and has the folder's name"
     if SETTINGS_FILE in names and any(name.endswith(".h5") for name in names):
@@ -191,6 +185,8 @@ def _data_of_slide(folder: Path, entries: Sequence[Path]) -> str | None:
     for path in entries:
         if path.suffix.lower() == ".mrxs" and path.stem == folder.name:
             return f"it holds the data of {path.name}"
+        if path.suffix.lower() == ".dzi" and folder.name == f"{path.stem}_files":
+            return f"it holds the tiles of {path.name}"
         if path.suffix.lower() == ".vsi" and folder.name == f"_{path.stem}_":
             return f"it holds the data of {path.name}"
     return None

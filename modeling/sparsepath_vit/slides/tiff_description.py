@@ -12,8 +12,9 @@ import numpy as np
 
 from ..runtime.extras import require
 from . import resolution
-from .declared_sizes import check_page, check_pages
+from .declared_sizes import check_page, check_pages, places_of_chunks
 from .description import SlideDescription, Statement
+from .errors import DeclaredSizeError
 from .resolution import OmeImage
 from .samples import Samples, YCbCr, white_of
 
@@ -73,6 +74,8 @@ def describe_tiff(path: Path) -> tuple[SlideDescription, str | None]:
         pages = [level.keyframe for level in series.levels]
         for level, level_page in enumerate(pages):
             check_page(level_page, level)
+            if not any(size for _, size in places_of_chunks(level_page)):
+                raise DeclaredSizeError(f"level {level} holds no tile or strip: what wrote the file stopped early")
         page = pages[0]
         orientation = _number(page, "Orientation", 1)
         orientation = orientation if 1 <= orientation <= 8 else 1  # what no viewer turns
