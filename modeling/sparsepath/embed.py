@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 EXAMPLES = (
     "Examples:  `sparsepath embed slides/ --model ./uni2-h --out embeddings`   ·   "
     "`sparsepath embed list.csv --model ./uni2-h --out dense --whole-slide --dense`   ·   "
+    "`sparsepath embed slides/ --model ./uni2-h --out tiles --tile-size 224 --minimum-tissue 0.1`   ·   "
     "several GPUs: `accelerate launch -m sparsepath embed slides/ --model ./uni2-h --out embeddings`   ·   "
     "two processes, also without a GPU: `torchrun --nproc_per_node 2 -m sparsepath embed slides/ "
     "--model ./uni2-h --out embeddings`"
@@ -23,9 +24,16 @@ EXAMPLES = (
 Slides = Annotated[list[Path], typer.Argument(help="Slide files, folders, or a CSV: slide,mpp,x,y,width,height,label.")]
 EmbeddingsFolder = Annotated[Path, typer.Option(help="Folder for one HDF5 file per slide.")]
 MinimumTissue = Annotated[
-    float, typer.Option(min=0, max=1, help="Leave out regions with a smaller share of tissue tokens.")
+    float,
+    typer.Option(min=0, max=1, help="Leave out regions (tiles, where --tile-size asks for them) with less tissue."),
 ]
 Dense = Annotated[bool, typer.Option("--dense", help="Store the features of all kept patch tokens.")]
+TileSize = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Average the patch tokens over tiles of this side (224, 256, ...): a vector for each tile."
+    ),
+]
 BatchSize = Annotated[int, typer.Option(min=1, help="Regions per forward.")]
 
 
@@ -40,6 +48,7 @@ def embed(
     minimum_tissue: MinimumTissue = 0.0,
     whole_slide: options.WholeSlide = False,
     dense: Dense = False,
+    tile_size: TileSize = None,
     tissue_mask: options.TissueMask = None,
     origin: options.Origin = "bounds",
     batch_size: BatchSize = 1,
@@ -54,7 +63,7 @@ def embed(
         slides,
         model,
         out,
-        EmbedSettings(mpp, region_size, overlap, minimum_tissue, whole_slide, dense, origin),
+        EmbedSettings(mpp, region_size, overlap, minimum_tissue, whole_slide, dense, origin, tile_size),
         slide_mpp=slide_mpp,
         tissue_mask=tissue_mask,
         batch_size=batch_size,

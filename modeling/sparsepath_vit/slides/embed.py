@@ -117,6 +117,11 @@ def _check_arguments(
     for name, given in (("mpp", settings.mpp), ("slide_mpp", slide_mpp)):
         if given is not None and not is_credible(given):
             raise ValueError(f"{name}={given} is not a resolution in micrometres per pixel (0.25 at 40x, 0.5 at 20x).")
+    if settings.tile_size is not None and settings.overlap:
+        raise ValueError(
+            f"tile_size={settings.tile_size} with overlap={settings.overlap} would give the same tile several times: "
+            "pass overlap=0."
+        )
     if settings.whole_slide and any(item.boxes for item in slides.values()):
         raise ValueError("whole_slide embeds all tissue at once, but the manifest gives regions: use one of them.")
     if tissue_mask not in (None, "all") and not Path(tissue_mask).exists():
