@@ -28,6 +28,13 @@ MinimumTissue = Annotated[
     typer.Option(min=0, max=1, help="Leave out regions (tiles, where --tile-size asks for them) with less tissue."),
 ]
 Dense = Annotated[bool, typer.Option("--dense", help="Store the features of all kept patch tokens.")]
+Regions = Annotated[
+    Path | None,
+    typer.Option(
+        help="Regions of another tool instead of a grid: coordinates (.h5 of TRIDENT or CLAM, .coordinates.npz of "
+        "slide2vec) or QuPath's GeoJSON (classes as labels); a file, or a folder with one of each slide's name."
+    ),
+]
 TileSize = Annotated[
     int | None,
     typer.Option(
@@ -50,6 +57,7 @@ def embed(
     dense: Dense = False,
     tile_size: TileSize = None,
     tissue_mask: options.TissueMask = None,
+    regions: Regions = None,
     origin: options.Origin = "bounds",
     batch_size: BatchSize = 1,
     workers: options.Workers = None,
@@ -66,6 +74,7 @@ def embed(
         EmbedSettings(mpp, region_size, overlap, minimum_tissue, whole_slide, dense, origin, tile_size),
         slide_mpp=slide_mpp,
         tissue_mask=tissue_mask,
+        regions=regions,
         batch_size=batch_size,
         workers=workers,
         device=device,

@@ -24,6 +24,7 @@ from .dataset_attributes import describe_datasets
 from .forward import Embedding, Stopwatch, embed_regions, embed_slide, read_ahead
 from .reader import Slide
 from .records import region_labels, source_of
+from .region_files import tokens_in_outline, with_regions
 from .regions import Box, Region, SlideInput, tissue_regions
 from .report import EmbedReport
 from .store import EmbeddingStore, SlideWriter
@@ -89,6 +90,7 @@ class SlideEmbedder:
         batch_size: regions per forward.
         workers: threads that read ahead.
         show_progress: whether to draw progress bars.
+        regions: file or folder of regions that another tool chose, see `region_files`.
     """
 
     def __init__(
@@ -102,9 +104,10 @@ class SlideEmbedder:
         batch_size: int,
         workers: int,
         show_progress: bool,
+        regions: Path | None = None,
     ) -> None:
         self.model, self.processor, self.settings = model, processor, settings
-        self.mpp, self.slide_mpp, self.tissue_mask = mpp, slide_mpp, tissue_mask
+        self.mpp, self.slide_mpp, self.tissue_mask, self.regions = mpp, slide_mpp, tissue_mask, regions
         self.batch_size, self.workers, self.show_progress = batch_size, workers, show_progress
         self.patch_size = model.config.patch_size
         self.tiles: Tiles | None = None
@@ -137,7 +140,9 @@ class SlideEmbedder:
         store.record_failure(item.path, reason)
 
     def _run_one(self, name: str, item: SlideInput, store: EmbeddingStore) -> None:
-        mask_file = self._mask_file(name)
+        if self.regions is not None:
+            item = with_regions(item, name, self.regions, self.slide_mpp, self.settings.origin)
+        mask_file = item.tissue_mask or self._mask_file(name)
         source = source_of(item, self.slide_mpp, mask_file)
         if store.is_done(name, source):
             self._correct_labels(name, item, store)
@@ -258,6 +263,9 @@ class SlideEmbedder:
     def _region_of_box(self, slide: Slide, box: Box) -> Region:
         """Raises SlideError for a box that cannot be embedded."""
         region = box.at(slide, self.mpp)
+        if box.outline is not None:  # no smaller than a patch, and in whole ones
+            sides = (-(-max(side, 1) // self.patch_size) * self.patch_size for side in (region.width, region.height))
+            region = replace(region, **dict(zip(("width", "height"), sides, strict=True)))
         if min(region.width, region.height) < self.patch_size:
             raise SlideError(
                 f"{slide.path}: the region at x={box.x}, y={box.y} has {region.width} x {region.height} pixels at "
@@ -301,7 +309,8 @@ class SlideEmbedder:
         """(rows, columns) bool of a region, without the patches at its edge that the processor leaves out."""
         width, height, patch_size = region.width, region.height, self.patch_size
         covered = covered_patches(height, width, patch_size, self.processor.min_patch_coverage).numpy()
-        return covered & tissue.token_grid(slide, patch_size, self.mpp, region.x, region.y, width, height)
+        tokens = covered & tissue.token_grid(slide, patch_size, self.mpp, region.x, region.y, width, height)
+        return tokens if region.outline is None else tokens & tokens_in_outline(region, slide, patch_size, self.mpp)
 
     def _workers_for(self, regions: list[Region]) -> int:
         """Threads that read ahead, fewer where the regions are so large that waiting ones would fill the memory."""
