@@ -48,7 +48,8 @@ MODEL_ALLOWED = {
     "pillow_images": set(),
     "image_inputs": {"pillow_images"},
     "patch_presence": {"image_inputs"},
-    "image_processing_sparsepath_vit": {"image_inputs", "patch_presence", "remote_code"},
+    "image_settings": set(),
+    "image_processing_sparsepath_vit": {"image_inputs", "image_settings", "patch_presence", "remote_code"},
 }
 
 MOST_LINES_OF_A_FILE = 400

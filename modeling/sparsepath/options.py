@@ -9,8 +9,8 @@ Checkpoint = Annotated[str, typer.Option(help="Converted checkpoint: folder or H
 Mpp = Annotated[
     float | None,
     typer.Option(
-        help="Micrometres per pixel to embed at; the processor's target_mpp, else 0.5, by default. Slides that do not "
-        "state their own resolution are taken to have this one, if it is given."
+        help="Micrometres per pixel to embed at; the processor's target_mpp, else 0.5, by default. What the slides "
+        "themselves have is --slide-mpp."
     ),
 ]
 SlideMpp = Annotated[

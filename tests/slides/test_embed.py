@@ -245,17 +245,18 @@ def test_no_thread_still_reads_when_a_slide_is_closed_after_an_error(
     assert len(report.failed) == 1 and reads_at_closing == [0]
 
 
-def test_resolution_of_slides_that_state_none_can_be_passed(slides, model_folder, tmp_path, caplog):
+def test_resolution_of_slides_that_state_none_can_be_passed(slides, model_folder, tmp_path):
     image = Image.open(slides / "slide0.tiff")
     image.save(tmp_path / "unstated.png")
     path = tmp_path / "unstated.png"
-    assert "does not state" in embed_slides([path], model_folder, tmp_path / "a", device="cpu").failed[0][1]
-    with_mpp = embed_slides([path], model_folder, tmp_path / "b", EmbedSettings(mpp=0.5), device="cpu")
-    assert with_mpp.done == 1 and "taken to be 0.5" in caplog.text
-    finer = embed_slides([path], model_folder, tmp_path / "c", EmbedSettings(mpp=0.5), slide_mpp=0.25, device="cpu")
-    assert finer.done == 1
+    for number, settings in enumerate((EmbedSettings(), EmbedSettings(mpp=0.5))):  # which is not the slide's own
+        refused = embed_slides([path], model_folder, tmp_path / f"a{number}", settings, device="cpu").failed
+        assert "does not state its resolution" in refused[0][1] and "--slide-mpp" in refused[0][1]
     attributes = []
-    for folder in "bc":
+    for folder, slide_mpp in zip("bc", (0.5, 0.25), strict=True):
+        settings = EmbedSettings(mpp=0.5)
+        report = embed_slides([path], model_folder, tmp_path / folder, settings, slide_mpp=slide_mpp, device="cpu")
+        assert report.done == 1
         with h5py.File(tmp_path / folder / "unstated.h5") as file:
             attributes.append((file["coords"].attrs["level0_mpp"], file["coords"].attrs["custom_downsample"]))
     assert attributes == [(0.5, 1.0), (0.25, 2.0)]

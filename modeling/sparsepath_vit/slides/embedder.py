@@ -48,8 +48,8 @@ class EmbedSettings:
     """What is taken of every slide of a run.
 
     Attributes:
-        mpp: resolution in micrometres per pixel; None for the processor's `target_mpp`, else 0.5. For a slide that
-            does not state its own resolution, a number given here is also taken as that.
+        mpp: resolution in micrometres per pixel that the model is to see; None for the processor's `target_mpp`, else
+            0.5. It says nothing about the slide's own.
         region_size: output pixels per region side.
         overlap: output pixels that neighbouring regions share.
         minimum_tissue: share of tissue tokens below which a region (with `tile_size` a tile) is left out; 0 leaves out
@@ -168,7 +168,7 @@ class SlideEmbedder:
 
     def _make(self, name: str, item: SlideInput, mask_file: str | Path | None, writer: SlideWriter) -> None:
         """Embeds one slide into its file."""
-        with open_slide(item.path, item.mpp or self.slide_mpp, self.settings.mpp, self.settings.origin) as slide:
+        with Slide(item.path, item.mpp or self.slide_mpp, origin=self.settings.origin, apart=True) as slide:
             tissue = find_tissue(slide, mask_file)
             regions, blank, impossible = self._regions(slide, tissue, item)
             with writer, closing(self._embed(slide, tissue, regions, name)) as embeddings:
@@ -321,15 +321,6 @@ class SlideEmbedder:
 def _rows(boxes: Iterable[Box]) -> np.ndarray:
     """(boxes, 4) int64: x, y, width, height."""
     return np.asarray([[box.x, box.y, box.width, box.height] for box in boxes], dtype=np.int64)
-
-
-def open_slide(path: Path, slide_mpp: float | None, mpp: float | None, origin: str = "bounds") -> Slide:
-    """Opens a slide; where neither it nor `slide_mpp` gives its resolution, an explicit target `mpp` does."""
-    slide = Slide(path, mpp=slide_mpp, origin=origin, apart=True)
-    if slide_mpp is None and mpp is not None and not slide.states_mpp:
-        logger.warning("%s does not state its resolution; taken to be %g micrometres per pixel.", path, mpp)
-        return Slide(path, mpp=mpp, origin=origin, apart=True)
-    return slide
 
 
 def default_workers() -> int:
