@@ -30,6 +30,7 @@ FOLDERS = {
     "tasks.segmentation": {"model", "runtime", "slides", "tasks", "version"},
     "tasks.panda": {"model", "runtime", "slides", "tasks", "tasks.classification"},
     "tasks.segpath": {"model", "runtime", "slides", "tasks", "tasks.segmentation"},
+    "plugins": {"checkpoints", "model", "runtime"},
 }
 
 # What the lower files of the model may import; a name stands for itself and all names that begin with it and "_".

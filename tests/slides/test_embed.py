@@ -98,7 +98,10 @@ def test_file_has_the_names_and_attributes_that_slide_toolkits_read(slides, mode
             "target_magnification": 10,
             "level0_width": 640,
             "level0_height": 512,
+            "savetodir": ".",
         }
+        encoder = f"{model_folder.name}-{json.loads(file.attrs['settings'])['weights'][:8]}"
+        assert dict(file["features"].attrs) == {"name": "slide0", "savetodir": ".", "encoder": encoder}
         settings = json.loads(file.attrs["settings"])
         assert settings["mpp"] == 1.0 and settings["prune_ratio"] == 0.5 and settings["dtype"] == "float32"
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .regions import Region, read_inputs, tissue_regions
     from .report import EmbedReport
     from .store import EmbeddingStore, StoreError
+    from .tiles import TileFeatures, Tiles, pool_tiles
     from .tissue import TissueMask, find_tissue
 
 __getattr__, __dir__ = lazy_names(
@@ -35,6 +36,7 @@ __getattr__, __dir__ = lazy_names(
         "regions": ("Region", "read_inputs", "tissue_regions"),
         "report": ("EmbedReport",),
         "store": ("EmbeddingStore", "StoreError"),
+        "tiles": ("TileFeatures", "Tiles", "pool_tiles"),
         "tissue": ("TissueMask", "find_tissue"),
     },
 )
@@ -50,6 +52,8 @@ __all__ = [
     "SlideDescription",
     "SlideError",
     "StoreError",
+    "TileFeatures",
+    "Tiles",
     "TissueMask",
     "describe",
     "embed_regions",
@@ -58,6 +62,7 @@ __all__ = [
     "estimate_for",
     "find_tissue",
     "inspect_slide",
+    "pool_tiles",
     "read_inputs",
     "read_token_values",
     "tissue_regions",
