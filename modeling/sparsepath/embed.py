@@ -2,7 +2,7 @@
 """`sparsepath embed`: slides -> embeddings."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -26,6 +26,10 @@ MinimumTissue = Annotated[
     float, typer.Option(min=0, max=1, help="Leave out regions with a smaller share of tissue tokens.")
 ]
 Dense = Annotated[bool, typer.Option("--dense", help="Store the features of all kept patch tokens.")]
+Attention = Annotated[
+    Literal["mean", "heads"] | None,
+    typer.Option(help="With --dense: store what the global tokens attend to, the mean of all heads or each head."),
+]
 BatchSize = Annotated[int, typer.Option(min=1, help="Regions per forward.")]
 
 
@@ -40,6 +44,7 @@ def embed(
     minimum_tissue: MinimumTissue = 0.0,
     whole_slide: options.WholeSlide = False,
     dense: Dense = False,
+    attention: Attention = None,
     tissue_mask: options.TissueMask = None,
     origin: options.Origin = "bounds",
     batch_size: BatchSize = 1,
@@ -54,7 +59,7 @@ def embed(
         slides,
         model,
         out,
-        EmbedSettings(mpp, region_size, overlap, minimum_tissue, whole_slide, dense, origin),
+        EmbedSettings(mpp, region_size, overlap, minimum_tissue, whole_slide, dense, origin, attention=attention),
         slide_mpp=slide_mpp,
         tissue_mask=tissue_mask,
         batch_size=batch_size,

@@ -10,6 +10,6 @@ def embedded(model_folder, tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("embedded")
     write_pyramid(folder / "slide.tiff", stained_image(640, 512, [(64, 96, 384, 256)]))
-    settings = EmbedSettings(region_size=320, overlap=64, dense=True)
+    settings = EmbedSettings(region_size=320, overlap=64, dense=True, attention="heads")
     embed_slides([folder / "slide.tiff"], model_folder, folder / "out", settings, device="cpu")
     return folder / "slide.tiff", folder / "out/slide.h5"

@@ -153,8 +153,12 @@ def test_what_is_missing_is_named_with_the_way_to_get_it(embedded, model_folder,
         read_token_values(tmp_path / "out/slide.h5")
     with pytest.raises(SlideError, match="value='attentions' is unknown"):
         read_token_values(embedded[1], "attentions")
+    without = tmp_path / "none.h5"
+    without.write_bytes(embedded[1].read_bytes())
+    with h5py.File(without, "a") as file:
+        del file["attention"]
     with pytest.raises(SlideError, match="again with --dense --attention mean"):
-        read_token_values(embedded[1], "attention")
+        read_token_values(without, "attention")
     with pytest.raises(SlideError, match="cannot be read as an HDF5 file"):
         read_token_values(embedded[0])
     with pytest.raises(SlideError, match=r"cannot be read as a \.npy file"):

@@ -52,6 +52,8 @@ class EmbedSettings:
         whole_slide: all tissue of a slide in one forward instead of regions.
         dense: whether to store the features of the patch tokens too.
         origin: where coordinates of annotations, manifests and results start; see `Slide`.
+        attention: with `dense`, whether to store the attention of the global tokens to the kept patch tokens in the
+            last layer: "mean" of all heads, "heads" each; None for not.
     """
 
     mpp: float | None = None
@@ -61,6 +63,7 @@ class EmbedSettings:
     whole_slide: bool = False
     dense: bool = False
     origin: str = "bounds"
+    attention: str | None = None
 
 
 class SlideEmbedder:
@@ -248,10 +251,10 @@ class SlideEmbedder:
         self, slide: Slide, tissue: TissueMask, regions: list[Region], name: str
     ) -> Iterator[tuple[Region, Embedding]]:
         """Every region with its embedding, in order; pixels are read ahead by threads, white beyond the slide."""
-        dense, reading = self.settings.dense, Stopwatch()
+        dense, attention, reading = self.settings.dense, self.settings.attention, Stopwatch()
         start = time.perf_counter()
         if self.settings.whole_slide:
-            embedding = embed_slide(self.model, self.processor, slide, self.mpp, tissue, dense, reading)
+            embedding = embed_slide(self.model, self.processor, slide, self.mpp, tissue, dense, reading, attention)
             self.report.reading_seconds += reading.seconds
             self.report.model_seconds += time.perf_counter() - start - reading.seconds
             yield regions[0], embedding
@@ -269,7 +272,7 @@ class SlideEmbedder:
             while batch := list(islice(waited_for, self.batch_size)):
                 batch_regions, images, tokens = zip(*batch, strict=True)
                 start = time.perf_counter()
-                embeddings = embed_regions(self.model, self.processor, images, tokens, dense)
+                embeddings = embed_regions(self.model, self.processor, images, tokens, dense, attention)
                 self.report.model_seconds += time.perf_counter() - start
                 progress.update(len(batch))
                 yield from zip(batch_regions, embeddings, strict=True)
@@ -369,4 +372,6 @@ def _write(
             rows["prune_scores"] = scores
         if embedding.patch_weights is not None:
             rows["patch_weights"] = embedding.patch_weights
+        if embedding.attention is not None:
+            rows["attention"] = embedding.attention
     writer.append(**rows)
