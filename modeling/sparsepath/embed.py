@@ -2,7 +2,7 @@
 """`sparsepath embed`: slides -> embeddings."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -41,6 +41,10 @@ TileSize = Annotated[
         min=1, help="Average the patch tokens over tiles of this side (224, 256, ...): a vector for each tile."
     ),
 ]
+Attention = Annotated[
+    Literal["mean", "heads"] | None,
+    typer.Option(help="With --dense: store what the global tokens attend to, the mean of all heads or each head."),
+]
 BatchSize = Annotated[int, typer.Option(min=1, help="Regions per forward.")]
 
 
@@ -56,6 +60,7 @@ def embed(
     whole_slide: options.WholeSlide = False,
     dense: Dense = False,
     tile_size: TileSize = None,
+    attention: Attention = None,
     tissue_mask: options.TissueMask = None,
     regions: Regions = None,
     origin: options.Origin = "bounds",
@@ -71,7 +76,7 @@ def embed(
         slides,
         model,
         out,
-        EmbedSettings(mpp, region_size, overlap, minimum_tissue, whole_slide, dense, origin, tile_size),
+        EmbedSettings(mpp, region_size, overlap, minimum_tissue, whole_slide, dense, origin, tile_size, attention),
         slide_mpp=slide_mpp,
         tissue_mask=tissue_mask,
         regions=regions,

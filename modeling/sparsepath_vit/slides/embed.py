@@ -16,6 +16,7 @@ from ..runtime.load_model import load_model
 from ..runtime.model_identity import model_identity
 from .embedder import DEFAULT_MPP, EmbedSettings, SlideEmbedder, default_workers
 from .folders import LeftOut, report_left_out
+from .global_attention import checked_kind
 from .reader import Slide
 from .reading_process import reading_process
 from .regions import SlideInput, find_inputs
@@ -143,6 +144,10 @@ def _check_arguments(
         )
     if settings.whole_slide and any(item.boxes for item in slides.values()):
         raise ValueError("whole_slide embeds all tissue at once, but the manifest gives regions: use one of them.")
+    if settings.attention is not None:
+        checked_kind(settings.attention)
+        if not settings.dense:
+            raise ValueError("attention is stored beside the patch tokens: ask for them too (dense=True, --dense).")
     if tissue_mask not in (None, "all") and not Path(tissue_mask).exists():
         raise ValueError(
             f"tissue_mask={str(tissue_mask)!r} does not exist: give an image, GeoJSON, a folder, or 'all'."

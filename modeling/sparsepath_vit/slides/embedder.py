@@ -60,6 +60,8 @@ class EmbedSettings:
         tile_size: pixels of the tiles over which the patch tokens of a region or slide are averaged, a multiple of the
             patch size: the features are then those of the tiles. None for one vector a region. Regions of a grid are
             rounded up to whole tiles.
+        attention: with `dense`, whether to store the attention of the global tokens to the kept patch tokens in the
+            last layer: "mean" of all heads, "heads" each; None for not.
     """
 
     mpp: float | None = None
@@ -70,6 +72,7 @@ class EmbedSettings:
     dense: bool = False
     origin: str = "bounds"
     tile_size: int | None = None
+    attention: str | None = None
 
     @property
     def grid_region_size(self) -> int:
@@ -278,10 +281,11 @@ class SlideEmbedder:
         self, slide: Slide, tissue: TissueMask, regions: list[Region], name: str
     ) -> Iterator[tuple[Region, Embedding]]:
         """Every region with its embedding, in order; pixels are read ahead by threads, white beyond the slide."""
-        dense, reading = self.settings.dense, Stopwatch()
+        dense, attention, reading = self.settings.dense, self.settings.attention, Stopwatch()
         start = time.perf_counter()
         if self.settings.whole_slide:
-            embedding = embed_slide(self.model, self.processor, slide, self.mpp, tissue, dense, reading, self.tiles)
+            asked = (dense, reading, self.tiles, attention)
+            embedding = embed_slide(self.model, self.processor, slide, self.mpp, tissue, *asked)
             self.report.reading_seconds += reading.seconds
             self.report.model_seconds += time.perf_counter() - start - reading.seconds
             yield regions[0], embedding
@@ -299,7 +303,7 @@ class SlideEmbedder:
             while batch := list(islice(waited_for, self.batch_size)):
                 batch_regions, images, tokens = zip(*batch, strict=True)
                 start = time.perf_counter()
-                embeddings = embed_regions(self.model, self.processor, images, tokens, dense, self.tiles)
+                embeddings = embed_regions(self.model, self.processor, images, tokens, dense, self.tiles, attention)
                 self.report.model_seconds += time.perf_counter() - start
                 progress.update(len(batch))
                 yield from zip(batch_regions, embeddings, strict=True)
@@ -362,4 +366,6 @@ def _write(
             rows["prune_scores"] = scores
         if embedding.patch_weights is not None:
             rows["patch_weights"] = embedding.patch_weights
+        if embedding.attention is not None:
+            rows["attention"] = embedding.attention
     writer.append(**rows)
