@@ -30,6 +30,7 @@ FOLDERS = {
     "tasks.segmentation": {"model", "runtime", "slides", "tasks", "version"},
     "tasks.panda": {"model", "runtime", "slides", "tasks", "tasks.classification"},
     "tasks.segpath": {"model", "runtime", "slides", "tasks", "tasks.segmentation"},
+    "plugins": {"checkpoints", "model", "runtime"},
 }
 
 # What the lower files of the model may import; a name stands for itself and all names that begin with it and "_".
@@ -38,16 +39,19 @@ MODEL_ALLOWED = {
     "configuration_sparsepath_vit": {"remote_code"},
     "stratified_sampling": set(),
     "token_grid": {"stratified_sampling"},
+    "context_tokens": {"stratified_sampling", "token_grid"},
+    "mean_query_correction": {"token_grid"},
     "token_pruning": {"prune_score_operator", "stratified_sampling", "token_grid"},
     "prune_score": {"attention_backend", "fused_elementwise", "prune_score", "token_grid"},
     "fused_elementwise": {"attention_triton", "fused_elementwise"},
     "device_memory": set(),
-    "attention": {"attention", "device_memory", "token_grid"},
+    "attention": {"attention", "context_tokens", "device_memory", "mean_query_correction", "token_grid"},
     "embeddings": {"configuration_sparsepath_vit", "token_grid"},
     "pillow_images": set(),
     "image_inputs": {"pillow_images"},
     "patch_presence": {"image_inputs"},
-    "image_processing_sparsepath_vit": {"image_inputs", "patch_presence", "remote_code"},
+    "image_settings": set(),
+    "image_processing_sparsepath_vit": {"image_inputs", "image_settings", "patch_presence", "remote_code"},
 }
 
 MOST_LINES_OF_A_FILE = 400

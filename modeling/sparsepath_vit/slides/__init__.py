@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .report import EmbedReport
     from .similarity import SimilarPlace, similar_places, token_similarity
     from .store import EmbeddingStore, StoreError
+    from .tiles import TileFeatures, Tiles, pool_tiles
     from .tissue import TissueMask, find_tissue
     from .token_values import TokenValues, read_token_values
 
@@ -40,6 +41,7 @@ __getattr__, __dir__ = lazy_names(
         "report": ("EmbedReport",),
         "similarity": ("SimilarPlace", "similar_places", "token_similarity"),
         "store": ("EmbeddingStore", "StoreError"),
+        "tiles": ("TileFeatures", "Tiles", "pool_tiles"),
         "tissue": ("TissueMask", "find_tissue"),
         "token_values": ("TokenValues", "read_token_values"),
     },
@@ -58,6 +60,8 @@ __all__ = [
     "SlideDescription",
     "SlideError",
     "StoreError",
+    "TileFeatures",
+    "Tiles",
     "TissueMask",
     "TokenValues",
     "describe",
@@ -67,6 +71,7 @@ __all__ = [
     "estimate_for",
     "find_tissue",
     "inspect_slide",
+    "pool_tiles",
     "read_inputs",
     "read_token_values",
     "similar_places",

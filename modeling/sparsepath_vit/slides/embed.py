@@ -11,7 +11,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object, parse_flag_from_env
 
-from ..runtime.compute import torch_device
+from ..runtime.compute import torch_device, weight_dtype
 from ..runtime.load_model import load_model
 from ..runtime.model_identity import model_identity
 from .embedder import DEFAULT_MPP, EmbedSettings, SlideEmbedder, default_workers
@@ -36,6 +36,7 @@ def embed_slides(
     *,
     slide_mpp: float | None = None,
     tissue_mask: str | os.PathLike[str] | None = None,
+    regions: str | os.PathLike[str] | None = None,
     batch_size: int = 1,
     workers: int | None = None,
     device: str | None = None,
@@ -54,10 +55,14 @@ def embed_slides(
         slide_mpp: full resolution of all slides, where the files do not state it or state it wrongly.
         tissue_mask: instead of finding the tissue: "all", a file for the one slide, or a folder with a file of each
             slide's name.
+        regions: that another tool chose, instead of a grid: coordinates (.h5 of TRIDENT, HEST and CLAM,
+            .coordinates.npz of slide2vec) or annotations (GeoJSON of QuPath: each polygon, its class as label). A file
+            for the one slide, or a folder with a file of each slide's name.
         batch_size: regions per forward.
         workers: threads that read ahead; by default one per core, at most 8.
         device: "cpu", "cuda", ...; chosen by Accelerate where None.
-        dtype: of the weights: "float32", "bfloat16", "float16"; by default bfloat16 on CUDA, else float32.
+        dtype: of the weights: "float32", "bfloat16", "float16"; by default the one that
+            the device is faster in; `sparsepath doctor` says which.
 
     Raises:
         StoreError: `out` holds other settings.
@@ -69,10 +74,11 @@ def embed_slides(
     inputs, left_out = find_inputs(paths)
     slides = _by_name(inputs)
     _check_arguments(slides, settings, slide_mpp, tissue_mask)
+    _check_regions(slides, settings, regions)
     state = _process_state(device)
     chosen = torch_device(device) if device is not None and state.num_processes == 1 else state.device
     reading_process()  # starts while the model is loaded
-    model, processor = load_model(model_source, chosen, dtype)
+    model, processor = load_model(model_source, chosen, weight_dtype(dtype, chosen))
     embedder = SlideEmbedder(
         model,
         processor,
@@ -83,7 +89,20 @@ def embed_slides(
         batch_size=batch_size,
         workers=workers or default_workers(),
         show_progress=state.is_local_main_process,
+        regions=None if regions is None else Path(regions),
     )
+    return _run(state, embedder, slides, left_out, out)
+
+
+def _run(
+    state: PartialState,
+    embedder: SlideEmbedder,
+    slides: dict[str, SlideInput],
+    left_out: Sequence[LeftOut],
+    out: str | os.PathLike[str],
+) -> EmbedReport:
+    """Shares the slides out over the processes, and returns the report of all."""
+    model, processor, settings = embedder.model, embedder.processor, embedder.settings
     with state.main_process_first():
         store = EmbeddingStore(out, {**model_identity(model, processor), **asdict(settings), "mpp": embedder.mpp})
         if state.is_main_process:
@@ -118,6 +137,11 @@ def _check_arguments(
     for name, given in (("mpp", settings.mpp), ("slide_mpp", slide_mpp)):
         if given is not None and not is_credible(given):
             raise ValueError(f"{name}={given} is not a resolution in micrometres per pixel (0.25 at 40x, 0.5 at 20x).")
+    if settings.tile_size is not None and settings.overlap:
+        raise ValueError(
+            f"tile_size={settings.tile_size} with overlap={settings.overlap} would give the same tile several times: "
+            "pass overlap=0."
+        )
     if settings.whole_slide and any(item.boxes for item in slides.values()):
         raise ValueError("whole_slide embeds all tissue at once, but the manifest gives regions: use one of them.")
     if settings.attention is not None:
@@ -132,6 +156,21 @@ def _check_arguments(
         raise ValueError(
             f"tissue_mask={str(tissue_mask)!r} is one file for {len(slides)} slides: give a folder of masks."
         )
+
+
+def _check_regions(
+    slides: dict[str, SlideInput], settings: EmbedSettings, regions: str | os.PathLike[str] | None
+) -> None:
+    """Raises ValueError for regions that no slide could have."""
+    if regions is None:
+        return
+    if not Path(regions).exists():
+        raise ValueError(f"regions={str(regions)!r} does not exist: give coordinates, GeoJSON, or a folder of them.")
+    if settings.whole_slide or any(item.boxes for item in slides.values()):
+        other = "whole_slide embeds all tissue at once" if settings.whole_slide else "the manifest gives regions, too"
+        raise ValueError(f"regions={str(regions)!r} says what to embed, but {other}: use one of them.")
+    if len(slides) > 1 and not Path(regions).is_dir():
+        raise ValueError(f"regions={str(regions)!r} is one file for {len(slides)} slides: give a folder of them.")
 
 
 def _process_state(device: str | None) -> PartialState:

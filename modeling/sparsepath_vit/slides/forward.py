@@ -19,6 +19,7 @@ from ..runtime.pixels import prepare
 from .backends import SlideError
 from .global_attention import GlobalAttention
 from .reader import Slide
+from .tiles import TileFeatures, Tiles, pool_tiles
 from .tissue import TissueMask, find_tissue
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ class Embedding:
         token_positions: (N, 2) int32, (row, column) of each tissue token.
         prune_scores: (N,) float32 of the tissue tokens; None where the model does not prune.
         grid_size: (rows, columns) of the token grid.
+        tiles: the patch tokens averaged over tiles; None where not asked for.
         attention: (K, G) float32, attention of the global tokens to each of these tokens in the last layer, the mean
             over heads; or (K, G, heads); NaN for tokens that came back after pruning. None where not asked for.
     """
@@ -80,6 +82,7 @@ class Embedding:
     token_positions: np.ndarray
     prune_scores: np.ndarray | None
     grid_size: tuple[int, int]
+    tiles: TileFeatures | None = None
     attention: np.ndarray | None = None
 
 
@@ -90,6 +93,7 @@ def embed_regions(
     images: Sequence[np.ndarray],
     tissue_tokens: Sequence[np.ndarray],
     dense: bool = False,
+    tiles: Tiles | None = None,
     attention: str | None = None,
 ) -> list[Embedding]:
     """Embeds a batch of regions of any sizes in one packed forward.
@@ -100,6 +104,7 @@ def embed_regions(
         images: (height, width, 3) uint8 each, at the resolution the model is to see.
         tissue_tokens: (rows, columns) bool each, True for tissue; at least one token per region.
         dense: whether to return the features of the patch tokens.
+        tiles: over which tiles to average them, from the region's top left corner.
         attention: whether to return that of the global tokens: "mean" of all heads, "heads" each, or None.
     """
     batch = prepare(processor, list(images), model.device)
@@ -112,7 +117,10 @@ def embed_regions(
     has_weights = model.config.leaves_representatives
     return [
         _with_attention(
-            _embedding(outputs, index, patch_mask[index], tokens.shape, dense, has_weights), encoded, listener, index
+            _embedding(outputs, index, patch_mask[index], tokens.shape, dense, has_weights, tiles),
+            encoded,
+            listener,
+            index,
         )
         for index, tokens in enumerate(tissue_tokens)
     ]
@@ -127,6 +135,7 @@ def embed_slide(
     tissue: TissueMask | None = None,
     dense: bool = True,
     reading: Stopwatch | None = None,
+    tiles: Tiles | None = None,
     attention: str | None = None,
 ) -> Embedding:
     """Embeds all tissue of a slide as one sparse token grid in one forward.
@@ -142,6 +151,7 @@ def embed_slide(
         tissue: which tokens to embed; found by `find_tissue` where None.
         dense: whether to return the features of the patch tokens.
         reading: counts the time spent waiting for pixels.
+        tiles: over which tiles to average the patch tokens, from the slide's top left corner.
         attention: whether to return that of the global tokens; see `embed_regions`.
 
     Raises:
@@ -170,7 +180,7 @@ def embed_slide(
     with closing(slide_strips(slide, present, patch_size, mpp)) as strips:
         waited_for = strips if reading is None else reading.watch(strips)
         pixels = (prepare(processor, [strip], model.device)["pixel_values"] for strip in waited_for)
-        return forward_strips(model, pixels, present, dense, attention)
+        return forward_strips(model, pixels, present, dense, tiles, attention)
 
 
 @torch.no_grad()
@@ -179,6 +189,7 @@ def forward_strips(
     strips: Iterable[torch.Tensor],
     present: np.ndarray,
     dense: bool,
+    tiles: Tiles | None = None,
     attention: str | None = None,
 ) -> Embedding:
     """The model on one image that arrives in strips.
@@ -189,11 +200,12 @@ def forward_strips(
             the grid.
         present: (rows, columns) bool.
         dense: whether to return the features of the patch tokens.
+        tiles: over which tiles to average them.
         attention: whether to return that of the global tokens; see `embed_regions`.
     """
     patch_mask = torch.from_numpy(present).to(model.device)
     encoded, outputs, listener = _encode(model, strips, model.token_grid_of_image(patch_mask), attention)
-    embedding = _embedding(outputs, 0, patch_mask, present.shape, dense, model.config.leaves_representatives)
+    embedding = _embedding(outputs, 0, patch_mask, present.shape, dense, model.config.leaves_representatives, tiles)
     return _with_attention(embedding, encoded, listener, 0)
 
 
@@ -291,26 +303,29 @@ def _embedding(
     grid_size: tuple[int, int],
     dense: bool,
     has_weights: bool,
+    tiles: Tiles | None,
 ) -> Embedding:
     """One image of a batch; `patch_mask` is (canvas rows, canvas columns) bool, True where a token was present."""
     positions = outputs.patch_positions[index]
     positions = positions[positions[:, 0] >= 0]  # images that keep fewer tokens are padded
-    features, scores, weights = None, None, None
+    features, scores, weights, tile_features = None, None, None, None
     if has_weights:  # all are 1 where everything came back, or nothing was removed from this batch
         ones = torch.ones(len(positions), dtype=torch.int32)
         weights = ones if outputs.patch_weights is None else outputs.patch_weights[index, : len(positions)]
-        weights = weights.int().cpu().numpy()
-    if dense:
+    if dense or tiles is not None:
         first = outputs.last_hidden_state.shape[1] - outputs.patch_positions.shape[1]
-        features = outputs.last_hidden_state[index, first : first + len(positions)].half().cpu().numpy()
+        features = outputs.last_hidden_state[index, first : first + len(positions)]  # (K, hidden_size)
+    if tiles is not None:
+        tile_features = pool_tiles(features, positions, weights, patch_mask[: grid_size[0], : grid_size[1]], tiles)
     if outputs.prune_scores is not None:
         scores = outputs.prune_scores[index].view(patch_mask.shape)[patch_mask].float().cpu().numpy()
     return Embedding(
         pooled=outputs.pooler_output[index].float().cpu().numpy(),
-        patch_features=features,
+        patch_features=features.half().cpu().numpy() if dense else None,
         patch_positions=positions.int().cpu().numpy(),
-        patch_weights=weights,
+        patch_weights=None if weights is None else weights.int().cpu().numpy(),
         token_positions=patch_mask.nonzero().int().cpu().numpy(),
         prune_scores=scores,
         grid_size=tuple(grid_size),
+        tiles=tile_features,
     )
