@@ -6,6 +6,7 @@ A page names a slide by its number and a tile by three: no text from the browser
 """
 
 import asyncio
+import logging
 import secrets
 import threading
 from collections.abc import Callable, Sequence
@@ -52,13 +53,15 @@ class SlideViewer:
         self._slides = tuple(slides)
         self._token = secrets.token_urlsafe(16)
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="slide viewer")
+        logging.getLogger("tornado.access").addFilter(self._is_of_others)
         self._started, self._error = threading.Event(), None
         self._thread = threading.Thread(target=self._serve, args=(port,), name="slide viewer", daemon=True)
         self._thread.start()
         self._started.wait(_SECONDS_TO_START)
         if self._error is not None:
             raise self._error
-        for slide in self._slides:  # what the first click needs is computed while the page opens
+        for slide in self._slides:  # what the first picture and the first click need is made while the page opens
+            self._pool.submit(slide.pyramid.tile, 0, 0, 0)
             if slide.embedded is not None:
                 self._pool.submit(slide.embedded.features.norms)
 
@@ -81,6 +84,7 @@ class SlideViewer:
             self._loop.add_callback(self._loop.stop)
             self._thread.join()
         self._pool.shutdown(cancel_futures=True)
+        logging.getLogger("tornado.access").removeFilter(self._is_of_others)
 
     def __enter__(self) -> "SlideViewer":
         return self
@@ -119,6 +123,10 @@ class SlideViewer:
         finally:
             server.stop()
             self._loop.close(all_fds=True)
+
+    def _is_of_others(self, record: logging.LogRecord) -> bool:
+        """Lines about our own requests are not logged: they hold the key."""
+        return self._token not in record.getMessage()
 
     def _open_page(self, document: Document) -> None:
         SlidePage(self._slides, document, self._pool, f"/{self._token}/tiles/{{slide}}/{{Z}}/{{X}}/{{Y}}.jpg")
