@@ -41,6 +41,7 @@ OPTIONAL_PACKAGES = {
     "imagecodecs": ("JPEG 2000 and other codecs for tifffile", 'pip install "sparsepath-vit[slides]"'),
     "h5py": ("storing embeddings", 'pip install "sparsepath-vit[slides]"'),
     "skimage": ("tissue masks and the demo's image", 'pip install "sparsepath-vit[slides]"'),
+    "bokeh": ("sparsepath view", 'pip install "sparsepath-vit[view]"'),
     "timm": ("sparsepath convert --verify", "pip install timm"),
     "datasets": ("training scripts", 'pip install "sparsepath-vit[train]"'),
 }

@@ -15,7 +15,7 @@ def install_command(extra: str) -> str:
     """The command that installs an extra.
 
     Args:
-        extra: `"slides"` or `"train"`.
+        extra: `"slides"`, `"train"` or `"view"`.
     """
     return f'pip install "sparsepath-vit[{extra}]"'
 

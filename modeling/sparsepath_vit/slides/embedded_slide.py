@@ -33,7 +33,7 @@ class EmbeddedSlide:
         kept: (K, 2) likewise of the tokens with features.
         weights: (K,) how many tissue tokens each kept one stands for.
         features: (K, channels), mapped into memory.
-        mpp: micrometres per level-0 pixel, the mean of both axes, as it was taken when the slide was embedded.
+        mpp: micrometres per level-0 pixel along x and y, as they were taken when the slide was embedded.
 
     Args:
         path: the HDF5 file.
@@ -54,11 +54,12 @@ class EmbeddedSlide:
             self.tissue, self.kept = rows_of(stored, "token_coords"), rows_of(stored, "patch_coords")
             coords, tokens = stored["coords"].attrs, stored["token_coords"].attrs
             self.dimensions = (int(coords["level0_width"]), int(coords["level0_height"]))
-            self.mpp = float(coords["level0_mpp"])
             # Absent where coordinates in the file are level-0 pixels themselves.
             self.origin: tuple[int, int] = tuple(np.asarray(coords.get("origin_level0", (0, 0))).tolist())
             self.tissue, self.kept = self.tissue + self.origin, self.kept + self.origin
             self.token_size: tuple[float, float] = tuple(tokens["token_size_level0"].tolist())
+            side = float(tokens["token_size"] * coords["mpp"])  # micrometres, along both axes
+            self.mpp: tuple[float, float] = (side / self.token_size[0], side / self.token_size[1])
             weights = stored.get("patch_weights")
             self.weights = np.ones(len(self.kept), dtype=np.int32) if weights is None else weights[:]
             self.features = MappedRows(self.path, stored["patch_features"])
@@ -68,6 +69,11 @@ class EmbeddedSlide:
         """The rows of a dataset of the file and its attributes; None where there is none of that name."""
         with decoding(f"{self.path} cannot be read"), require("h5py").File(self.path, "r") as stored:
             return (rows_of(stored, name), dict(stored[name].attrs)) if name in stored else None
+
+    def shape_of(self, name: str) -> tuple[int, ...] | None:
+        """The shape of a dataset of the file; None where there is none of that name."""
+        with decoding(f"{self.path} cannot be read"), require("h5py").File(self.path, "r") as stored:
+            return stored[name].shape if name in stored else None
 
     def check(self, slide: Slide) -> None:
         """Whether these are tokens of `slide`; one line is logged where its content has changed since.

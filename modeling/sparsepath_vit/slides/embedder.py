@@ -284,8 +284,8 @@ class SlideEmbedder:
         dense, attention, reading = self.settings.dense, self.settings.attention, Stopwatch()
         start = time.perf_counter()
         if self.settings.whole_slide:
-            asked = (dense, reading, self.tiles, attention)
-            embedding = embed_slide(self.model, self.processor, slide, self.mpp, tissue, *asked)
+            slide_options = (tissue, dense, reading, self.tiles, attention)
+            embedding = embed_slide(self.model, self.processor, slide, self.mpp, *slide_options)
             self.report.reading_seconds += reading.seconds
             self.report.model_seconds += time.perf_counter() - start - reading.seconds
             yield regions[0], embedding
@@ -303,7 +303,8 @@ class SlideEmbedder:
             while batch := list(islice(waited_for, self.batch_size)):
                 batch_regions, images, tokens = zip(*batch, strict=True)
                 start = time.perf_counter()
-                embeddings = embed_regions(self.model, self.processor, images, tokens, dense, self.tiles, attention)
+                options = (dense, self.tiles, attention)
+                embeddings = embed_regions(self.model, self.processor, images, tokens, *options)
                 self.report.model_seconds += time.perf_counter() - start
                 progress.update(len(batch))
                 yield from zip(batch_regions, embeddings, strict=True)
