@@ -32,4 +32,7 @@ Origin = Annotated[
 ]
 Workers = Annotated[int | None, typer.Option(min=1, help="Threads that read ahead; one per core, at most 8.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; cuda where there is one by default.")]
-Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; bfloat16 on CUDA by default.")]
+Dtype = Annotated[
+    str | None,
+    typer.Option(help="float32, bfloat16 or float16; by default float32 or bfloat16, whichever is faster there."),
+]

@@ -643,7 +643,7 @@ def test_report_adds_up_processes_and_prints_the_split():
 
 
 @pytest.mark.parametrize(
-    ("name", "mpp", "tokens"),
+    ("name", "slide_mpp", "tokens"),
     [
         ("slides/CMU-1-Small-Region.svs", None, (9000, 13000)),
         ("slides/CMU-1_panda_layout.tiff", None, (9000, 13000)),
@@ -651,10 +651,10 @@ def test_report_adds_up_processes_and_prints_the_split():
         ("slides/OS-1-detail.ome.tif", None, (900, 1100)),
     ],
 )
-def test_real_slides_embed(shared_slide, model_folder, tmp_path, name, mpp, tokens):
+def test_real_slides_embed(shared_slide, model_folder, tmp_path, name, slide_mpp, tokens):
     path = shared_slide(name)
-    settings = EmbedSettings(mpp=mpp, region_size=2000)
-    report = embed_slides([path], model_folder, tmp_path / "out", settings, device="cpu", workers=2)
+    given = {"slide_mpp": slide_mpp, "device": "cpu", "workers": 2}
+    report = embed_slides([path], model_folder, tmp_path / "out", EmbedSettings(region_size=2000), **given)
     assert report.done == 1 and tokens[0] < report.tokens < tokens[1]
 
 

@@ -13,6 +13,7 @@ from huggingface_hub import get_token
 
 from ..model.attention_backends import describe_block_attention_backend
 from ..model.device_memory import available_memory
+from .compute import describe_dtypes
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ def examine() -> list[Finding]:
         is_well = not described.startswith("none")
         remedy = "" if is_well else "unset SPARSEPATH_ATTENTION_BACKEND"
         findings.append(Finding(f"block_sparse on {device}", is_well, described, remedy))
+        findings.append(Finding(f"numbers on {device}", True, f"{describe_dtypes(device)}; --dtype overrides it"))
     findings.append(_gated_weights())
     return findings
 

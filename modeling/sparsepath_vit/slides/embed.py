@@ -11,7 +11,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object, parse_flag_from_env
 
-from ..runtime.compute import torch_device
+from ..runtime.compute import torch_device, weight_dtype
 from ..runtime.load_model import load_model
 from ..runtime.model_identity import model_identity
 from .embedder import DEFAULT_MPP, EmbedSettings, SlideEmbedder, default_workers
@@ -60,7 +60,8 @@ def embed_slides(
         batch_size: regions per forward.
         workers: threads that read ahead; by default one per core, at most 8.
         device: "cpu", "cuda", ...; chosen by Accelerate where None.
-        dtype: of the weights: "float32", "bfloat16", "float16"; by default bfloat16 on CUDA, else float32.
+        dtype: of the weights: "float32", "bfloat16", "float16"; by default the one that
+            the device is faster in; `sparsepath doctor` says which.
 
     Raises:
         StoreError: `out` holds other settings.
@@ -76,7 +77,7 @@ def embed_slides(
     state = _process_state(device)
     chosen = torch_device(device) if device is not None and state.num_processes == 1 else state.device
     reading_process()  # starts while the model is loaded
-    model, processor = load_model(model_source, chosen, dtype)
+    model, processor = load_model(model_source, chosen, weight_dtype(dtype, chosen))
     embedder = SlideEmbedder(
         model,
         processor,
