@@ -187,3 +187,24 @@ def test_tokens_of_a_slide_with_oblong_pixels_keep_their_rows(model_folder, tmp_
     with h5py.File(tmp_path / "out/oblong.h5") as file:
         assert file["coords"].attrs["mpp"] == pytest.approx(0.5)
         assert file["coords"].attrs["target_magnification"] == 20
+
+
+def test_geojson_is_valid_to_shapely_and_to_qupath(embedded):
+    """QuPath asks for polygons, an objectType, and a classification with a name and three 8-bit numbers."""
+    shapely = pytest.importorskip("shapely.geometry")
+    tokens = read_token_values(embedded[1])
+    collection = json.loads(json.dumps(to_geojson(tokens)))
+    assert collection["type"] == "FeatureCollection" and collection["features"]
+    area = 0.0
+    for feature in collection["features"]:
+        assert feature["type"] == "Feature" and feature["geometry"]["type"] in ("Polygon", "MultiPolygon")
+        shape = shapely.shape(feature["geometry"])
+        pieces = getattr(shape, "geoms", [shape])
+        assert all(piece.is_valid and piece.exterior.is_ccw is not None for piece in pieces)
+        area += sum(piece.area for piece in pieces)
+        properties = feature["properties"]
+        assert properties["objectType"] == "annotation" and isinstance(properties["classification"]["name"], str)
+        assert all(isinstance(level, int) and 0 <= level < 256 for level in properties["classification"]["color"])
+        assert all(isinstance(number, int | float) for number in properties["measurements"].values())
+    grid, _ = tokens.grid()
+    assert area == pytest.approx((~np.isnan(grid)).sum() * PATCH**2)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .reader import Slide
     from .regions import Region, read_inputs, tissue_regions
     from .report import EmbedReport
+    from .scverse import to_anndata
     from .store import EmbeddingStore, StoreError
     from .tiles import TileFeatures, Tiles, pool_tiles
     from .tissue import TissueMask, find_tissue
@@ -35,6 +36,7 @@ __getattr__, __dir__ = lazy_names(
         "reader": ("Slide",),
         "regions": ("Region", "read_inputs", "tissue_regions"),
         "report": ("EmbedReport",),
+        "scverse": ("to_anndata",),
         "store": ("EmbeddingStore", "StoreError"),
         "tiles": ("TileFeatures", "Tiles", "pool_tiles"),
         "tissue": ("TissueMask", "find_tissue"),
@@ -66,5 +68,6 @@ __all__ = [
     "read_inputs",
     "read_token_values",
     "tissue_regions",
+    "to_anndata",
     "write_heatmap",
 ]
