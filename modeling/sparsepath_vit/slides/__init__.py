@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .reader import Slide
     from .regions import Region, read_inputs, tissue_regions
     from .report import EmbedReport
+    from .scverse import to_anndata
     from .similarity import SimilarPlace, similar_places, token_similarity
     from .store import EmbeddingStore, StoreError
     from .tiles import TileFeatures, Tiles, pool_tiles
@@ -40,6 +41,7 @@ __getattr__, __dir__ = lazy_names(
         "regions": ("Region", "read_inputs", "tissue_regions"),
         "report": ("EmbedReport",),
         "similarity": ("SimilarPlace", "similar_places", "token_similarity"),
+        "scverse": ("to_anndata",),
         "store": ("EmbeddingStore", "StoreError"),
         "tiles": ("TileFeatures", "Tiles", "pool_tiles"),
         "tissue": ("TissueMask", "find_tissue"),
@@ -76,6 +78,7 @@ __all__ = [
     "read_token_values",
     "similar_places",
     "tissue_regions",
+    "to_anndata",
     "token_similarity",
     "write_heatmap",
 ]
