@@ -30,6 +30,7 @@ FOLDERS = {
     "tasks.segmentation": {"model", "runtime", "slides", "tasks", "version"},
     "tasks.panda": {"model", "runtime", "slides", "tasks", "tasks.classification"},
     "tasks.segpath": {"model", "runtime", "slides", "tasks", "tasks.segmentation"},
+    "plugins": {"checkpoints", "model", "runtime"},
 }
 
 # What the lower files of the model may import; a name stands for itself and all names that begin with it and "_".
@@ -49,7 +50,8 @@ MODEL_ALLOWED = {
     "pillow_images": set(),
     "image_inputs": {"pillow_images"},
     "patch_presence": {"image_inputs"},
-    "image_processing_sparsepath_vit": {"image_inputs", "patch_presence", "remote_code"},
+    "image_settings": set(),
+    "image_processing_sparsepath_vit": {"image_inputs", "image_settings", "patch_presence", "remote_code"},
 }
 
 MOST_LINES_OF_A_FILE = 400
