@@ -35,6 +35,7 @@ _PACKAGE_NAME = KERNEL_NAME.replace("-", "_")
 _SOURCES = (
     "stratified_sampling.py",
     "token_grid.py",
+    "token_strips.py",
     "attention_specification.py",
     "attention_precision.py",
     "attention_checks.py",

@@ -8,6 +8,7 @@ import torch
 
 from .attention_backend import PreparedGrid, operator_name
 from .token_grid import TokenGrid
+from .token_strips import TokenStrip
 
 # Blocks are joined until a tile has this many queries: below it the cost of a call outweighs its arithmetic, above it
 # the tile computes logits of keys that most of its queries do not see (measured with blocks of 4 to 64 tokens).
@@ -62,7 +63,10 @@ def prepare_tiles(grid: TokenGrid) -> PreparedGrid:
     block_counts = [count for counts in grid.block_counts for count in counts]
     context = grid.context_tokens()
     context_offsets = None if context is None else context.offsets
-    table = _tile_table(grid.block_offsets, context_offsets, block_counts, list(grid.image_offsets), *numbers)
+    layout = (grid.block_offsets, context_offsets, block_counts, list(grid.image_offsets), *numbers)
+    # torch.compile, which needs a table of known size, never sees strips.
+    is_strip = isinstance(grid, TokenStrip)
+    table = torch.tensor(_tiles(*layout, grid.own, grid.global_keys)) if is_strip else _tile_table(*layout)
     tensors = [table, (grid.columns // _window(grid)).to(torch.int32)]
     return PreparedGrid([*tensors, *(_key_weights(grid) if grid.weighs_keys else ())], numbers)
 
@@ -103,6 +107,26 @@ def _tile_table(
     neighbor_radius: int,
 ) -> torch.Tensor:
     """(tiles, 4 + 2 * runs) int64 on the host, of as many tiles as there can be at most: the last ones are empty."""
+    tiles = _tiles(block_offsets, context_offsets, block_counts, image_offsets, num_global_tokens, neighbor_radius)
+    most_tiles, columns = _table_shape(block_counts, neighbor_radius, context_offsets is not None)
+    return torch.tensor(tiles + [[0] * columns] * (most_tiles - len(tiles)))
+
+
+def _tiles(
+    block_offsets: torch.Tensor,
+    context_offsets: torch.Tensor | None,
+    block_counts: list[int],
+    image_offsets: list[int],
+    num_global_tokens: int,
+    neighbor_radius: int,
+    own: tuple[int, int] | None = None,
+    keys_of_globals: tuple[int, int] | None = None,
+) -> list[list[int]]:
+    """The rows of the table.
+
+    `own` is (start, end) of the patch tokens that are queries, and `keys_of_globals` of what global tokens see; `None`
+    where that is all.
+    """
     offsets, first_entry, tiles = block_offsets.tolist(), 0, []
     context = None if context_offsets is None else context_offsets.tolist()
     for image, block_rows in enumerate(block_counts[::2]):
@@ -115,12 +139,11 @@ def _tile_table(
         )
         bounds, globals_before = image_offsets[image : image + 2], num_global_tokens * (image + 1)
         for queries, joins_blocks, *runs in _image_tiles(
-            bounds, rows, context_rows, num_global_tokens, neighbor_radius
+            bounds, own, keys_of_globals, rows, context_rows, num_global_tokens, neighbor_radius
         ):
             tiles.append([*queries, joins_blocks, globals_before, *(end for part in runs for end in part)])
-    most_tiles, columns = _table_shape(block_counts, neighbor_radius, context is not None)
-    tiles += [[]] * (most_tiles - len(tiles))
-    return torch.tensor([tile + [0] * (columns - len(tile)) for tile in tiles])
+    columns = _table_shape(block_counts, neighbor_radius, context is not None)[1]
+    return [tile + [0] * (columns - len(tile)) for tile in tiles]
 
 
 @_tile_table.register_fake
@@ -148,6 +171,8 @@ def _table_shape(block_counts: list[int], neighbor_radius: int, has_context: boo
 
 def _image_tiles(
     bounds: list[int],
+    own: tuple[int, int] | None,
+    keys_of_globals: tuple[int, int] | None,
     rows: list[list[int]],
     context_rows: list[list[int]] | None,
     num_global_tokens: int,
@@ -155,16 +180,22 @@ def _image_tiles(
 ) -> Iterator[tuple[list[int], int, list[int], list[int]]]:
     """Queries, 1 + block row of tiles of several blocks, runs of keys and runs of context tokens of one image.
 
-    `bounds` are those of its packed tokens; `rows` and `context_rows` hold where the blocks of each block row start.
+    `bounds` are those of its packed tokens, `own` and `keys_of_globals` as in `_tiles`; `rows` and `context_rows`
+    hold where the blocks of each block row start.
     """
     global_keys = [bounds[0], bounds[0] + num_global_tokens]
-    if max(len(rows), len(rows[0]) - 1) - 1 <= neighbor_radius:
+    is_dense = max(len(rows), len(rows[0]) - 1) - 1 <= neighbor_radius
+    if is_dense and own is None:
         yield bounds, 0, bounds, []
         return
-    yield global_keys, 0, bounds, []
+    yield global_keys, 0, bounds if own is None else list(keys_of_globals), []
+    if is_dense:
+        yield list(own), 0, bounds, []
+        return
     run_columns = 2 * (2 * neighbor_radius + 2)
     for row, offsets in enumerate(rows):
-        for queries, blocks in _block_row_tiles(offsets):
+        query_offsets = offsets if own is None else [min(max(offset, own[0]), own[1]) for offset in offsets]
+        for queries, blocks in _block_row_tiles(query_offsets):
             near = _near_blocks(row, blocks, neighbor_radius, len(offsets) - 1)
             joins_blocks = row + 1 if blocks[1] > blocks[0] else 0
             runs, context_runs = global_keys + _runs_inside(rows, *near), []
@@ -177,7 +208,7 @@ def _image_tiles(
 def _block_row_tiles(offsets: list[int]) -> Iterator[tuple[list[int], tuple[int, int]]]:
     """Queries, and first and last block, of the tiles of one block row, whose blocks start at `offsets`."""
     num_block_columns = len(offsets) - 1
-    first = 0
+    first = num_block_columns if offsets[0] == offsets[-1] else 0
     while first < num_block_columns:
         last = first
         while last + 1 < num_block_columns and offsets[last + 1] - offsets[first] < MIN_QUERIES_PER_TILE:

@@ -251,7 +251,9 @@ class SlideEmbedder:
         dense, reading = self.settings.dense, Stopwatch()
         start = time.perf_counter()
         if self.settings.whole_slide:
-            embedding = embed_slide(self.model, self.processor, slide, self.mpp, tissue, dense, reading)
+            embedding = embed_slide(
+                self.model, self.processor, slide, self.mpp, tissue, dense, reading, self.show_progress
+            )
             self.report.reading_seconds += reading.seconds
             self.report.model_seconds += time.perf_counter() - start - reading.seconds
             yield regions[0], embedding

@@ -14,22 +14,27 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
+from ..runtime.cost import tokens_after_pruning
 from ..runtime.pixels import prepare
 from .backends import SlideError
 from .reader import Slide
 from .tissue import TissueMask, find_tissue
 
 if TYPE_CHECKING:
+    from ..model.configuration_sparsepath_vit import SparsePathViTConfig
     from ..model.image_processing_sparsepath_vit import SparsePathViTImageProcessor
     from ..model.modeling_outputs_sparsepath_vit import SparsePathViTModelOutput
     from ..model.modeling_sparsepath_vit import SparsePathViTModel
+    from ..model.token_grid import TokenGrid
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 _STRIP_PIXELS = 8 * 2**20  # a strip's pixels, patches and positions exist beside the tokens of the whole slide
 _STRIP_ROWS = 32
+_SECONDS_UNTIL_PROGRESS = 2.0
 _GAP_TOKENS = 16  # shorter background between tissue is read along: seeking costs more
 
 
@@ -116,6 +121,7 @@ def embed_slide(
     tissue: TissueMask | None = None,
     dense: bool = True,
     reading: Stopwatch | None = None,
+    show_progress: bool = False,
 ) -> Embedding:
     """Embeds all tissue of a slide as one sparse token grid in one forward.
 
@@ -130,6 +136,7 @@ def embed_slide(
         tissue: which tokens to embed; found by `find_tissue` where None.
         dense: whether to return the features of the patch tokens.
         reading: counts the time spent waiting for pixels.
+        show_progress: whether to draw a progress bar over the layers and their strips.
 
     Raises:
         SlideError: the slide cannot be read, or has no tissue.
@@ -157,12 +164,16 @@ def embed_slide(
     with closing(slide_strips(slide, present, patch_size, mpp)) as strips:
         waited_for = strips if reading is None else reading.watch(strips)
         pixels = (prepare(processor, [strip], model.device)["pixel_values"] for strip in waited_for)
-        return forward_strips(model, pixels, present, dense)
+        return forward_strips(model, pixels, present, dense, slide.name if show_progress else None)
 
 
 @torch.no_grad()
 def forward_strips(
-    model: "SparsePathViTModel", strips: Iterable[torch.Tensor], present: np.ndarray, dense: bool
+    model: "SparsePathViTModel",
+    strips: Iterable[torch.Tensor],
+    present: np.ndarray,
+    dense: bool,
+    progress: str | None = None,
 ) -> Embedding:
     """The model on one image that arrives in strips.
 
@@ -172,10 +183,31 @@ def forward_strips(
             the grid.
         present: (rows, columns) bool.
         dense: whether to return the features of the patch tokens.
+        progress: the title of a progress bar over the layers and their strips; `None` for no bar.
     """
     patch_mask = torch.from_numpy(present).to(model.device)
-    outputs = model.finish(model.encode(strips, model.token_grid_of_image(patch_mask)))
+    grid = model.token_grid_of_image(patch_mask)
+    with _progress_bar(model.config, grid, progress) as bar:
+        outputs = model.finish(model.encode(strips, grid, on_tokens=bar.update), may_overwrite=True)
     return _embedding(outputs, 0, patch_mask, present.shape, dense, model.config.leaves_representatives)
+
+
+def _progress_bar(config: "SparsePathViTConfig", grid: "TokenGrid", title: str | None) -> tqdm:
+    """One bar for a whole forward: each patch token counts once for the embeddings and once for each layer."""
+    layers_before = (
+        min(config.prune_after_layer, config.num_hidden_layers) if config.prunes else config.num_hidden_layers
+    )
+    tokens, kept = sum(grid.counts), sum(tokens_after_pruning(config, grid))
+    total = (1 + layers_before) * tokens + (config.num_hidden_layers - layers_before) * kept
+    return tqdm(
+        total=total,
+        desc=title,
+        unit="token",
+        unit_scale=True,
+        leave=False,
+        delay=_SECONDS_UNTIL_PROGRESS,
+        disable=title is None,
+    )
 
 
 def strip_rows(columns: int, patch_size: int) -> int:
