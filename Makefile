@@ -5,13 +5,13 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 SOURCES := modeling scripts studies tests configuration docs examples
 
-.PHONY: demo test docs notebooks lint format figures benchmark gpu clean
+.PHONY: demo test browser-test interop docs notebooks lint format figures benchmark gpu clean
 
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -c "import sys; assert (3, 11) <= sys.version_info[:2] < (3, 13), 'Python 3.11 or 3.12 is needed, this is %d.%d: make PYTHON=python3.12' % sys.version_info[:2]"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip uv
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --editable ".[dev,slides,train]"
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --editable ".[dev,slides,train,view]"
 	touch $(INSTALLED)
 
 demo: $(INSTALLED)  ## one real region, dense, sparse and pruned: table, features, prune map
@@ -19,6 +19,14 @@ demo: $(INSTALLED)  ## one real region, dense, sparse and pruned: table, feature
 
 test: $(INSTALLED)  ## the whole test suite; no network, no GPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+browser-test: $(INSTALLED)  ## the tests of `sparsepath view` in headless Chromium, which is installed where it can be
+	command -v chromium || { apt-get -q update && apt-get -q install -y --no-install-recommends chromium; } || \
+		echo "no chromium, and it cannot be installed (apt-get, as root): the tests say what they skip"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs tests/slides/view
+
+interop: $(INSTALLED)  ## the adapters against eva, LazySlide and slide2vec, each in an environment of its own; needs network
+	$(BIN)/python scripts/interop_tests.py $(INTEROP)
 
 docs: $(INSTALLED)  ## the pages as HTML in docs/_build/html; a broken link or reference is an error
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --editable ".[docs]"
@@ -48,4 +56,4 @@ gpu: $(INSTALLED)  ## needs an NVIDIA GPU: is the kernel right there, and how fa
 	$(BIN)/python scripts/gpu_acceptance.py --output_dir outputs/gpu --record
 
 clean:
-	rm -rf $(VENV) build dist docs/_build .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .interop build dist docs/_build .pytest_cache .ruff_cache .hypothesis

@@ -36,12 +36,15 @@ _SOURCES = (
     "stratified_sampling.py",
     "token_grid.py",
     "token_strips.py",
+    "context_tokens.py",
+    "mean_query_correction.py",
     "attention_specification.py",
     "attention_precision.py",
     "attention_checks.py",
     "attention_backend.py",
     "attention_backends.py",
     "attention_sdpa_tables.py",
+    "attention_sdpa_correction.py",
     "attention_sdpa_tiles.py",
     "attention_triton.py",
     "attention_triton_tables.py",
@@ -59,9 +62,10 @@ _PACKAGE_INIT = (
     + '''"""Block-local attention with fused global tokens, ragged after token pruning (arXiv 2601.12150)."""
 
 from .attention_operator import block_attention
+from .context_tokens import draw_context_tokens
 from .token_grid import TokenGrid
 
-__all__ = ["TokenGrid", "block_attention"]
+__all__ = ["TokenGrid", "block_attention", "draw_context_tokens"]
 '''
 )
 

@@ -11,8 +11,6 @@ import numpy as np
 
 from sparsepath_vit.runtime.atomic_files import atomic_path
 
-from .fidelity.comparison import Fidelity
-
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -69,33 +67,24 @@ def finish(axis: "Axes", title: str, x_label: str, y_label: str) -> None:
         axis.legend(fontsize=7)
 
 
-def plot_fidelity(fidelities: Sequence[Fidelity], path: Path) -> None:
-    """CLS and patch cosines against the image's side, and the attention inside the pattern layer by layer.
+def plot_fidelity(rows: Sequence[Mapping[str, str]], path: Path) -> None:
+    """CLS and centred patch cosines against size, the means of images.
 
     Args:
-        fidelities: any variants and sizes; those of one variant and size are averaged.
+        rows: of `studies.fidelity`.
         path: PNG to write.
     """
-    by_variant: dict[str, dict[int, list[Fidelity]]] = defaultdict(lambda: defaultdict(list))
-    for fidelity in fidelities:
-        window = "dense" if fidelity.window_size is None else f"w = {fidelity.window_size}"
-        pruned = f", p = {fidelity.prune_ratio:g} after layer {fidelity.prune_after_layer}"
-        by_variant[window + (pruned if fidelity.prune_ratio else "")][max(fidelity.size)].append(fidelity)
-    with drawn_axes(path, 3) as (cls_axis, patch_axis, mass_axis):
+    by_variant: dict[str, dict[int, list[Mapping[str, str]]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        by_variant[row["variant"]][max(int(row["height"]), int(row["width"]))].append(row)
+    with drawn_axes(path, 2) as (cls_axis, patch_axis):
         for name, by_size in by_variant.items():
             sizes = sorted(by_size)
-
-            def mean(field: str, by_size: dict[int, list[Fidelity]] = by_size) -> list[float]:
-                return [float(np.mean([getattr(one, field) for one in by_size[size]])) for size in sorted(by_size)]
-
-            cls_axis.plot(sizes, mean("cls_cosine"), marker="o", label=name)
-            (line,) = patch_axis.plot(sizes, mean("patch_cosine"), marker="o", label=name)
-            patch_axis.plot(sizes, mean("patch_cosine_p5"), marker="v", linestyle=":", color=line.get_color())
-            masses = np.mean([one.attention_mass for one in by_size[sizes[-1]]], axis=0)
-            mass_axis.plot(np.arange(1, len(masses) + 1), masses, marker="o", label=f"{name}, {sizes[-1]} px")
+            for axis, column in ((cls_axis, "cls_cosine"), (patch_axis, "centred_patch_cosine")):
+                means = [np.mean([float(row[column]) for row in by_size[size]]) for size in sizes]
+                axis.plot(sizes, means, marker="o", label=name)
         finish(cls_axis, "CLS token", "longer side, px", "cosine to dense")
-        finish(patch_axis, "kept patch tokens: mean, dotted 5th percentile", "longer side, px", "cosine to dense")
-        finish(mass_axis, "dense attention inside the sparse pattern", "layer", "share of the probability")
+        finish(patch_axis, "patch tokens less the dense mean token", "longer side, px", "cosine to dense")
 
 
 def plot_sweep(rows: Sequence[Mapping[str, str]], folder: Path) -> list[Path]:

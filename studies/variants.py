@@ -1,5 +1,5 @@
 # Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
-"""Variants of one model for comparisons: other sparsity for a while, and controls for the order of pruning."""
+"""Variants of one model for comparisons: controls for the order of pruning."""
 
 import hashlib
 from collections.abc import Iterator
@@ -8,28 +8,10 @@ from typing import Any
 
 import torch
 
-from sparsepath_vit.model.modeling_sparsepath_vit import SparsePathViTModel, SparsePathViTPreTrainedModel
+from sparsepath_vit.model.modeling_sparsepath_vit import SparsePathViTModel
 from sparsepath_vit.model.token_grid import TokenGrid
 
 PRUNING_ORDERS = ("score", "random", "inverse")
-
-
-@contextmanager
-def configured(model: SparsePathViTPreTrainedModel, **settings: Any) -> Iterator[None]:
-    """Sets fields of the model's configuration for a while.
-
-    Args:
-        model: any model of the family.
-        **settings: fields of `SparsePathViTConfig`, for example `window_size=None`.
-    """
-    previous = {name: getattr(model.config, name) for name in settings}
-    try:
-        for name, value in settings.items():
-            setattr(model.config, name, value)
-        yield
-    finally:
-        for name, value in previous.items():
-            setattr(model.config, name, value)
 
 
 @contextmanager

@@ -46,6 +46,26 @@ def write_leica(path, image, corner, collection=(1500, 1400), nanometres=500):
     return path
 
 
+def write_ome_parts(folder, image, names=("a_R.ome.tif", "a_G.ome.tif", "a_B.ome.tif")):
+    """An OME-TIFF whose red, green and blue planes are a file each; every file holds the description of all."""
+    height, width = image.shape[:2]
+    identities = [f"urn:uuid:{number:032x}" for number in range(len(names))]
+    planes = "".join(
+        f'<TiffData FirstC="{number}" FirstT="0" FirstZ="0" IFD="0" PlaneCount="1"><UUID FileName="{name}">{identity}'
+        "</UUID></TiffData>"
+        for number, (name, identity) in enumerate(zip(names, identities, strict=True))
+    )
+    channels = "".join(f'<Channel ID="Channel:0:{colour}" Name="{colour}"/>' for colour in ("Red", "Green", "Blue"))
+    for number, (name, identity) in enumerate(zip(names, identities, strict=True)):
+        description = f'''<?xml version="1.0" encoding="UTF-8"?>
+            <OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06" UUID="{identity}"><Image ID="Image:0">
+            <Pixels ID="Pixels:0" DimensionOrder="XYCZT" Type="uint8" SizeX="{width}" SizeY="{height}" SizeC="3"
+            SizeZ="1" SizeT="1" PhysicalSizeX="0.5" PhysicalSizeY="0.5">{channels}{planes}</Pixels></Image></OME>'''
+        options = {"tile": (64, 64), "photometric": "minisblack", "metadata": None}
+        tifffile.imwrite(folder / name, image[..., number], description=description.encode(), **options)
+    return [folder / name for name in names]
+
+
 def write_pyramid(path, image, mpp=0.5, factors=(4,), tile=64, compression="deflate", description=None):
     """A tiled TIFF that OpenSlide reads as generic-tiff; `mpp` goes into the resolution tags (None: none)."""
     tags = {"resolution": (1e4 / mpp, 1e4 / mpp), "resolutionunit": "CENTIMETER"} if mpp else {"resolutionunit": "NONE"}

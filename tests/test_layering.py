@@ -30,6 +30,7 @@ FOLDERS = {
     "tasks.segmentation": {"model", "runtime", "slides", "tasks", "version"},
     "tasks.panda": {"model", "runtime", "slides", "tasks", "tasks.classification"},
     "tasks.segpath": {"model", "runtime", "slides", "tasks", "tasks.segmentation"},
+    "plugins": {"checkpoints", "model", "runtime"},
 }
 
 # What the lower files of the model may import; a name stands for itself and all names that begin with it and "_".
@@ -39,11 +40,15 @@ MODEL_ALLOWED = {
     "stratified_sampling": set(),
     "token_grid": {"stratified_sampling"},
     "token_strips": {"token_grid"},
+    "context_tokens": {"stratified_sampling", "token_grid"},
+    "mean_query_correction": {"token_grid"},
     "token_pruning": {"prune_score_operator", "stratified_sampling", "token_grid"},
     "prune_score": {"attention_backend", "fused_elementwise", "prune_score", "token_grid"},
     "fused_elementwise": {"attention_triton", "fused_elementwise"},
     "device_memory": set(),
-    "attention": {"attention", "device_memory", "token_grid", "token_strips"},
+    "attention": {
+        *("attention", "context_tokens", "device_memory", "mean_query_correction", "token_grid", "token_strips"),
+    },
     "embeddings": {"configuration_sparsepath_vit", "token_grid"},
     "streamed_prune_scores": {"token_strips"},
     "streamed_layers": {
@@ -53,7 +58,8 @@ MODEL_ALLOWED = {
     "pillow_images": set(),
     "image_inputs": {"pillow_images"},
     "patch_presence": {"image_inputs"},
-    "image_processing_sparsepath_vit": {"image_inputs", "patch_presence", "remote_code"},
+    "image_settings": set(),
+    "image_processing_sparsepath_vit": {"image_inputs", "image_settings", "patch_presence", "remote_code"},
 }
 
 MOST_LINES_OF_A_FILE = 400

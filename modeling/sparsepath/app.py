@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from . import console, convert, demo, doctor, embed, estimate, heatmap, inspect, models, segment
+from . import console, convert, demo, doctor, embed, estimate, fidelity, heatmap, inspect, models, segment, view
 
 app = typer.Typer(
     name="sparsepath",
@@ -48,6 +48,8 @@ app.command(epilog=models.EXAMPLES)(models.models)
 app.command(epilog=doctor.EXAMPLES)(doctor.doctor)
 app.command(epilog=inspect.EXAMPLES)(inspect.inspect)
 app.command(epilog=estimate.EXAMPLES)(estimate.estimate)
+app.command(epilog=fidelity.EXAMPLES)(fidelity.fidelity)
 app.command(epilog=embed.EXAMPLES)(embed.embed)
 app.command(epilog=heatmap.EXAMPLES)(heatmap.heatmap)
 app.command(epilog=segment.EXAMPLES)(segment.segment)
+app.command(epilog=view.EXAMPLES)(view.view)

@@ -2,7 +2,7 @@
 """`sparsepath embed`: slides -> embeddings."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 EXAMPLES = (
     "Examples:  `sparsepath embed slides/ --model ./uni2-h --out embeddings`   ·   "
     "`sparsepath embed list.csv --model ./uni2-h --out dense --whole-slide --dense`   ·   "
+    "`sparsepath embed slides/ --model ./uni2-h --out tiles --tile-size 224 --minimum-tissue 0.1`   ·   "
     "several GPUs: `accelerate launch -m sparsepath embed slides/ --model ./uni2-h --out embeddings`   ·   "
     "two processes, also without a GPU: `torchrun --nproc_per_node 2 -m sparsepath embed slides/ "
     "--model ./uni2-h --out embeddings`"
@@ -23,9 +24,31 @@ EXAMPLES = (
 Slides = Annotated[list[Path], typer.Argument(help="Slide files, folders, or a CSV: slide,mpp,x,y,width,height,label.")]
 EmbeddingsFolder = Annotated[Path, typer.Option(help="Folder for one HDF5 file per slide.")]
 MinimumTissue = Annotated[
-    float, typer.Option(min=0, max=1, help="Leave out regions with a smaller share of tissue tokens.")
+    float,
+    typer.Option(min=0, max=1, help="Leave out regions (tiles, where --tile-size asks for them) with less tissue."),
 ]
 Dense = Annotated[bool, typer.Option("--dense", help="Store the features of all kept patch tokens.")]
+Regions = Annotated[
+    Path | None,
+    typer.Option(
+        help="Regions of another tool instead of a grid: coordinates (.h5 of TRIDENT or CLAM, .coordinates.npz of "
+        "slide2vec) or QuPath's GeoJSON (classes as labels); a file, or a folder with one of each slide's name."
+    ),
+]
+Format = Annotated[
+    Literal["hdf5", "anndata", "zarr"],
+    typer.Option(help="Also write each slide's features as AnnData (.h5ad or .zarr), as LazySlide lays it out."),
+]
+TileSize = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Average the patch tokens over tiles of this side (224, 256, ...): a vector for each tile."
+    ),
+]
+Attention = Annotated[
+    Literal["mean", "heads"] | None,
+    typer.Option(help="With --dense: store what the global tokens attend to, the mean of all heads or each head."),
+]
 BatchSize = Annotated[int, typer.Option(min=1, help="Regions per forward.")]
 
 
@@ -40,7 +63,11 @@ def embed(
     minimum_tissue: MinimumTissue = 0.0,
     whole_slide: options.WholeSlide = False,
     dense: Dense = False,
+    tile_size: TileSize = None,
+    attention: Attention = None,
     tissue_mask: options.TissueMask = None,
+    regions: Regions = None,
+    format: Format = "hdf5",
     origin: options.Origin = "bounds",
     batch_size: BatchSize = 1,
     workers: options.Workers = None,
@@ -54,9 +81,11 @@ def embed(
         slides,
         model,
         out,
-        EmbedSettings(mpp, region_size, overlap, minimum_tissue, whole_slide, dense, origin),
+        EmbedSettings(mpp, region_size, overlap, minimum_tissue, whole_slide, dense, origin, tile_size, attention),
         slide_mpp=slide_mpp,
         tissue_mask=tissue_mask,
+        regions=regions,
+        table_format=None if format == "hdf5" else format,
         batch_size=batch_size,
         workers=workers,
         device=device,

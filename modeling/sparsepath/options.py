@@ -9,8 +9,8 @@ Checkpoint = Annotated[str, typer.Option(help="Converted checkpoint: folder or H
 Mpp = Annotated[
     float | None,
     typer.Option(
-        help="Micrometres per pixel to embed at; the processor's target_mpp, else 0.5, by default. Slides that do not "
-        "state their own resolution are taken to have this one, if it is given."
+        help="Micrometres per pixel to embed at; the processor's target_mpp, else 0.5, by default. What the slides "
+        "themselves have is --slide-mpp."
     ),
 ]
 SlideMpp = Annotated[
@@ -32,4 +32,7 @@ Origin = Annotated[
 ]
 Workers = Annotated[int | None, typer.Option(min=1, help="Threads that read ahead; one per core, at most 8.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; cuda where there is one by default.")]
-Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; bfloat16 on CUDA by default.")]
+Dtype = Annotated[
+    str | None,
+    typer.Option(help="float32, bfloat16 or float16; by default float32 or bfloat16, whichever is faster there."),
+]

@@ -44,7 +44,6 @@ CompareAttention = Annotated[
     list[int] | None,
     typer.Option(min=0, metavar="TOKENS", help="Also report this attention window against dense; may be repeated."),
 ]
-WeightDtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
 
 
 def segment(
@@ -63,7 +62,7 @@ def segment(
     compare_attention: CompareAttention = None,
     origin: options.Origin = "bounds",
     device: options.Device = None,
-    dtype: WeightDtype = "float32",
+    dtype: options.Dtype = None,
 ) -> None:
     """Segment an image or a slide: a mask, an overlay, GeoJSON polygons for QuPath and a report."""
     from sparsepath_vit.runtime.extras import imports_of_extra

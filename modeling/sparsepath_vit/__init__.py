@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         SparsePathViTUniversalSegmentationConfig,
     )
     from .model.configuration_sparsepath_vit import SparsePathViTConfig
+    from .model.context_tokens import draw_context_tokens
     from .model.image_processing_sparsepath_vit import SparsePathViTImageProcessor, SparsePathViTImageProcessorPil
     from .model.modeling_sparsepath_vit import (
         SparsePathViTBackbone,
@@ -40,6 +41,7 @@ __getattr__, __dir__ = lazy_names(
             "SparsePathViTUniversalSegmentationConfig",
         ),
         "model.configuration_sparsepath_vit": ("SparsePathViTConfig",),
+        "model.context_tokens": ("draw_context_tokens",),
         "model.image_processing_sparsepath_vit": ("SparsePathViTImageProcessor", "SparsePathViTImageProcessorPil"),
         "model.modeling_sparsepath_vit": (
             "SparsePathViTBackbone",
@@ -72,6 +74,7 @@ __all__ = [
     "__version__",
     "block_attention",
     "copy_tiny_checkpoint",
+    "draw_context_tokens",
     "post_process_semantic_segmentation",
     "semantic_probabilities",
     "set_block_attention_backend",

@@ -1,5 +1,9 @@
 # Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
-"""Times whole forward passes: ours against timm and Transformers dense, checked to be the same network first."""
+"""Times whole forward passes, checked to be the same network first: ours, timm's and Transformers'.
+
+The peers see the region dense, and as users see it today: as 224 px tiles, as many as the region's pixels fill, in the
+batch that takes least time a tile.
+"""
 
 import copy
 import dataclasses
@@ -31,8 +35,11 @@ from sparsepath_vit.runtime.measure import (
 
 logger = logging.getLogger(__name__)
 
-PEERS = ("timm", "transformers", "dense", "sparse", "pruned")
+TILE_PEERS = ("tiles_timm", "tiles_transformers")
 DENSE_PEERS = ("timm", "transformers", "dense")
+PEERS = (*TILE_PEERS, *DENSE_PEERS, "sparse", "pruned")
+TILE_SIZE = 224  # pixels
+TILE_BATCHES = {"cpu": (1, 2, 4, 8, 16), "cuda": (16, 64, 256)}
 # Largest difference to timm, relative to the output's scale, that is still the same network in that dtype.
 FLOAT32_TOLERANCE = 5e-5  # of 24 layers, as a norm
 CHECKED_SIZE = 224
@@ -71,11 +78,15 @@ class ModelBenchmark:
 
 @dataclasses.dataclass
 class Peer:
-    """One thing to time: `run` takes (1, 3, height, width) and returns (1, tokens, width) features."""
+    """One thing to time: `run` takes (1, 3, height, width) and returns (1, tokens, width) features.
+
+    A peer of tiles takes the region's pixels in its place, `tiles_per_batch` (T, 3, 224, 224) at a time.
+    """
 
     name: str
     run: Callable[[torch.Tensor], torch.Tensor]
     config: SparsePathViTConfig
+    tiles_per_batch: int = 0
     seconds: list[float] = dataclasses.field(default_factory=list)
     peak_bytes: int = 0
     peak_growth_bytes: int = 0
@@ -131,7 +142,7 @@ def build_peers(settings: ModelBenchmark) -> list[Peer]:
     dense_config = known.build_config(window_size=None, prune_ratio=0.0)
     logger.info("building %s in %s", known.title, settings.dtype)
     runs = {}
-    if "timm" in settings.peers:
+    if {"timm", "tiles_timm"} & set(settings.peers):
         network = random_timm_network(config, settings.dtype)
         ours = converted(network, config)
         check_against_timm(ours, network, dense_config)
@@ -139,7 +150,7 @@ def build_peers(settings: ModelBenchmark) -> list[Peer]:
     else:
         # The runs change the model's config; the peers' own must stay what they say.
         ours = random_weights(SparsePathViTModel, copy.deepcopy(config), settings.dtype)
-    if "transformers" in settings.peers:
+    if {"transformers", "tiles_transformers"} & set(settings.peers):
         model_class, peer_config = transformers_form(config, is_vit=False)
         peer = random_weights(model_class, peer_config, settings.dtype).to(settings.device)
         runs["transformers"] = _features_of(_compiled(peer, settings))
@@ -157,8 +168,38 @@ def build_peers(settings: ModelBenchmark) -> list[Peer]:
         "sparse": Peer("sparse", run_ours(config), config),
         "pruned": Peer("pruned", run_ours(pruned_config), pruned_config),
         **{name: Peer(name, run, dense_config) for name, run in runs.items()},
+        **{f"tiles_{name}": Peer(f"tiles_{name}", run, dense_config) for name, run in runs.items()},
     }
+    for name in set(TILE_PEERS) & set(settings.peers):
+        peers[name] = of_tiles(peers[name], settings)
     return [peers[name] for name in settings.peers]
+
+
+def number_of_tiles(size: int) -> int:
+    """How many 224 px tiles hold as many pixels as a square region of `size` px."""
+    return max(1, round((size / TILE_SIZE) ** 2))
+
+
+def of_tiles(peer: Peer, settings: ModelBenchmark) -> Peer:
+    """`peer` on tiles, in the batch size of `TILE_BATCHES` that takes least time a tile."""
+    batches = TILE_BATCHES[torch.device(settings.device).type]
+    tiles = torch.randn(max(batches), 3, TILE_SIZE, TILE_SIZE, device=settings.device, dtype=settings.dtype)
+
+    def seconds_per_tile(batch_size: int) -> float:
+        with torch.inference_mode(), measured(settings.device) as measurement:
+            peer.run(tiles[:batch_size])
+        return measurement.seconds / batch_size
+
+    seconds_per_tile(batches[0])  # what is made once, such as compiled code
+    fastest = min(batches, key=seconds_per_tile)
+
+    def run(pixel_values: torch.Tensor) -> torch.Tensor:
+        count = number_of_tiles(pixel_values.shape[-1])
+        for start in range(0, count, fastest):
+            features = peer.run(tiles[: min(fastest, count - start)])
+        return features
+
+    return Peer(peer.name, run, peer.config, tiles_per_batch=fastest)
 
 
 def _compiled(run: Callable, settings: ModelBenchmark) -> Callable:
@@ -248,11 +289,14 @@ def _rows(settings: ModelBenchmark, peers: list[Peer], size: int) -> list[dict[s
     flops_per_second = matrix_flops_per_second(
         MATRIX_ROWS, config.hidden_size, config.intermediate_size, settings.dtype, settings.device
     )
+    tile_seconds = [statistics.median(peer.seconds) for peer in peers if peer.tiles_per_batch]
     rows = []
     for peer in peers:
         median = statistics.median(peer.seconds)
-        grid = token_grid_of_size(peer.config, size, size)
-        flops = forward_flops(peer.config, grid)
+        num_images = number_of_tiles(size) if peer.tiles_per_batch else 1
+        side = TILE_SIZE if peer.tiles_per_batch else size
+        grid = token_grid_of_size(peer.config, side, side)
+        flops = num_images * forward_flops(peer.config, grid)
         process_peak = peer.peak_bytes if settings.device == "cuda" else process_peak_bytes()
         rows.append(
             {
@@ -262,12 +306,14 @@ def _rows(settings: ModelBenchmark, peers: list[Peer], size: int) -> list[dict[s
                 "model": peer.name,
                 "window_size": peer.config.window_size or "",
                 "prune_ratio": peer.config.prune_ratio,
-                "tokens": grid.num_tokens,
+                "tokens": num_images * grid.num_tokens,
                 "keys_per_query": round(mean_keys_per_query(grid), 1),
                 "tflop": float(f"{flops / 1e12:.6g}"),
                 "compiled": settings.compiles,
                 **describe_seconds(peer.seconds),
                 "speedup_over_fastest_dense_peer": round(min(dense_seconds) / median, 2) if dense_seconds else "",
+                "times_tiles": round(median / min(tile_seconds), 3) if tile_seconds else "",
+                "tiles_per_batch": peer.tiles_per_batch or "",
                 "matrix_tflop_per_second": float(f"{flops_per_second / 1e12:.4g}"),
                 "share_of_matrix_floor": round(flops / flops_per_second / median, 3),
                 "peak_growth_gib": round(peer.peak_growth_bytes / 2**30, 3),

@@ -1,113 +1,153 @@
 #!/usr/bin/env python
 # Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
-r"""Compares sparse variants of a checkpoint with the dense model on the same weights, image by image.
+r"""Compares block-local, stratified and pruned variants of a checkpoint with the dense model, image by image.
 
-Writes OUT/fidelity.csv (cosines of CLS and patch tokens, dense attention inside the pattern, agreement of
-predictions for a classifier), layers.csv (the attention of each layer) and fidelity.png. Sizes at which dense does not
-fit in memory are refused, with the size that would fit.
+Writes OUT/fidelity.csv, row by row, and goes on where it was stopped; then OUT/fidelity.png, means against size.
+Without --images the twelve regions of --data-dir are taken, as central squares, and without --model-name-or-path the
+weights of `studies.real_weights`. For one image `sparsepath fidelity` shows the same at once. Sizes at which dense does
+not fit in memory are refused, with the size that would fit.
 
 Examples:
+    python -m studies.fidelity --data-dir ../shared/data --sizes 700,1022,1400 --out model_card/results
     python -m studies.fidelity --model-name-or-path ./uni2-h --images region.png --sizes 448,1120 --out outputs/f
     python -m studies.fidelity --model-name-or-path ./uni2-h --images rois/*.png --windows 4,8 --out outputs/f \
-        --prune-ratios 0,0.6 --bf16
+        --context-tokens 0,1024 --prune-ratios 0,0.6 --bf16
 """
 
 import argparse
+import itertools
 import logging
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 
-import sparsepath_vit  # noqa: F401  registers the Auto classes
 from sparsepath_vit.runtime.extras import ScriptParser, imports_of_extra, run_script
 from sparsepath_vit.runtime.load_model import load_model
 
 with imports_of_extra("train", "matplotlib"):
+    from sparsepath_vit.comparison.fidelity import DenseDoesNotFit, compare_to_dense
+    from sparsepath_vit.comparison.images import resized
+    from sparsepath_vit.runtime.measure import describe_run
     from sparsepath_vit.runtime.pixels import prepare
 
     from ..figures import plot_fidelity
-    from ..results import write_table
-    from .comparison import DenseDoesNotFit, Fidelity, compare_to_dense
+    from ..real_weights.cache import cache_folder, cached_checkpoint
+    from ..regions import spread_order, square, twelve_regions
+    from ..results import ResultsTable
 
 logger = logging.getLogger("fidelity")
+
+KEYS = ("model", "image", "size", "variant")
+VALUES = (
+    *("height", "width", "tokens", "kept_tokens", "window_size", "num_context_tokens", "prune_ratio"),
+    *("prune_after_layer", "num_representatives", "keys_per_query", "seconds", "peak_bytes", "cls_cosine"),
+    *("pooled_cosine", "patch_cosine", "patch_cosine_p5", "centred_patch_cosine", "centred_patch_cosine_p5"),
+    *("self_similarity", "estimated_cls_error", "same_prediction"),
+    *("commit", "sparsepath_vit", "torch", "transformers", "python", "machine", "threads"),
+)
 
 
 def main() -> None:
     parser = ScriptParser(__doc__)
-    parser.add_argument("--model-name-or-path", required=True, help="folder or Hub id of a converted checkpoint")
-    parser.add_argument("--images", type=Path, nargs="+", required=True)
+    parser.add_argument("--model-name-or-path", help="converted checkpoint; that of studies.real_weights by default")
+    parser.add_argument("--images", type=Path, nargs="+", help="instead of the twelve regions")
+    parser.add_argument("--data-dir", type=Path, help="folder with the twelve regions")
+    parser.add_argument("--most-images", type=int, default=12, help="so many of the twelve, evenly spread")
     parser.add_argument("--sizes", default="", help="px of the longer side, comma separated; as they are by default")
-    parser.add_argument("--windows", default="2,4,8,16,64", help="tokens per block side")
-    parser.add_argument("--prune-ratios", default="0", help="shares of patch tokens removed")
-    parser.add_argument("--max-queries", type=int, default=1024, help="patch queries whose attention is summed; 0: all")
+    parser.add_argument("--windows", default="8", help="tokens per block side")
+    parser.add_argument("--context-tokens", default="0,1024", help="0 is block-local attention")
+    parser.add_argument("--prune-ratios", default="0,0.6", help="shares of patch tokens removed")
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", "--output-dir", dest="output_dir", type=Path, required=True)
-    arguments = parser.parse_args()
-    run_script(run, arguments)
+    run_script(run, parser.parse_args())
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Compares all images at all sizes, and writes tables and figure."""
-    config = AutoConfig.from_pretrained(arguments.model_name_or_path)
-    is_classifier = "SparsePathViTForImageClassification" in (config.architectures or ())
-    model_class = AutoModelForImageClassification if is_classifier else AutoModel
+    """Compares all images at all sizes, and writes table and figure."""
+    checkpoint = arguments.model_name_or_path or cached_checkpoint()
+    if checkpoint is None:
+        raise ValueError(f"no weights in {cache_folder()}: run `python -m studies.real_weights`, or name a checkpoint.")
     dtype = torch.bfloat16 if arguments.bf16 else torch.float32
-    model, processor = load_model(arguments.model_name_or_path, arguments.device, dtype, model_class=model_class)
-    windows = [int(window) for window in arguments.windows.split(",")]
-    ratios = [float(ratio) for ratio in arguments.prune_ratios.split(",")]
-    variants = [{"window_size": window, "prune_ratio": ratio} for window in windows for ratio in ratios]
-    sizes = [int(size) for size in arguments.sizes.split(",") if size] or [None]
-    results: list[tuple[str, Fidelity]] = []
-    for path, size in tqdm([(path, size) for path in arguments.images for size in sizes], unit="image"):
-        with Image.open(path) as opened:
-            image = resized(opened.convert("RGB"), size)
-        inputs = prepare(processor, [np.asarray(image)], model.device, mask_background=processor.mask_background)
+    model, processor = load_model(checkpoint, arguments.device, dtype)
+    table = ResultsTable(arguments.output_dir / "fidelity.csv", KEYS, VALUES)
+    name = arguments.model_name_or_path or cache_folder().name
+    variants, described = variants_of(arguments), describe_run(arguments.device)
+    for path, size in tqdm(images_and_sizes(arguments), desc="fidelity", unit="image"):
+        key = {"model": name, "image": path.name, "size": size or ""}
+        if sum(row["image"] == path.name and row["size"] == str(size or "") for row in table.rows) > len(variants):
+            continue
+        pixels = region(path, size, arguments.images is None)
+        inputs = prepare(processor, [pixels], model.device, mask_background=processor.mask_background)
         try:
-            fidelities = compare_to_dense(model, inputs, variants, arguments.max_queries or None)
+            rows = compare_to_dense(model, inputs, variants, estimates_error=True)
         except DenseDoesNotFit as error:
             logger.warning("%s: %s", path.name, error)
             continue
-        results += [(path.name, fidelity) for fidelity in fidelities]
-    if not results:
+        for row in rows:
+            if not table.has(key | row.row()):
+                table.add(key | row.row() | described)
+    if not table.rows:
         raise ValueError("nothing could be compared: dense fits at none of the sizes (see above).")
-    write(results, arguments.output_dir)
+    plot_fidelity(table.rows, arguments.output_dir / "fidelity.png")
+    summarise(table)
 
 
-def resized(image: Image.Image, size: int | None) -> Image.Image:
-    """The image with `size` pixels on its longer side."""
-    if size is None:
-        return image
-    scale = size / max(image.size)
-    return image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.BICUBIC)
-
-
-def write(results: Sequence[tuple[str, Fidelity]], folder: Path) -> None:
-    """Tables, figure and log lines."""
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = [{"image": name, **fidelity.row()} for name, fidelity in results]
-    write_table(folder / "fidelity.csv", rows)
-    of_layers = [
-        {"image": name, "longer_side": max(one.size), "window_size": one.window_size, "prune_ratio": one.prune_ratio}
-        | {"layer": layer, "attention_mass": mass}
-        for name, one in results
-        for layer, mass in enumerate(one.attention_mass, start=1)
+def variants_of(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """All combinations; where context tokens are drawn, pruning leaves as many representatives."""
+    numbers = (arguments.windows, arguments.context_tokens)
+    windows, samples = ([int(number) for number in text.split(",")] for text in numbers)
+    ratios = [float(ratio) for ratio in arguments.prune_ratios.split(",")]
+    return [
+        {
+            "window_size": window,
+            "num_context_tokens": number,
+            "prune_ratio": ratio,
+            "num_representatives": number if ratio else 0,
+        }
+        for window, ratio, number in itertools.product(windows, ratios, samples)
     ]
-    write_table(folder / "layers.csv", of_layers)
-    plot_fidelity([fidelity for _, fidelity in results], folder / "fidelity.png")
-    for name, one in results:
-        agreement = {None: "", True: "  same class", False: "  OTHER CLASS"}[one.same_prediction]
+
+
+def images_and_sizes(arguments: argparse.Namespace) -> list[tuple[Path, int | None]]:
+    """What is measured, small sizes first.
+
+    Raises:
+        ValueError: neither images nor the folder of the twelve regions are given, or no size for the latter.
+    """
+    sizes = [int(size) for size in arguments.sizes.split(",") if size] or [None]
+    paths = arguments.images
+    if paths is None:
+        if arguments.data_dir is None or None in sizes:
+            raise ValueError("nothing to compare: pass --images, or --data-dir and --sizes.")
+        regions = list(twelve_regions(arguments.data_dir))
+        paths = [regions[index] for index in spread_order(len(regions))[: arguments.most_images]]
+    return [(path, size) for size in sizes for path in paths]
+
+
+def region(path: Path, size: int | None, is_square: bool) -> np.ndarray:
+    """(height, width, 3) uint8."""
+    if is_square:
+        return square(path, size)
+    with Image.open(path) as opened:
+        return np.asarray(resized(opened.convert("RGB"), size))
+
+
+def summarise(table: ResultsTable) -> None:
+    """Logs mean and worst over images."""
+    for size, variant in dict.fromkeys((row["size"], row["variant"]) for row in table.rows):
+        of = [row for row in table.rows if (row["size"], row["variant"]) == (size, variant)]
+        names = ("cls_cosine", "centred_patch_cosine", "keys_per_query", "seconds")
+        cls, centred, keys, seconds = (np.array([float(row[name]) for row in of]) for name in names)
         logger.info(
-            "%-28s %5d px  w = %-4s p = %.1f  CLS %.4f  patches %.4f (5 %%: %.4f)  attention inside %.3f%s",
-            *(name, max(one.size), one.window_size, one.prune_ratio, one.cls_cosine, one.patch_cosine),
-            *(one.patch_cosine_p5, sum(one.attention_mass) / len(one.attention_mass), agreement),
+            "%5s px  %-58s CLS %.4f (worst %.4f)  patches %.3f (worst %.3f)  keys %5.0f  %5.1f s  %d images",
+            *(size, variant, cls.mean(), cls.min(), centred.mean(), centred.min(), keys.mean()),
+            *(np.median(seconds), len(of)),
         )
-    logger.info("wrote %s", folder)
 
 
 if __name__ == "__main__":

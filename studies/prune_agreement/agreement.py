@@ -18,6 +18,7 @@ from sklearn.metrics import roc_auc_score
 from tqdm import tqdm
 
 from sparsepath_vit.model.token_pruning import num_kept
+from sparsepath_vit.runtime.configured import configured
 from sparsepath_vit.runtime.extras import require
 from sparsepath_vit.runtime.pixels import prepare
 from sparsepath_vit.slides import Slide, SlideError
@@ -25,8 +26,6 @@ from sparsepath_vit.tasks.bootstrap import bootstrap_interval
 from sparsepath_vit.tasks.classification.rois import Problem, Roi, RoiDataset
 from sparsepath_vit.tasks.panda.dataset import MASK_LABELS
 from sparsepath_vit.tasks.panda.label_mask import LabelMask, LabelMaskError
-
-from ..variants import configured
 
 if TYPE_CHECKING:
     from sparsepath_vit.model.image_processing_sparsepath_vit import SparsePathViTImageProcessor

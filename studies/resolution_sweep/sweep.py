@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from sparsepath_vit.runtime.configured import configured
 from sparsepath_vit.runtime.cost import forward_flops, token_grid_of_size
 from sparsepath_vit.runtime.measure import describe_run, measured
 from sparsepath_vit.runtime.memory import forward_bytes, free_bytes, is_out_of_memory
@@ -29,7 +30,7 @@ from sparsepath_vit.tasks.classification.linear_probe import probe
 from sparsepath_vit.tasks.classification.rois import RoiDataset
 
 from ..results import ResultsTable
-from ..variants import configured, pruning_order
+from ..variants import pruning_order
 from .plan import VARIANTS, SweepRow, SweepSettings, plan
 
 if TYPE_CHECKING:

@@ -19,13 +19,11 @@ Examples:
 
 import argparse
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 from sparsepath_vit.model.modeling_sparsepath_vit import SparsePathViTModel
@@ -34,6 +32,7 @@ from sparsepath_vit.runtime.load_model import load_model
 from sparsepath_vit.runtime.pixels import prepare
 
 from ..real_weights.cache import cache_folder, cached_checkpoint
+from ..regions import spread_order, square, twelve_regions
 from ..results import ResultsTable
 from .draws import DrawRule
 from .forward import Features, Settings, run
@@ -42,9 +41,6 @@ from .measure import distance_to_dense, estimated_cls_error
 
 logger = logging.getLogger("stratified_draw")
 
-SLIDES = ("OS-1_1101x1101.png", "cmu1_1568x2912.jpg", "tcga_cr7395_2016x3360.jpg")
-CLASSES = ("non_tumor", "non_viable_tumor", "viable_tumor")
-REGIONS_OF_A_CLASS = 3
 SCREENED = (0, 3, 6, 9)  # the images on which rules are tried that the first results spoke against
 EXACT = 64
 REFERENCES = 64
@@ -56,6 +52,8 @@ RULES = {
     "anew in each layer": DrawRule(layers="anew"),
     "largest mass exact": DrawRule(exact=EXACT),
     "exact and mean queries, anew": DrawRule(exact=EXACT, references=REFERENCES, layers="anew"),
+    "exact and one mean query, anew": DrawRule(exact=EXACT, references=1, layers="anew"),
+    "half as many exact and one mean query, anew": DrawRule(exact=EXACT // 2, references=1, layers="anew"),
     "one mean query": DrawRule(references=1),
     "mass of the layer before exact": DrawRule(exact=EXACT, mass_of="previous"),
     "half by mass": DrawRule(importance=0.5),
@@ -67,7 +65,7 @@ RULES = {
     "mean values": DrawRule(mean_values=True),
 }
 BEST = ("random", "exact and mean queries")
-AT_SIZES = (*BEST, "exact and mean queries, anew", "exact and mean queries, wide, anew")
+AT_SIZES = (*BEST, "exact and mean queries, anew", "exact and one mean query, anew")
 ON_ALL_IMAGES = (*BEST, "anew in each layer", "exact and mean queries, anew")
 KEYS = ("image", "size", "rule", "num_samples", "prune_ratio", "representatives", "seed")
 VALUES = ("keys", "cls_cosine", "patch_cosine", "patch_cosine_p5", "estimated_cls_error")
@@ -104,7 +102,7 @@ def passes_of(part: str) -> list[tuple[tuple[int, ...], tuple[int, ...], list[Jo
 
     What matters most comes first, so that a run that is stopped has it for all images.
     """
-    every = tuple(range(len(SLIDES) + len(CLASSES) * REGIONS_OF_A_CLASS))
+    every = tuple(range(12))
     if part == "pruning":
         jobs = [Job("dense", 0, 0.6), Job("dense", 1024, 0.6, True), Job("paper", 0, 0.6)]
         return [(every, (700,), jobs + [Job(name, 1024, 0.6, True) for name in BEST])]
@@ -148,7 +146,7 @@ def measure(arguments: argparse.Namespace) -> None:
 def fill_layers(table: ResultsTable, arguments: argparse.Namespace) -> None:
     """All images, layer by layer."""
     model, processor = load(arguments)
-    paths = list(image_paths(arguments.data_dir))
+    paths = list(twelve_regions(arguments.data_dir))
     for index in tqdm(spread_order(len(paths))[: arguments.images], desc="layers", unit="image"):
         place = {"image": paths[index].name, "size": 700}
         if table.has(place | {"layer": model.config.num_hidden_layers, "rule": LAYER_RULES[-1]}):
@@ -158,11 +156,6 @@ def fill_layers(table: ResultsTable, arguments: argparse.Namespace) -> None:
         for row in layer_errors(model, pixel_values, rules, 256):
             if not table.has(place | row):
                 table.add(place | row)
-
-
-def spread_order(number: int) -> list[int]:
-    """Indices of images such that the first ones are of all slides and classes."""
-    return sorted(range(number), key=lambda index: index % REGIONS_OF_A_CLASS)
 
 
 def load(arguments: argparse.Namespace) -> tuple[SparsePathViTModel, Any]:
@@ -178,7 +171,7 @@ def load(arguments: argparse.Namespace) -> tuple[SparsePathViTModel, Any]:
 def fill(table: ResultsTable, part: str, arguments: argparse.Namespace) -> None:
     """All images of a part."""
     model, processor = load(arguments)
-    paths = list(image_paths(arguments.data_dir))
+    paths = list(twelve_regions(arguments.data_dir))
     order = spread_order(len(paths))[: arguments.images]
     steps = [
         (paths[index], size, jobs)
@@ -213,26 +206,6 @@ def measure_image(
             row["estimated_cls_error"] = estimated_cls_error(first_draws[drawn_by], features)
         if not table.has(row):
             table.add(row)
-
-
-def image_paths(folder: Path) -> Iterator[Path]:
-    """Three slides' regions and nine of osteosarcoma."""
-    yield from (folder / "rois" / name for name in SLIDES)
-    for label in CLASSES:
-        files = sorted((folder / "classification" / "osteosarcoma_roi" / label).glob("*.jpg"))
-        if len(files) < REGIONS_OF_A_CLASS:
-            raise ValueError(f"expected {REGIONS_OF_A_CLASS} regions of {label}, found {len(files)} in {folder}.")
-        yield from files[:REGIONS_OF_A_CLASS]
-
-
-def square(path: Path, size: int) -> np.ndarray:
-    """(size, size, 3) uint8, the largest square around the centre, resized."""
-    with Image.open(path) as opened:
-        image = opened.convert("RGB")
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    image = image.crop((left, top, left + side, top + side))
-    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
 
 
 def summarise(table: ResultsTable) -> None:

@@ -33,11 +33,11 @@ from sparsepath_vit.runtime.load_model import load_model
 from sparsepath_vit.runtime.model_identity import identity_digest, model_identity
 
 with imports_of_extra("train", "matplotlib", "skimage", "sklearn"):
+    from sparsepath_vit.comparison.fidelity import compare_to_dense
     from sparsepath_vit.runtime.figures import save_image
     from sparsepath_vit.tasks.bootstrap import bootstrap_interval
     from sparsepath_vit.tasks.classification.metrics import evaluate_predictions
 
-    from ..fidelity.comparison import compare_to_dense
     from ..results import ResultsTable
     from . import evidence
     from .figures import plot_fidelity_by_window, plot_probe, prune_maps_figure
@@ -53,7 +53,6 @@ CMU1_MPP = 0.499
 OSTEOSARCOMA = Path("classification/osteosarcoma_roi")
 OSTEOSARCOMA_MPP = 1.0  # nominal for the 10x objective that the data set states
 SMALLEST_CLASS_SHARE = 0.02  # tissue or background below this share of the tokens: no curve worth the name
-FIDELITY_QUERIES = 64  # the attention mass is not reported here
 Row = dict[str, Any]
 
 
@@ -237,9 +236,8 @@ def measure_fidelity(checkpoint: Checkpoint, arguments: argparse.Namespace) -> N
         image = central_square(path).resize((size, size), Image.Resampling.BICUBIC)
         inputs = checkpoint.processor(image, return_tensors="pt")
         variants = [{"window_size": row["window_size"], "prune_ratio": 0.0} for row in missing]
-        for row, fidelity in zip(
-            missing, compare_to_dense(checkpoint.trained, inputs, variants, FIDELITY_QUERIES), strict=True
-        ):
+        _, *fidelities = compare_to_dense(checkpoint.trained, inputs, variants)
+        for row, fidelity in zip(missing, fidelities, strict=True):
             results.add(row | {name: fidelity.row()[name] for name in values})
     plot_fidelity_by_window(results.rows, arguments.output_dir / "figures" / "tiny_fidelity.png")
 

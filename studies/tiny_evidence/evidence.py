@@ -13,11 +13,10 @@ from sparsepath_vit.model.image_processing_sparsepath_vit import SparsePathViTIm
 from sparsepath_vit.model.modeling_outputs_sparsepath_vit import SparsePathViTModelOutput
 from sparsepath_vit.model.modeling_sparsepath_vit import SparsePathViTModel
 from sparsepath_vit.model.token_pruning import num_kept
+from sparsepath_vit.runtime.configured import configured
 from sparsepath_vit.slides.reader import Slide
 from sparsepath_vit.slides.tissue import find_tissue
 from sparsepath_vit.tasks.classification.linear_probe import ProbeSettings, fit_head
-
-from ..variants import configured
 
 VARIANTS = {
     "dense": {"window_size": None, "prune_ratio": 0.0},

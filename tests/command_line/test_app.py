@@ -27,7 +27,10 @@ def test_every_known_model_is_listed_by_its_whole_name(monkeypatch):
     assert "\u2026" not in result.output, "nothing is cut off"
 
 
-@pytest.mark.parametrize("command", ["demo", "convert", "models", "doctor", "embed", "heatmap", "estimate", "segment"])
+COMMANDS = ("demo", "convert", "models", "doctor", "embed", "heatmap", "estimate", "fidelity", "segment")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_has_examples(command):
     result = runner.invoke(cli.app, [command, "--help"], env={"COLUMNS": "200"})
     assert result.exit_code == 0

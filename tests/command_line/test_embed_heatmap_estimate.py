@@ -53,11 +53,14 @@ def test_only_the_first_of_several_processes_ends_with_an_error(invoke, model_fo
     assert (result.exit_code, result.stdout) == (0, "")
 
 
-def test_mpp_is_taken_where_the_slide_states_none(invoke, model_folder, tmp_path):
+def test_the_resolution_asked_for_is_not_the_slides_own(invoke, model_folder, tmp_path):
     path = write_pyramid(tmp_path / "unstated.tiff", stained_image(640, 512, [(64, 96, 384, 256)]), mpp=None)
     options = ("--model", model_folder, "--device", "cpu", "--region-size", 256)
-    assert invoke("embed", path, "--out", tmp_path / "without", *options).exit_code == 1
-    assert invoke("embed", path, "--out", tmp_path / "with", "--mpp", 0.5, *options).exit_code == 0
+    refused = invoke("embed", path, "--out", tmp_path / "out", "--mpp", 0.5, *options)
+    assert refused.exit_code == 1
+    reason = (tmp_path / "out/failures.csv").read_text()
+    assert "does not state its resolution" in reason and "--slide-mpp 0.25" in reason
+    assert invoke("embed", path, "--out", tmp_path / "out", "--slide-mpp", 0.5, *options).exit_code == 0
 
 
 def test_estimate_prints_tokens_flops_time_and_memory(invoke, small_slide, model_folder):

@@ -16,7 +16,7 @@ import sparsepath.app
 import sparsepath_vit
 
 HEAVY = {"torchvision", "torch._dynamo", "transformers.modeling_utils", "accelerate"}
-COMMANDS = ("demo", "convert", "models", "doctor", "estimate", "embed", "heatmap", "segment")
+COMMANDS = ("demo", "convert", "models", "doctor", "estimate", "embed", "heatmap", "segment", "view")
 PACKAGES = sorted(
     ".".join(file.parent.relative_to(ROOT / "modeling").parts)
     for file in (ROOT / "modeling/sparsepath_vit").rglob("__init__.py")

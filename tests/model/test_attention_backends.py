@@ -234,7 +234,7 @@ class TestOperator:
         grid = TokenGrid.create([(3, 2)], num_global_tokens=1, window_size=2, device=device)
         states = [torch.randn(grid.num_tokens, 1, 16, device=device).requires_grad_() for _ in range(3)]
         seed = torch.tensor(5) if dropout else None
-        arguments = (*states, *prepared_grid(BACKENDS[backend], grid), 0.25, dropout, seed, backend)
+        arguments = (*states, *prepared_grid(BACKENDS[backend], grid), [], None, None, 0.25, dropout, seed, backend)
         torch.library.opcheck(attention_operator._block_attention, arguments)
 
     @pytest.mark.parametrize("backend", ["sdpa_tiles", "triton"])

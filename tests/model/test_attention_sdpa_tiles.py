@@ -10,7 +10,8 @@ from token_batches import batches
 from sparsepath_vit import TokenGrid
 from sparsepath_vit.model import attention_sdpa_tables
 from sparsepath_vit.model.attention_backend import prepared_grid
-from sparsepath_vit.model.attention_sdpa_tiles import SDPA_TILES, query_tiles
+from sparsepath_vit.model.attention_sdpa_tables import near_keys, query_tiles
+from sparsepath_vit.model.attention_sdpa_tiles import SDPA_TILES
 from sparsepath_vit.model.attention_specification import attention_pattern
 
 
@@ -21,11 +22,12 @@ def test_tiles_hold_each_query_once_with_the_keys_it_sees(batch, queries_per_til
     occurrences = torch.zeros(grid.num_tokens, dtype=torch.int64)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention_sdpa_tables, "MIN_QUERIES_PER_TILE", queries_per_tile)
-        for tile in query_tiles(prepared_grid(SDPA_TILES, grid)):
+        prepared = prepared_grid(SDPA_TILES, grid)
+        for tile in query_tiles(prepared):
             queries = slice(*tile.queries)
             keys = torch.cat([torch.arange(*run) for run in tile.keys])
             shape = (tile.queries[1] - tile.queries[0], len(keys))
-            is_seen[queries, keys] = torch.ones(shape, dtype=torch.bool) if tile.is_seen is None else tile.is_seen
+            is_seen[queries, keys] = near_keys(tile, prepared, False) if tile.joins_blocks else torch.ones(shape).bool()
             occurrences[queries] += 1
     assert torch.equal(is_seen, torch.block_diag(*attention_pattern(grid).float()).bool())
     assert (occurrences == 1).all()
@@ -35,6 +37,6 @@ def test_the_table_lies_on_the_host_and_has_the_shape_that_torch_compile_is_told
     grid = TokenGrid.create([(33, 17), (16, 16)], num_global_tokens=5, window_size=8)
     pruned = grid.select(torch.arange(0, 800, 9), [63, 26])
     shapes = {prepared_grid(SDPA_TILES, one).tensors[0].shape for one in (grid, pruned)}
-    assert shapes == {(2 + 5 * 3 + 2 * 2, 4 + 2 * 4)}
+    assert shapes == {(2 + 5 * 3 + 2 * 2, 6 + 2 * 4)}
     meta = prepared_grid(SDPA_TILES, grid.to("meta"))
     assert [tensor.device.type for tensor in meta.tensors] == ["cpu", "meta"]

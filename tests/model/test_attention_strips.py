@@ -14,7 +14,7 @@ from sparsepath_vit import TokenGrid, set_block_attention_backend
 from sparsepath_vit.model import token_strips
 from sparsepath_vit.model.attention_backends import BACKENDS
 from sparsepath_vit.model.attention_specification import naive_block_attention
-from sparsepath_vit.model.attention_strips import GlobalAttention, strip_attention
+from sparsepath_vit.model.attention_strips import MergedAttention, strip_attention
 from sparsepath_vit.model.token_strips import strip_ranges, token_strip
 
 HEADS, HEAD_DIM = 2, 16
@@ -39,7 +39,7 @@ def attended_in_strips(query, key, value, grid, most_tokens, scale=0.3):
     output = torch.full_like(query, torch.nan)
     for image, first in enumerate(grid.image_offsets[:-1]):
         num_globals = grid.num_global_tokens
-        global_tokens, attention = torch.arange(first, first + num_globals), GlobalAttention()
+        global_tokens, attention = torch.arange(first, first + num_globals), MergedAttention()
         for strip_range in strip_ranges(grid, image, most_tokens):
             strip = token_strip(grid, image, strip_range)
             own, around = (torch.arange(*run) + first + num_globals for run in (strip_range.own, strip_range.around))

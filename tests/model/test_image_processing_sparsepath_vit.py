@@ -16,6 +16,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from places import SHARED_DATA
 from transformers import AutoImageProcessor, pipeline
+from transformers.utils import logging
 from transformers.utils.import_utils import is_torchvision_greater_or_equal
 
 import sparsepath_vit
@@ -212,7 +213,8 @@ class TestSettings:
             ("image_std", [0.5, 0.5, 0.0], "divided by it"),
             ("do_center_crop", True, "never cropped"),
             ("crop_size", {"height": 224, "width": 224}, "never cropped"),
-            ("pad_size", {"height": 224, "width": 224}, "not supported"),
+            ("pad_size", {"height": 200, "width": 224}, "multiples of patch_size=14"),
+            ("pad_size", {"shortest_edge": 224}, "multiples of patch_size"),
             ("do_pad", False, "not supported"),
             ("do_convert_rgb", False, "become RGB"),
             ("data_format", "channels_last", "channels first"),
@@ -600,6 +602,24 @@ class TestWithTheModel:
             torch.testing.assert_close(torch.cat(results), expected, rtol=1e-4, atol=1e-4)
         with pytest.raises(ValueError, match="mpp is missing"):
             pipe(images, image_processor_kwargs={"target_mpp": 0.5})
+
+    @torch.inference_mode()
+    def test_pipelines_and_images_of_several_sizes(self, processor_class, caplog):
+        """transformers#15011: pipelines concatenate; said before they do, with the ways out, which all work."""
+        torch.manual_seed(0)
+        model, processor = SparsePathViTModel(self.config).eval(), processor_class()
+        pipe = pipeline("image-feature-extraction", model=model, image_processor=processor)
+        images = [PIL.Image.fromarray(noise(30, 46, 0)), PIL.Image.fromarray(noise(75, 33, 1))]
+        expected = model(**processor(images, return_tensors="pt")).pooler_output
+        logging.enable_propagation()
+        logging.get_logger("sparsepath_vit").warning_once.cache_clear()
+        with pytest.raises(RuntimeError, match="size"):
+            pipe(images, pool=True, batch_size=2)
+        assert "all images of a call must be of one size" in caplog.text
+        padded = {"image_processor_kwargs": {"pad_size": {"height": 84, "width": 56}}, "batch_size": 2}
+        for arguments in ({"batch_size": 1}, padded):
+            results = pipe(images, pool=True, return_tensors=True, **arguments)
+            torch.testing.assert_close(torch.cat(results), expected, rtol=1e-4, atol=1e-4)
 
     @torch.inference_mode()
     def test_image_classification(self, processor_class):

@@ -8,8 +8,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_models import random_mask, random_pixels, small_config, small_model
-from stratified_definition import cell_side, grid_with, left_after_pruning, ones, random_weights
-from token_batches import batches, in_grid_order, raster_tokens
+from stratified_definition import (
+    cell_side,
+    context_with,
+    grid_with,
+    left_after_pruning,
+    ones,
+    random_weights,
+    scores_by_definition,
+)
+from token_batches import Batch, batches, in_grid_order, raster_tokens
 
 from sparsepath_vit import (
     SparsePathViTBackbone,
@@ -254,3 +262,20 @@ class TestConfig:
         assert (paper - stratified).abs().max() > 1e-2 and (stratified - both).abs().max() > 1e-2
         model.config.num_context_tokens = model.config.num_representatives = 0
         assert torch.equal(model(pixels).pooler_output, paper)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("is_ragged", [False, True])
+def test_each_layer_takes_exactly_what_cls_and_the_mean_query_attend_to_and_draws_anew(is_ragged):
+    batch = Batch([(12, 15), (9, 13)] if is_ragged else [(12, 15)] * 2, None, 3, 1, 3, 30)
+    weights = random_weights(batch, 1)
+    grid = grid_with(batch, weights)
+    layers = small_model(SparsePathViTModel, num_context_tokens=30).encoder.layers
+    num_tokens = sum(len(raster_tokens(batch, image)) for image in range(2))
+    states = [2.0 * torch.randn(2, num_tokens, 16, dtype=torch.float64) for _ in range(3)]
+    scores = scores_by_definition(*states[:2], batch, weights, layers[0].attention.scaling)
+    for number, layer in enumerate(layers):
+        found = layer.attention.context_tokens(*(in_grid_order(one, batch, grid) for one in states), grid)
+        expected = context_with(batch, grid, scores, number)
+        assert all(torch.equal(one, other) for one, other in zip(found[:-1], expected[:-1], strict=True))
+    assert not torch.equal(found.tokens, context_with(batch, grid, scores, 0).tokens)

@@ -9,10 +9,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from stratified_definition import cell_side as side_by_definition
-from stratified_definition import context_of, draw, grid_with, number_of_place, ones, random_weights
+from stratified_definition import (
+    context_with,
+    contexts_of,
+    grid_with,
+    number_of_place,
+    ones,
+    random_scores,
+    random_weights,
+)
 from token_batches import Batch, batches, sees
 
 from sparsepath_vit import TokenGrid
+from sparsepath_vit.model.context_tokens import draw_context_tokens, exact_tokens, num_exact_tokens
 from sparsepath_vit.model.stratified_sampling import cell_side, draw_from_cells
 
 NUMBERS = st.sampled_from([1, 3, 5, 9, 20, 1000])
@@ -33,52 +42,51 @@ def test_sides_below_equal_to_and_above_the_block(rows, number, window_size, sid
     assert cell_side((rows, rows), number, window_size) == side
 
 
+def places_and_weights(grid, context, image):
+    """{(row, column): what it stands for} of an image's context tokens."""
+    indices = {int(packed): index for index, packed in enumerate(grid.patch_indices())}
+    start = sum(context.counts[:image])
+    entries = slice(start, start + context.counts[image])
+    counted = {}
+    for token, weight in zip(context.tokens[entries].tolist(), context.weights[entries].tolist(), strict=True):
+        if weight:
+            place = int(grid.rows[indices[token]]), int(grid.columns[indices[token]])
+            assert int(grid.images()[indices[token]]) == image and place not in counted
+            counted[place] = weight
+    return counted
+
+
 @given(batches(), NUMBERS, st.integers(0, 99), st.booleans())
-def test_context_tokens_follow_the_definition_in_block_major_order(batch, number, seed, is_weighted):
+def test_context_tokens_follow_the_definition_and_are_those_of_each_image_alone(batch, number, seed, is_weighted):
     batch = batch._replace(num_context_tokens=number)
     weights = random_weights(batch, seed) if is_weighted else ones(batch)
     grid = grid_with(batch, weights) if is_weighted else batch.grid()
-    context = grid.context_tokens()
+    scores = random_scores(batch, seed)
+    context = context_with(batch, grid, scores, draw_number=seed)
     if context is None:
         assert grid.is_dense
         return
-    counted = context.weights > 0
-    num_drawn = int(counted.sum())
-    assert counted[:num_drawn].all() and (context.tokens[num_drawn:] == sum(grid.counts)).all()
-    tokens = context.tokens[:num_drawn]
-    assert tokens.tolist() == sorted(tokens.tolist())
-    places = zip(*(part[tokens].tolist() for part in (grid.images(), grid.rows, grid.columns)), strict=True)
-    actual = dict(zip(places, context.weights.tolist(), strict=False))
-    expected = [context_of(batch, image, weights[image]) for image in range(len(batch.sizes))]
-    assert actual == {(image, *token): total for image, one in enumerate(expected) for token, total in one.items()}
-    for token in range(sum(grid.counts)):  # those of a token's block lie between its entry and the next
-        entry = int(grid.blocks[token])
-        inside = tokens[context.offsets[entry] : context.offsets[entry + 1]]
-        assert torch.equal(inside, tokens[grid.blocks[tokens] == entry])
+    window = batch.window_size or max(grid.canvas_size)
+    expected = contexts_of(batch, weights, scores, seed)
+    for image in range(len(batch.sizes)):
+        counted = places_and_weights(grid, context, image)
+        assert counted == expected[image]
+        assert sum(counted.values()) == sum(weights[image].values()) and len(counted) <= context.counts[image] <= number
+    drawn = context.weights > 0
+    patch_of = {int(packed): index for index, packed in enumerate(grid.patch_indices())}
+    patches = torch.tensor([patch_of[token] for token in context.tokens[drawn].tolist()], dtype=torch.int64)
+    assert torch.equal(context.block_rows[drawn], grid.rows[patches] // window)
+    assert torch.equal(context.block_columns[drawn], grid.columns[patches] // window)
 
 
-@given(batches(), NUMBERS, st.integers(0, 99))
-def test_an_image_of_a_batch_has_the_context_tokens_it_has_alone(batch, number, seed):
-    batch = batch._replace(num_context_tokens=number)
-    weights = random_weights(batch, seed)
-
-    def drawn(grid):
-        context = grid.draw_context_tokens()
-        tokens = context.tokens[context.weights > 0]
-        return list(
-            zip(
-                *(part[tokens].tolist() for part in (grid.images(), grid.rows, grid.columns)),
-                context.weights.tolist(),
-                strict=False,
-            )
-        )
-
-    together = drawn(grid_with(batch, weights))
-    for image, size in enumerate(batch.sizes):
-        present = None if batch.present is None else batch.present[image : image + 1]
-        alone = batch._replace(sizes=[size], present=present)
-        expected = [(image, *rest) for _, *rest in drawn(grid_with(alone, weights[image : image + 1]))]
-        assert [one for one in together if one[0] == image] == expected
+def test_exact_tokens_are_the_highest_and_of_equal_ones_the_first():
+    grid = TokenGrid.create([(24, 24), (3, 4)], num_global_tokens=1, window_size=4, num_context_tokens=40)
+    assert num_exact_tokens(grid) == (20, 0)  # the second image has a context token for each of its tokens
+    scores = torch.zeros(588)
+    scores[[7, 300]] = torch.tensor([0.5, 1.0])
+    assert exact_tokens(scores, grid).tolist() == [300, 7, *range(7), *range(8, 19)]
+    many = TokenGrid.create([(40, 40)], num_global_tokens=1, window_size=4, num_context_tokens=1024)
+    assert num_exact_tokens(many) == (63,)
 
 
 @given(st.integers(0, 2**40), st.lists(st.tuples(st.integers(0, 2**20), st.integers(0, 2**20)), min_size=1))
@@ -91,16 +99,14 @@ def test_the_hash_is_that_of_unbounded_integers(seed, places):
     assert drawn.tokens.tolist() == [numbers.index(max(numbers))]
 
 
-def test_seeds_and_layers_decide_the_draw_and_weights_of_one_change_nothing():
-    grid = TokenGrid.create([(24, 24)], num_global_tokens=1, window_size=4, num_context_tokens=36)
+def test_each_draw_is_another_and_weights_of_one_change_nothing():
+    grid = TokenGrid.create([(24, 24)], num_global_tokens=1, window_size=4, num_context_tokens=72)
     weighted = grid.select(torch.arange(576), [576], torch.ones(576, dtype=torch.int64))
-    shared = grid.draw_context_tokens()
-    assert torch.equal(weighted.draw_context_tokens().tokens, shared.tokens)
-    others = [grid.draw_context_tokens(seed=1), *(grid.draw_context_tokens(layer=layer) for layer in range(3))]
-    tokens = [shared.tokens, *(other.tokens for other in others)]
+    tokens = [draw_context_tokens(grid, draw=draw).tokens for draw in range(4)]
+    assert torch.equal(draw_context_tokens(weighted).tokens, tokens[0]) and len(tokens[0]) == 36
     same = [(one == other).float().mean() for i, one in enumerate(tokens) for other in tokens[:i]]
     assert max(same) < 0.3  # by chance 1 / 16
-    assert torch.equal(grid.draw_context_tokens(layer=2).tokens, tokens[-1])
+    assert torch.equal(draw_context_tokens(grid, draw=2).tokens, tokens[2])
 
 
 def test_tokens_of_weight_zero_are_never_drawn():
@@ -127,7 +133,7 @@ def test_each_token_of_a_cell_is_drawn_as_often_as_its_share_of_the_weight():
     assert abs(statistic - 15) < 4 * math.sqrt(2 * 15)
 
 
-@pytest.mark.parametrize("number", [144, 36, 9], ids=["cells below", "equal to", "above the block"])
+@pytest.mark.parametrize("number", [144 + 63, 2 * 36, 2 * 9], ids=["cells below", "equal to", "above the block"])
 @pytest.mark.parametrize("is_weighted", [False, True])
 def test_numerator_and_denominator_of_a_query_are_unbiased(number, is_weighted):
     """Over 2,000 draws the mean of both sums is that over all keys, within 4 standard errors."""
@@ -137,32 +143,22 @@ def test_numerator_and_denominator_of_a_query_are_unbiased(number, is_weighted):
     query = (9, 13)
     tokens = list(zip(grid.rows.tolist(), grid.columns.tolist(), strict=True))
     is_near = torch.tensor([sees(batch, query, token) for token in tokens])
+    chosen = exact_tokens(torch.rand(len(tokens), generator=torch.Generator().manual_seed(1)), grid)
     generator = torch.Generator().manual_seed(0)
     exponentials = torch.randn(len(tokens), generator=generator, dtype=torch.float64).exp()
     values = torch.stack([exponentials, exponentials * torch.randn(len(tokens), generator=generator)], dim=1)
     exact = values * grid.weights[:, None]
     estimates = []
-    for seed in range(2000):
-        context = grid.draw_context_tokens(seed=seed)
-        is_far = ~is_near[context.tokens]
-        far = (values[context.tokens] * context.weights[:, None])[is_far]
+    for draw in range(2000):
+        context = draw_context_tokens(grid, chosen, draw)
+        patches = context.tokens - 1  # behind one global token; the last entry of an empty cell weighs nothing
+        is_far = ~is_near[patches] & (context.weights > 0)
+        far = (values[patches] * context.weights[:, None])[is_far]
         estimates.append(exact[is_near].sum(dim=0) + far.sum(dim=0))
     estimates = torch.stack(estimates)
     standard_error = estimates.std(dim=0) / 2000**0.5
     assert (standard_error > 0).all()
     assert ((estimates.mean(dim=0) - exact.sum(dim=0)).abs() < 4 * standard_error).all()
-
-
-def test_a_draw_by_definition_covers_what_a_grid_draws_after_its_tokens_moved():
-    grid = TokenGrid.create([(9, 7)], num_global_tokens=2, window_size=2, num_context_tokens=20)
-    context = grid.context_tokens()
-    assert grid.context_tokens() is context  # drawn once for all layers
-    moved = grid.with_global_tokens(5).context_tokens()
-    assert all(torch.equal(one, other) for one, other in zip(moved, context, strict=True))
-    side = side_by_definition(9, 7, 20, 2)
-    weights = {(row, column): 1 for row in range(9) for column in range(7)}
-    places = set(zip(grid.rows[context.tokens].tolist(), grid.columns[context.tokens].tolist(), strict=True))
-    assert places == {token for token, _ in draw(weights, side, 0x5EED).values()}
 
 
 def test_cells_without_a_sample_are_refused():

@@ -5,8 +5,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sparsepath_vit import SparsePathViTConfig, SparsePathViTModel, TokenGrid
 from sparsepath_vit.model.attention_specification import attention_pattern
+from sparsepath_vit.model.context_tokens import draw_context_tokens, exact_tokens
 from sparsepath_vit.model.token_pruning import EncodedTokens, prune
 from sparsepath_vit.runtime.cost import (
+    _evenly_high,
     attention_pairs,
     forward_flops,
     mean_keys_per_query,
@@ -71,7 +73,18 @@ def test_context_tokens_outside_the_neighbourhood_count_as_keys(window_size, nei
         present=present,
         num_context_tokens=number,
     )
-    assert attention_pairs(grid) == attention_pattern(grid).sum()
+    if not grid.has_context:
+        assert attention_pairs(grid) == attention_pattern(grid).sum()
+        return
+    exact = exact_tokens(_evenly_high(grid), grid)
+    pattern = attention_pattern(grid, draw_context_tokens(grid, exact))[0].sum(dim=1)  # ragged: keys of each query
+    pairs, counts = int(pattern.sum()), pattern[grid.patch_indices()]
+    for image, block_counts in enumerate(grid.block_counts):
+        if max(block_counts) - 1 > neighbor_radius:  # the mean query sees what each block sees, and once all
+            own = grid.images() == image
+            blocks = dict(zip(grid.blocks[own].tolist(), counts[own].tolist(), strict=True))
+            pairs += sum(blocks.values()) + grid.counts[image] + grid.num_global_tokens
+    assert attention_pairs(grid) == pairs
 
 
 def test_context_tokens_cost_uni2_h_at_3430_px_a_tenth_more():
@@ -79,9 +92,10 @@ def test_context_tokens_cost_uni2_h_at_3430_px_a_tenth_more():
     for number in (0, 1024):
         config = SparsePathViTConfig(num_context_tokens=number)
         flops.append(forward_flops(config, token_grid_of_size(config, 3430, 3430)) / 1e12)
-    # 961 cells of 8 x 8 tokens; each layer multiplies with at most that many more keys a query, twice.
-    assert 0 < flops[1] - flops[0] < 24 * 4 * 60025 * 961 * 1536 / 1e12
-    assert flops[1] == pytest.approx(95.1, abs=0.5) and flops[1] < 1.12 * flops[0]
+    # 961 cells of 8 x 8 tokens and 63 exact ones; each layer multiplies with at most that many more keys a query,
+    # twice, and with those of the mean query, one for each of 961 blocks.
+    assert 0 < flops[1] - flops[0] < 24 * 4 * (60025 * 1024 + 961 * 2000) * 1536 / 1e12
+    assert flops[1] == pytest.approx(95.9, abs=0.5) and flops[1] < 1.12 * flops[0]
 
 
 def test_tokens_after_pruning_count_representatives():

@@ -79,6 +79,16 @@ def test_other_columns_are_no_misspelt_ones(tmp_path):
     assert row["label"] == "x" and row["labels"] == "1"
 
 
+def test_names_of_others_stand_for_a_column_that_is_not_there_itself(tmp_path):
+    aliases = {"wsi": "name", "slide_id": "name"}
+    for header, expected in (("WSI,label", "a"), ("label,slide-id", "x"), ("wsi,name", "x"), ("wsi,slide_id", "a")):
+        (tmp_path / "table.csv").write_text(f"{header}\na,x\n")
+        (row,) = read_table(tmp_path / "table.csv", ("name",), ("label",), aliases).rows
+        assert row.cells["name"] == expected, header
+    with pytest.raises(ValueError, match="no column 'name'"):
+        read_table(tmp_path / "table.csv", ("name",))
+
+
 def test_missing_and_damaged_files_are_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(

@@ -20,6 +20,11 @@ def test_each_model_is_checked_timed_and_recorded(tmp_path, run_script):
     by_name = {row["model"]: row for row in rows if row["size"] == "112"}
     assert float(by_name["pruned"]["tflop"]) < float(by_name["sparse"]["tflop"]) < float(by_name["timm"]["tflop"])
     assert by_name["sparse"]["window_size"] == "2"
+    for row in rows:
+        assert bool(row["tiles_per_batch"]) == row["model"].startswith("tiles_")
+        seconds_of_tiles = [float(peer["seconds_median"]) for peer in rows if peer["size"] == row["size"]][:2]
+        ratio = float(row["seconds_median"]) / min(seconds_of_tiles)
+        assert float(row["times_tiles"]) == pytest.approx(ratio, rel=0.02, abs=1e-3)
     for row in rows:  # recorded with four digits or more
         floor_seconds = float(row["tflop"]) / float(row["matrix_tflop_per_second"])
         assert float(row["share_of_matrix_floor"]) == pytest.approx(
@@ -28,7 +33,7 @@ def test_each_model_is_checked_timed_and_recorded(tmp_path, run_script):
 
 
 def test_unknown_models_are_named(run_script):
-    with pytest.raises(SystemExit, match="error: peers holds natten: it takes timm, transformers"):
+    with pytest.raises(SystemExit, match="error: peers holds natten: it takes tiles_timm, tiles_transformers, timm"):
         run_script(benchmark, *MODEL, "--peers", "natten")
 
 

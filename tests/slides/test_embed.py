@@ -98,7 +98,10 @@ def test_file_has_the_names_and_attributes_that_slide_toolkits_read(slides, mode
             "target_magnification": 10,
             "level0_width": 640,
             "level0_height": 512,
+            "savetodir": ".",
         }
+        encoder = f"{model_folder.name}-{json.loads(file.attrs['settings'])['weights'][:8]}"
+        assert dict(file["features"].attrs) == {"name": "slide0", "savetodir": ".", "encoder": encoder}
         settings = json.loads(file.attrs["settings"])
         assert settings["mpp"] == 1.0 and settings["prune_ratio"] == 0.5 and settings["dtype"] == "float32"
 
@@ -242,17 +245,18 @@ def test_no_thread_still_reads_when_a_slide_is_closed_after_an_error(
     assert len(report.failed) == 1 and reads_at_closing == [0]
 
 
-def test_resolution_of_slides_that_state_none_can_be_passed(slides, model_folder, tmp_path, caplog):
+def test_resolution_of_slides_that_state_none_can_be_passed(slides, model_folder, tmp_path):
     image = Image.open(slides / "slide0.tiff")
     image.save(tmp_path / "unstated.png")
     path = tmp_path / "unstated.png"
-    assert "does not state" in embed_slides([path], model_folder, tmp_path / "a", device="cpu").failed[0][1]
-    with_mpp = embed_slides([path], model_folder, tmp_path / "b", EmbedSettings(mpp=0.5), device="cpu")
-    assert with_mpp.done == 1 and "taken to be 0.5" in caplog.text
-    finer = embed_slides([path], model_folder, tmp_path / "c", EmbedSettings(mpp=0.5), slide_mpp=0.25, device="cpu")
-    assert finer.done == 1
+    for number, settings in enumerate((EmbedSettings(), EmbedSettings(mpp=0.5))):  # which is not the slide's own
+        refused = embed_slides([path], model_folder, tmp_path / f"a{number}", settings, device="cpu").failed
+        assert "does not state its resolution" in refused[0][1] and "--slide-mpp" in refused[0][1]
     attributes = []
-    for folder in "bc":
+    for folder, slide_mpp in zip("bc", (0.5, 0.25), strict=True):
+        settings = EmbedSettings(mpp=0.5)
+        report = embed_slides([path], model_folder, tmp_path / folder, settings, slide_mpp=slide_mpp, device="cpu")
+        assert report.done == 1
         with h5py.File(tmp_path / folder / "unstated.h5") as file:
             attributes.append((file["coords"].attrs["level0_mpp"], file["coords"].attrs["custom_downsample"]))
     assert attributes == [(0.5, 1.0), (0.25, 2.0)]
@@ -639,7 +643,7 @@ def test_report_adds_up_processes_and_prints_the_split():
 
 
 @pytest.mark.parametrize(
-    ("name", "mpp", "tokens"),
+    ("name", "slide_mpp", "tokens"),
     [
         ("slides/CMU-1-Small-Region.svs", None, (9000, 13000)),
         ("slides/CMU-1_panda_layout.tiff", None, (9000, 13000)),
@@ -647,10 +651,10 @@ def test_report_adds_up_processes_and_prints_the_split():
         ("slides/OS-1-detail.ome.tif", None, (900, 1100)),
     ],
 )
-def test_real_slides_embed(shared_slide, model_folder, tmp_path, name, mpp, tokens):
+def test_real_slides_embed(shared_slide, model_folder, tmp_path, name, slide_mpp, tokens):
     path = shared_slide(name)
-    settings = EmbedSettings(mpp=mpp, region_size=2000)
-    report = embed_slides([path], model_folder, tmp_path / "out", settings, device="cpu", workers=2)
+    given = {"slide_mpp": slide_mpp, "device": "cpu", "workers": 2}
+    report = embed_slides([path], model_folder, tmp_path / "out", EmbedSettings(region_size=2000), **given)
     assert report.done == 1 and tokens[0] < report.tokens < tokens[1]
 
 

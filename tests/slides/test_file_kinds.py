@@ -6,9 +6,11 @@ import os
 
 import imagecodecs
 import numpy as np
+import openslide
 import pytest
 import tifffile
 from PIL import Image
+from slide_files import write_ome_parts, write_pyramid
 
 from sparsepath_vit.model.image_inputs import load_rgb
 from sparsepath_vit.slides import Slide, SlideError, describe
@@ -214,6 +216,70 @@ def test_a_macro_with_more_pixels_than_the_scan_is_not_the_slide(tmp_path, rgb):
     path = write_images(tmp_path / "b.ome.tif", [(rgb, "first", 4.0), (rgb[:90, :90], "second", 0.25)])
     with pytest.raises(SlideError, match=r"cannot be told.*'first', 203 x 150.*'second', 90 x 90.*export one"):
         Slide(path)
+
+
+def test_planes_in_several_files_are_not_read_from_one(tmp_path, rgb):
+    """The first file's bytes were taken for all three colours."""
+    parts = write_ome_parts(tmp_path, rgb)
+    for path in parts:
+        with pytest.raises(UnsupportedSlideError, match="spread over several files"):
+            Slide(path)
+    parts[2].unlink()
+    with pytest.raises(UnsupportedSlideError, match="not beside it"):
+        Slide(parts[0])
+
+
+def test_a_format_without_a_reader_is_not_called_damaged(tmp_path):
+    path = tmp_path / "slide.dzi"
+    path.write_text('<?xml version="1.0"?><Image Format="jpeg" TileSize="254"/>')
+    with pytest.raises(UnsupportedSlideError, match="not supported here, because Deep Zoom"):
+        Slide(path)
+
+
+@pytest.mark.parametrize(
+    "said, is_sound",
+    [
+        ("Reading a.dcm: Unsupported transfer syntax 1.2.840.10008.1.2.4.201", True),
+        ('Unrecognized subblock dimension "Z"', True),
+        ("Unsupported TIFF compression: 34712", True),
+        ("Slides with dissimilar main images are not supported", True),
+        ("Unsupported marker type 0x51", False),
+    ],
+)
+def test_what_openslide_lacks_is_no_damage(tmp_path, monkeypatch, rgb, said, is_sound):
+    path = write_pyramid(tmp_path / "a.tiff", rgb)
+
+    def refuse(path):
+        raise openslide.OpenSlideError(said)
+
+    description = describe(path)
+    monkeypatch.setattr("openslide.OpenSlide", refuse)
+    with pytest.raises(SlideError) as error:
+        OpenSlideBackend(path, 2**20, description)
+    assert isinstance(error.value, UnsupportedSlideError) == is_sound
+
+
+def test_a_file_whose_writer_stopped_before_the_first_tile_is_no_white_slide(tmp_path, rgb):
+    path = write_pyramid(tmp_path / "a.tiff", rgb)
+    with tifffile.TiffFile(path, mode="r+b") as file:
+        for name in ("TileOffsets", "TileByteCounts"):
+            tag = file.pages[0].tags[name]
+            tag.overwrite([0] * tag.count)
+    with pytest.raises(SlideError, match="level 0 holds no tile or strip"):
+        Slide(path)
+
+
+def test_the_image_processor_says_which_codec_pillow_lacks(tmp_path, rgb, monkeypatch):
+    path = tmp_path / "a.tiff"
+    tifffile.imwrite(path, rgb, compression="webp", tile=(64, 64), photometric="rgb")
+
+    def lacks_the_codec(image):
+        raise OSError("decoder error -2")
+
+    monkeypatch.setattr("PIL.TiffImagePlugin.TiffImageFile.load", lacks_the_codec)
+    with pytest.raises(OSError, match=r"may be without webp compression.*sparsepath_vit\.slides\.Slide"):
+        load_rgb(path, path.name, 2**28, None)
+    assert Slide(path).read_region(0, 0, WIDTH, HEIGHT).shape == (HEIGHT, WIDTH, 3)
 
 
 def test_two_scans_of_a_file_are_named(tmp_path, rgb, caplog):

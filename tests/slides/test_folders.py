@@ -3,6 +3,7 @@ import os
 
 import pytest
 from dicom_files import EXPLICIT, IMPLICIT, write_dicom
+from slide_files import stained_image, write_ome_parts, write_pyramid
 
 from sparsepath_vit.slides import read_inputs
 from sparsepath_vit.slides.dicom_series import read_dicom_header
@@ -50,6 +51,7 @@ def test_everything_else_has_its_reason(folder):
         "_b_/stack1/frame_t.ets",
     )
     fill(folder, "c.isyntax", "d.ome.zarr/0/.zarray", "done/settings.json", "done/a.h5", "e.jp2")
+    fill(folder, "f.dzi", "f_files/9/0_0.jpeg", "zoom/ImageProperties.xml", "zoom/TileGroup0/0-0-0.jpg")
     (folder / "gone.svs").symlink_to("/nowhere/gone.svs")
     (folder / "loop.svs").symlink_to(folder / "loop.svs")
     os.mkfifo(folder / "pipe.svs")
@@ -64,6 +66,9 @@ def test_everything_else_has_its_reason(folder):
         "b.vsi": "Olympus VSI is not supported: export it as OME-TIFF or SVS",
         "_b_": "it holds the data of b.vsi",
         "c.isyntax": "Philips iSyntax is not supported: export it as OME-TIFF or SVS",
+        "f.dzi": "Deep Zoom (a folder of tiles) is not supported: export it as OME-TIFF or SVS",
+        "f_files": "it holds the tiles of f.dzi",
+        "zoom": "it holds Zoomify tiles, which are not supported: export the slide as OME-TIFF or SVS",
         "d.ome.zarr": "OME-Zarr is not supported: export it as OME-TIFF",
         "done": "it holds embeddings",
         "e.jp2": "JPEG 2000 is not supported: export it as OME-TIFF or SVS",
@@ -111,6 +116,18 @@ def test_parts_of_slides_of_many_files_are_no_slides(folder):
         "preview.jpg",
     ]
     assert [path.name for path in files_of_slide(folder / "b.vms")] == ["b.vms", "b.jpg", "b(0,1).jpg", "b_map2.jpg"]
+
+
+def test_parts_of_an_ome_tiff_are_one_slide(folder):
+    parts = write_ome_parts(folder, stained_image(128, 64, []))
+    write_pyramid(folder / "alone.ome.tif", stained_image(128, 64, []))
+    fill(folder, "b.ome.tif")
+    slides, left_out = search(folder)
+    assert slides == ["a_R.ome.tif", "alone.ome.tif", "b.ome.tif"]
+    assert left_out == dict.fromkeys(("a_G.ome.tif", "a_B.ome.tif"), "it is a part of a_R.ome.tif")
+    assert set(files_of_slide(parts[1])) == set(parts) and files_of_slide(parts[1])[0] == parts[1]
+    assert len({same_slide_key(path) for path in parts}) == 1
+    assert same_slide_key(parts[0]) != same_slide_key(folder / "alone.ome.tif")
 
 
 def test_any_file_of_a_slide_is_its_content(folder):

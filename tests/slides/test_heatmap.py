@@ -8,21 +8,13 @@ import tifffile
 from PIL import Image
 from slide_files import stained_image, write_pyramid
 
+from sparsepath_vit.runtime.figures import heat_colors
 from sparsepath_vit.slides import EmbedSettings, Slide, SlideError, embed_slides
-from sparsepath_vit.slides.heatmap import TokenValues, overlay, read_token_values, to_geojson, write_heatmap
+from sparsepath_vit.slides.heatmap import overlay, to_geojson, write_heatmap
 from sparsepath_vit.slides.tissue import find_tissue
+from sparsepath_vit.slides.token_values import TokenValues, read_token_values
 
 PATCH = 16
-
-
-@pytest.fixture(scope="module")
-def embedded(model_folder, tmp_path_factory):
-    """A slide, and its embeddings as two rows of overlapping regions."""
-    folder = tmp_path_factory.mktemp("embedded")
-    write_pyramid(folder / "slide.tiff", stained_image(640, 512, [(64, 96, 384, 256)]))
-    settings = EmbedSettings(region_size=320, overlap=64, dense=True)
-    embed_slides([folder / "slide.tiff"], model_folder, folder / "out", settings, device="cpu")
-    return folder / "slide.tiff", folder / "out/slide.h5"
 
 
 def tokens_of(values, corners, size=PATCH, name="value"):
@@ -159,8 +151,14 @@ def test_what_is_missing_is_named_with_the_way_to_get_it(embedded, model_folder,
     embed_slides([embedded[0]], model_folder, tmp_path / "out", device="cpu")
     with pytest.raises(SlideError, match="again with --dense"):
         read_token_values(tmp_path / "out/slide.h5")
-    with pytest.raises(SlideError, match="value='attention' is unknown"):
-        read_token_values(embedded[1], "attention")
+    with pytest.raises(SlideError, match="value='attentions' is unknown"):
+        read_token_values(embedded[1], "attentions")
+    without = tmp_path / "none.h5"
+    without.write_bytes(embedded[1].read_bytes())
+    with h5py.File(without, "a") as file:
+        del file["attention"]
+    with pytest.raises(SlideError, match="again with --dense --attention mean"):
+        read_token_values(without, "attention")
     with pytest.raises(SlideError, match="cannot be read as an HDF5 file"):
         read_token_values(embedded[0])
     with pytest.raises(SlideError, match=r"cannot be read as a \.npy file"):
@@ -187,3 +185,58 @@ def test_tokens_of_a_slide_with_oblong_pixels_keep_their_rows(model_folder, tmp_
     with h5py.File(tmp_path / "out/oblong.h5") as file:
         assert file["coords"].attrs["mpp"] == pytest.approx(0.5)
         assert file["coords"].attrs["target_magnification"] == 20
+
+
+def test_feature_colours_give_a_picture_and_no_polygons(embedded, tmp_path):
+    slide, tokens = Slide(embedded[0]), read_token_values(embedded[1], "pca")
+    assert [path.name for path in write_heatmap(slide, tokens, tmp_path)] == ["slide_pca.png"]
+    picture = np.asarray(overlay(slide, tokens, max_size=640, opacity=1.0))[24:]
+    x, y = tokens.corners[5]
+    twice = (tokens.corners == [x, y]).all(axis=1)
+    assert np.abs(picture[y + 3, x + 3] - 255 * tokens.values[twice].mean(axis=0)).max() <= 1
+
+
+def test_a_column_of_a_table_is_taken(embedded, tmp_path):
+    kept = len(read_token_values(embedded[1], "norm").values)
+    table = np.random.default_rng(0).random((kept, 3))
+    np.save(tmp_path / "classes.npy", table)
+    assert (read_token_values(embedded[1], f"{tmp_path}/classes.npy:2").values == table[:, 2]).all()
+    for value in (f"{tmp_path}/classes.npy", f"{tmp_path}/classes.npy:3"):
+        with pytest.raises(SlideError, match="is column C of a table"):
+            read_token_values(embedded[1], value)
+
+
+def test_numbers_between_limits_have_the_colours_of_their_size(small_slide):
+    corners, values = np.array([[0, 0], [16, 0], [32, 0]]), np.array([0.0, 0.1, 1.0])
+    tokens = TokenValues("p", corners, values, (16, 16), (640, 512), limits=(0, 1))
+    picture = np.asarray(overlay(Slide(small_slide), tokens, max_size=640, opacity=1.0))[24:]
+    assert (picture[2, [2, 18, 34]] == heat_colors(values)).all()
+
+
+def test_grid_of_merged_tokens_holds_their_means():
+    corners = np.stack(np.meshgrid(np.arange(5), np.arange(3)), -1).reshape(-1, 2) * PATCH + [32, 48]
+    values = np.arange(15.0)
+    grid, origin = tokens_of(values, corners).grid(merged=2)
+    assert origin.tolist() == [32, 48] and grid.shape == (2, 3)
+    assert grid[0, 0] == np.mean([0, 1, 5, 6]) and grid[1, 2] == 14
+
+
+def test_geojson_is_valid_to_shapely_and_to_qupath(embedded):
+    """QuPath asks for polygons, an objectType, and a classification with a name and three 8-bit numbers."""
+    shapely = pytest.importorskip("shapely.geometry")
+    tokens = read_token_values(embedded[1])
+    collection = json.loads(json.dumps(to_geojson(tokens)))
+    assert collection["type"] == "FeatureCollection" and collection["features"]
+    area = 0.0
+    for feature in collection["features"]:
+        assert feature["type"] == "Feature" and feature["geometry"]["type"] in ("Polygon", "MultiPolygon")
+        shape = shapely.shape(feature["geometry"])
+        pieces = getattr(shape, "geoms", [shape])
+        assert all(piece.is_valid and piece.exterior.is_ccw is not None for piece in pieces)
+        area += sum(piece.area for piece in pieces)
+        properties = feature["properties"]
+        assert properties["objectType"] == "annotation" and isinstance(properties["classification"]["name"], str)
+        assert all(isinstance(level, int) and 0 <= level < 256 for level in properties["classification"]["color"])
+        assert all(isinstance(number, int | float) for number in properties["measurements"].values())
+    grid, _ = tokens.grid()
+    assert area == pytest.approx((~np.isnan(grid)).sum() * PATCH**2)

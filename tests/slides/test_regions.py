@@ -105,6 +105,34 @@ def test_manifest_rows_are_read_in_full(tmp_path):
     ]
 
 
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("wsi,mpp\na.svs,0.25\n", {"mpp": 0.25}),
+        (
+            "sample_id,image_path,mask_path,spacing_at_level_0\ncase-1,a.svs,masks/a.png,0.5\n",
+            {"mpp": 0.5, "name": "case-1", "tissue_mask": "masks/a.png"},
+        ),
+        ("case_id,slide_id,label\np1,a,tumour\n", {"label": "tumour"}),
+    ],
+    ids=["TRIDENT", "slide2vec", "CLAM"],
+)
+def test_manifests_of_other_toolkits_are_read(tmp_path, content, expected):
+    (tmp_path / "a.svs").touch()
+    (tmp_path / "list.csv").write_text(content)
+    if "tissue_mask" in expected:
+        expected = {**expected, "tissue_mask": tmp_path / expected["tissue_mask"]}
+    assert read_inputs([tmp_path / "list.csv"]) == [SlideInput(tmp_path / "a.svs", **expected)]
+
+
+def test_a_slide_without_its_ending_that_may_be_two_is_refused(tmp_path):
+    for name in ("a.svs", "a.tif"):
+        (tmp_path / name).touch()
+    (tmp_path / "list.csv").write_text("slide_id\na\n")
+    with pytest.raises(ValueError, match=r"line 2: .*/a may be a\.svs or a\.tif: add the ending"):
+        read_inputs([tmp_path / "list.csv"])
+
+
 def test_whole_numbers_as_pandas_writes_them(tmp_path):
     """A column with empty cells holds floats there, and was refused."""
     (tmp_path / "list.csv").write_text("slide,x,y,width,height\na.svs,10.0,20.0,300.0,400.0\nb.svs,,,,\n")

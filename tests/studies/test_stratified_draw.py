@@ -8,6 +8,8 @@ from PIL import Image
 from small_models import random_pixels, small_model
 
 from sparsepath_vit import SparsePathViTImageProcessor, SparsePathViTModel
+from sparsepath_vit.runtime.configured import configured
+from studies import regions
 from studies.results import ResultsTable
 from studies.stratified_draw import __main__ as study
 from studies.stratified_draw.draws import (
@@ -24,7 +26,6 @@ from studies.stratified_draw.draws import (
 from studies.stratified_draw.forward import Settings, attend, block_attention, run
 from studies.stratified_draw.layers import layer_errors
 from studies.stratified_draw.measure import distance_to_dense, estimated_cls_error
-from studies.variants import configured
 
 GRID = (13, 22)
 UNBIASED = {"random": DrawRule(), "exact": DrawRule(exact=12), "by mass": DrawRule(importance=0.7)}
@@ -193,8 +194,8 @@ def test_a_model_with_registers_or_a_window_is_refused(pixels):
 
 def test_the_tables_go_on_where_they_were_stopped(model, tmp_path, monkeypatch, caplog):
     data = tmp_path / "data"
-    names = [f"rois/{name}" for name in study.SLIDES]
-    names += [f"classification/osteosarcoma_roi/{label}/{i}.jpg" for label in study.CLASSES for i in range(3)]
+    names = [f"rois/{name}" for name in regions.SLIDES]
+    names += [f"classification/osteosarcoma_roi/{label}/{i}.jpg" for label in regions.CLASSES for i in range(3)]
     for number, name in enumerate(names):
         (data / name).parent.mkdir(parents=True, exist_ok=True)
         noise = np.random.default_rng(number).integers(0, 255, (160, 200, 3), dtype=np.uint8)
@@ -216,8 +217,8 @@ def test_the_tables_go_on_where_they_were_stopped(model, tmp_path, monkeypatch, 
     call("--images", "2")
     table = ResultsTable(tmp_path / "out" / "stratified_draws.csv", study.KEYS, study.VALUES)
     assert [(row["image"], row["seed"]) for row in table.rows] == [
-        (study.SLIDES[0], "0"),
-        (study.SLIDES[0], "1"),
+        (regions.SLIDES[0], "0"),
+        (regions.SLIDES[0], "1"),
         ("0.jpg", "0"),
         ("0.jpg", "1"),
     ]
@@ -227,4 +228,4 @@ def test_the_tables_go_on_where_they_were_stopped(model, tmp_path, monkeypatch, 
 
 def test_missing_regions_are_named(tmp_path):
     with pytest.raises(ValueError, match="expected 3 regions of non_tumor, found 0"):
-        list(study.image_paths(tmp_path))
+        list(regions.twelve_regions(tmp_path))

@@ -21,6 +21,7 @@ from ..runtime.cost import mean_keys_per_query, token_grid_of_size
 from ..runtime.figures import block_pattern_figure, prune_map_figure, save_image
 from ..runtime.load_model import load_model
 from ..runtime.measure import measured
+from .images import bundled_image
 
 logger = logging.get_logger(__name__)
 
@@ -124,13 +125,7 @@ def _load(source: str | None, device: str) -> tuple[SparsePathViTModel, SparsePa
 
 def _load_region(image_file: Path | None, size: int) -> Image.Image:
     if image_file is None:
-        try:
-            from skimage.data import immunohistochemistry
-        except ImportError as error:
-            raise ImportError(
-                'The default image comes with scikit-image: pip install "sparsepath-vit[slides]", or pass --image.'
-            ) from error
-        tissue = immunohistochemistry()  # (512, 512, 3)
+        tissue = np.asarray(bundled_image())  # (512, 512, 3)
         missing = [max(0, size - side) for side in tissue.shape[:2]]
         tissue = np.pad(tissue, ((0, missing[0]), (0, missing[1]), (0, 0)), mode="symmetric")
         return _crop_center(Image.fromarray(tissue), size)

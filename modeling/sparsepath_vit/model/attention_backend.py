@@ -27,6 +27,28 @@ class PreparedGrid(NamedTuple):
     numbers: list[int]
 
 
+class LayerContext(NamedTuple):
+    """The context tokens of one layer, see `ContextTokens`, and the mean query of each image, which corrects them.
+
+    Attributes:
+        tokens, weights, block_rows, block_columns: (entries,) int64.
+        counts: entries of each image, host integers.
+        mean_query: (images, heads, head_dim).
+    """
+
+    tokens: torch.Tensor
+    weights: torch.Tensor
+    block_rows: torch.Tensor
+    block_columns: torch.Tensor
+    counts: tuple[int, ...]
+    mean_query: torch.Tensor
+
+    def entries_of(self, image: int) -> slice:
+        """Where the context tokens of an image are."""
+        start = sum(self.counts[:image])
+        return slice(start, start + self.counts[image])
+
+
 @dataclass(frozen=True)
 class AttentionBackend:
     """One way to compute block-local attention of the M = `grid.num_tokens` packed tokens of a grid.
@@ -39,11 +61,12 @@ class AttentionBackend:
         check_query: raises a ValueError where it does not take the head_dim or the dtype of (..., head_dim) queries.
         prepare: what it needs of a grid. Called once per grid; torch.compile traces it.
         forward: takes query, key and value, each (M, heads, head_dim), the prepared grid, the scale of the logits, the
-            share of dropped probabilities and the generator that draws them (0.0 and `None` without dropout). Returns
-            the output, (M, heads, head_dim), and the base-2 log-sum-exp of each query's logits, (heads, M) in float32,
-            or `None`.
+            share of dropped probabilities and the generator that draws them (0.0 and `None` without dropout); where
+            there are any, and it takes key weights, the `LayerContext` comes last. Returns the output, (M, heads,
+            head_dim), and the base-2 log-sum-exp of each query's logits, (heads, M) in float32, or `None`.
         backward: takes the gradient of the output, query, key, value, output, log-sum-exp and the rest as in the
-            forward, the generator seeded alike. Returns the gradients of query, key and value.
+            forward, the generator seeded alike. Returns the gradients of query, key and value, and with context tokens
+            of the mean queries.
         forward_strip: as the forward, for what `prepare` made of a `TokenStrip`. Takes the query of the global tokens
             and the strip's own patch tokens, (G + S, heads, head_dim), key and value of all of its M tokens, the
             prepared strip and the scale. Returns the output, (G + S, heads, head_dim), in which a global token has
@@ -62,7 +85,7 @@ class AttentionBackend:
     check_query: Callable[[torch.Tensor], None]
     prepare: Callable[[TokenGrid], PreparedGrid]
     forward: Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
-    backward: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+    backward: Callable[..., tuple[torch.Tensor, ...]]
     forward_strip: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     has_dropout: bool
     takes_key_weights: bool

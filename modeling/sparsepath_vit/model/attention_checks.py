@@ -1,8 +1,9 @@
 # Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
-"""Whether queries, keys and values fit each other and a grid."""
+"""Whether queries, keys, values and context tokens fit each other and a grid."""
 
 import torch
 
+from .context_tokens import ContextTokens
 from .token_grid import TokenGrid
 from .token_strips import TokenStrip
 
@@ -87,3 +88,18 @@ def _checked_scale(query: torch.Tensor, scale: float | None) -> float:
     if not scale > 0.0:
         raise ValueError(f"scale={scale!r} is not possible: it takes a positive number.")
     return scale
+
+
+def check_context(context: ContextTokens | None, grid: TokenGrid) -> None:
+    """Raises a ValueError where a grid asks for context tokens and has none, or has those of another batch."""
+    if context is None:
+        if grid.has_context:
+            raise ValueError(
+                f"context is None, but the grid asks for num_context_tokens={grid.num_context_tokens}: pass "
+                "draw_context_tokens(grid), or make the grid with num_context_tokens=0."
+            )
+    elif len(context.counts) != grid.batch_size or sum(context.counts) != len(context.tokens):
+        raise ValueError(
+            f"context has {len(context.tokens)} entries, {context.counts} of the images, and the grid "
+            f"{grid.batch_size} images: pass the context tokens that were drawn for this grid."
+        )

@@ -4,12 +4,16 @@
 They compute what `attention_specification.py` says, with memory or time quadratic in the number of tokens.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from .attention_specification import attention_bias, attention_pattern
+from .context_tokens import ContextTokens
 from .device_memory import warn_if_memory_is_short
+from .mean_query_correction import add_correction
 from .token_grid import TokenGrid
 
 
@@ -46,7 +50,7 @@ def eager_attention_forward(
 
 
 def dense_attention_mask(
-    grid: TokenGrid, implementation: str, num_heads: int, dtype: torch.dtype
+    grid: TokenGrid, implementation: str, num_heads: int, dtype: torch.dtype, context: ContextTokens | None = None
 ) -> torch.Tensor | BlockMask | None:
     """The pattern in the form a dense attention implementation takes.
 
@@ -55,6 +59,7 @@ def dense_attention_mask(
         implementation: "eager", "sdpa" or "flex_attention".
         num_heads: heads, for the memory the implementation will need.
         dtype: of the attention.
+        context: the context tokens of the layer.
 
     Returns:
         `None` where every token sees all others, else an additive (batch, 1, tokens, tokens) mask for "eager", a bool
@@ -67,7 +72,8 @@ def dense_attention_mask(
     if not is_needed:
         return None
     if grid.weighs_keys:
-        return attention_bias(grid, torch.promote_types(dtype, torch.float32))[:, None]  # the same for all heads
+        bias = attention_bias(grid, torch.promote_types(dtype, torch.float32), context)
+        return bias[:, None]  # the same for all heads
     pattern = attention_pattern(grid)
     if implementation == "flex_attention":
 
@@ -79,3 +85,40 @@ def dense_attention_mask(
     if implementation == "sdpa":
         return pattern
     return torch.zeros(pattern.shape, dtype=dtype, device=grid.device).masked_fill(~pattern, torch.finfo(dtype).min)
+
+
+def dense_stratified_attention(
+    implementation: str,
+    attend: Callable[..., tuple[torch.Tensor, torch.Tensor | None]],
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    grid: TokenGrid,
+    context: ContextTokens,
+    scaling: float,
+    dropout: float,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Stratified attention by a dense implementation, which is called twice: for the queries and for the correction.
+
+    Args:
+        implementation: "eager", "sdpa" or "flex_attention".
+        attend: the function of that name.
+        module: the attention module.
+        query, key, value: (batch, heads, tokens, head_dim).
+        grid: where the tokens are.
+        context: the context tokens of the layer.
+        scaling: factor on the logits.
+        dropout: share of attention probabilities set to zero in training; the correction has none.
+
+    Returns:
+        (batch, tokens, heads, head_dim), and the probabilities (batch, heads, query, key) before the correction, of
+        "eager" only.
+    """
+    mask = dense_attention_mask(grid, implementation, query.shape[1], query.dtype, context)
+    attended, weights = attend(module, query, key, value, mask, scaling=scaling, dropout=dropout)
+
+    def attend_from(query: torch.Tensor) -> torch.Tensor:
+        return attend(module, query, key, value, mask, scaling=scaling, dropout=0.0)[0].transpose(1, 2)
+
+    return add_correction(attended.transpose(1, 2), query, grid, attend_from).transpose(1, 2), weights

@@ -9,6 +9,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 from .attention_operator import block_attention
+from .context_tokens import ContextTokens
 from .token_grid import TokenGrid
 
 ATTENTION_NAME = "block_sparse"
@@ -23,6 +24,7 @@ def block_sparse_attention_forward(
     scaling: float | None = None,
     dropout: float = 0.0,
     token_grid: TokenGrid | None = None,
+    context_tokens: ContextTokens | None = None,
     **kwargs: object,
 ) -> tuple[torch.Tensor, None]:
     """`block_attention` with the signature Transformers' `AttentionInterface` asks for.
@@ -34,6 +36,7 @@ def block_sparse_attention_forward(
         scaling: factor on the logits.
         dropout: share of attention probabilities set to zero.
         token_grid: where the tokens are.
+        context_tokens: what the layer's queries see beyond their neighbourhood.
         **kwargs: arguments of other implementations.
 
     Returns:
@@ -52,7 +55,7 @@ def block_sparse_attention_forward(
             f"attention_mask of shape {tuple(attention_mask.shape)} was given beside token_grid: block_sparse takes "
             "None. Say which tokens are absent with patch_mask, from which the grid is made."
         )
-    output = block_attention(query, key, value, token_grid, scale=scaling, dropout=dropout)
+    output = block_attention(query, key, value, token_grid, context=context_tokens, scale=scaling, dropout=dropout)
     return output.transpose(1, 2), None
 
 

@@ -1,12 +1,12 @@
 # Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
-"""Block-local attention as a loop over tiles of queries: one dense SDPA call per tile, nothing quadratic.
+"""Block-local and stratified attention as a loop over tiles of queries: one dense SDPA call per tile.
 
 A tile is a run of consecutive blocks of one block row. Its keys are the global tokens and, for each of the 2r+1 block
 rows around it, one contiguous run of packed tokens: no padding, no gather, no dense mask, however ragged the blocks
-are. Context tokens outside the neighbourhood are 2r+2 more runs, of a list of their own; where keys have weights, a
-number per key is added to the logits. It uses torch operations only, so it also serves as the correct path on devices
-without a kernel. It computes in the dtype of its arguments, probabilities in at least float32: autocast has no say in
-it.
+are. Where there are context tokens, all of the image's follow: a number per key is added to the logits, -inf for those
+inside the neighbourhood; and the image's mean query is one more query for each block. It uses torch operations only, so
+it also serves as the correct path on devices without a kernel. It computes in the dtype of its arguments, probabilities
+in at least float32: autocast has no say in it.
 """
 
 from collections.abc import Iterator
@@ -14,9 +14,10 @@ from typing import NamedTuple
 
 import torch
 
-from .attention_backend import AttentionBackend, PreparedGrid
+from .attention_backend import AttentionBackend, LayerContext, PreparedGrid
 from .attention_precision import without_autocast
-from .attention_sdpa_tables import QueryTile, key_weights, prepare_tiles, query_tiles
+from .attention_sdpa_correction import MeanQueryCorrection
+from .attention_sdpa_tables import QueryTile, far_context, near_keys, own_weights, prepare_tiles, query_tiles
 
 # Where probabilities are kept, of this many queries at a time: those of a large block do not fit the cache, nor at
 # 60,000 keys the memory (measured with 32 to 4,900 queries).
@@ -28,53 +29,66 @@ class _Keys(NamedTuple):
 
     Attributes:
         packed: (M, ...) of the packed tokens.
-        context: (cells, ...) of the context tokens; `None` where there are none.
+        context: (entries, ...) of the context tokens; `None` where there are none.
     """
 
     packed: torch.Tensor
     context: torch.Tensor | None
 
-    def of(self, tile: QueryTile) -> torch.Tensor:
+    def of(self, tile: QueryTile, context: LayerContext | None) -> torch.Tensor:
         """(keys, ...) of one tile; a view where its keys are one run."""
-        parts = [source[start:end] for source, start, end in self._runs(tile)]
+        parts = [source[start:end] for source, start, end in self._runs(tile, context)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def add(self, tile: QueryTile, additions: torch.Tensor) -> None:
+    def add(self, tile: QueryTile, context: LayerContext | None, additions: torch.Tensor) -> None:
         """Adds (heads, keys, head_dim) to the (tokens, heads, head_dim) that a tile's keys were taken from."""
         position = 0
-        for source, start, end in self._runs(tile):
+        for source, start, end in self._runs(tile, context):
             source[start:end] += additions[:, position : position + end - start].transpose(0, 1)
             position += end - start
 
-    def _runs(self, tile: QueryTile) -> list[tuple[torch.Tensor, int, int]]:
+    def _runs(self, tile: QueryTile, context: LayerContext | None) -> list[tuple[torch.Tensor, int, int]]:
         runs = [(self.packed, *run) for run in tile.keys]
-        return runs if self.context is None else runs + [(self.context, *run) for run in tile.context]
+        if context is not None and tile.block_row >= 0:
+            entries = context.entries_of(tile.image)
+            runs.append((self.context, entries.start, entries.stop))
+        return runs
 
 
-def _with_context(states: torch.Tensor, prepared: PreparedGrid) -> _Keys:
+def _with_context(states: torch.Tensor, context: LayerContext | None) -> _Keys:
     """(M, heads, head_dim) and what of it belongs to context tokens: taken once, not by every tile."""
-    weights = key_weights(prepared)
-    return _Keys(states, None if weights is None else states[weights.context])
+    return _Keys(states, None if context is None else states[context.tokens])
 
 
-def _log_weights(prepared: PreparedGrid, dtype: torch.dtype) -> _Keys | None:
+def _log_weights(prepared: PreparedGrid, context: LayerContext | None, dtype: torch.dtype) -> _Keys | None:
     """What is added to the logits of each key; `None` where that is nothing."""
-    weights = key_weights(prepared)
-    if weights is None:
+    own, of_context = own_weights(prepared), None
+    if own is None and context is None:
         return None
     dtype = torch.promote_types(dtype, torch.float32)
-    return _Keys(weights.own.to(dtype).log(), weights.of_context.to(dtype).log())
+    if context is not None:
+        of_context = context.weights.to(dtype).log()
+    if own is None:
+        own = torch.ones_like(prepared.tensors[1])
+    return _Keys(own.to(dtype).log(), of_context)
 
 
-def _mask(tile: QueryTile, log_weights: _Keys | None) -> torch.Tensor | None:
+def _mask(
+    tile: QueryTile, prepared: PreparedGrid, context: LayerContext | None, log_weights: _Keys | None
+) -> torch.Tensor | None:
     """(queries, keys) bool where queries see different keys; what is added to logits where keys have weights.
 
-    That is (1, keys) where all queries see the same keys.
+    That is (1, keys) where all queries see the same keys; with context tokens the last rows are of mean queries.
     """
+    is_seen = near_keys(tile, prepared, context is not None) if tile.joins_blocks else None
     if log_weights is None:
-        return tile.is_seen
-    added = log_weights.of(tile)[None]  # (1, keys)
-    return added if tile.is_seen is None else torch.where(tile.is_seen, added, -torch.inf)
+        return is_seen
+    added = log_weights.of(tile, context)[None]  # (1, keys)
+    if context is not None and tile.block_row >= 0:
+        is_far = far_context(tile, prepared, context, context.entries_of(tile.image))
+        is_near = is_far.new_ones(1, added.shape[1] - is_far.shape[1]) if is_seen is None else is_seen
+        is_seen = torch.cat([is_near, is_far], dim=1)
+    return added if is_seen is None else torch.where(is_seen, added, -torch.inf)
 
 
 def _attend(
@@ -96,8 +110,12 @@ def _query_parts(tile: QueryTile, mask: torch.Tensor | None) -> Iterator[tuple[s
     first, end = tile.queries
     for start in range(first, end, MAX_QUERIES_AT_ONCE):
         stop = min(start + MAX_QUERIES_AT_ONCE, end)
-        is_per_query = mask is not None and len(mask) > 1
-        yield slice(start, stop), mask[start - first : stop - first] if is_per_query else mask
+        yield slice(start, stop), _rows(mask, slice(start - first, stop - first))
+
+
+def _rows(mask: torch.Tensor | None, rows: slice) -> torch.Tensor | None:
+    """Some rows of a mask; all queries share one that has a single row."""
+    return mask[rows] if mask is not None and len(mask) > 1 else mask
 
 
 def _heads_first(states: torch.Tensor) -> torch.Tensor:
@@ -134,35 +152,60 @@ def tiled_block_attention(
     scale: float,
     dropout: float,
     generator: torch.Generator | None,
+    context: LayerContext | None = None,
 ) -> tuple[torch.Tensor, None]:
-    """Block-local attention, tile by tile.
+    """Block-local or stratified attention, tile by tile.
 
     Args:
         query, key, value: (M, heads, head_dim) packed tokens.
         prepared: where the tokens are, see `prepare_tiles`.
         scale: factor on the logits.
-        dropout: share of attention probabilities set to zero.
+        dropout: share of attention probabilities set to zero; those of mean queries stay.
         generator: draws the dropout.
+        context: the context tokens of the layer; `None` for block-local attention.
 
     Returns:
         (M, heads, head_dim), and `None`: the backward computes the log-sum-exps anew.
     """
     output = query.new_empty(query.shape)
-    keys, values = (_with_context(states, prepared) for states in (key, value))
-    log_weights = _log_weights(prepared, query.dtype)
+    keys, values = (_with_context(states, context) for states in (key, value))
+    log_weights = _log_weights(prepared, context, query.dtype)
+    correction = MeanQueryCorrection(prepared, context)
     with without_autocast(query.device.type):
         for tile in query_tiles(prepared):
-            tile_key, tile_value, mask = keys.of(tile), values.of(tile), _mask(tile, log_weights)
+            of_tile = keys.of(tile, context), values.of(tile, context)
+            mask = _mask(tile, prepared, context, log_weights)
+            mean_queries, queries = correction.queries(tile), slice(*tile.queries)
             if dropout == 0.0:
-                queries = slice(*tile.queries)
-                output[queries] = _attend(query[queries], tile_key, tile_value, mask, scale)
-                continue
-            tile_key, tile_value = _heads_first(tile_key), _heads_first(tile_value)
-            for queries, part_mask in _query_parts(tile, mask):
-                probabilities = _probabilities(_heads_first(query[queries]), tile_key, part_mask, scale)
-                probabilities *= _dropout_factors(probabilities, dropout, generator)
-                output[queries] = (probabilities @ tile_value).transpose(0, 1)
+                rows = torch.cat([query[queries], mean_queries]) if len(mean_queries) else query[queries]
+                attended = _attend(rows, *of_tile, mask, scale)
+                attended, of_mean = attended[: len(rows) - len(mean_queries)], attended[len(rows) - len(mean_queries) :]
+            else:
+                attended = _attend_with_dropout(query, tile, *of_tile, mask, scale, dropout, generator)
+                of_mean = mean_queries
+                if len(mean_queries):
+                    of_mean = _attend(mean_queries, *of_tile, _rows(mask, slice(len(attended), None)), scale)
+            output[queries] = correction.applied(tile, attended, of_mean)
     return output, None
+
+
+def _attend_with_dropout(
+    query: torch.Tensor,
+    tile: QueryTile,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    dropout: float,
+    generator: torch.Generator | None,
+) -> torch.Tensor:
+    """(queries, heads, head_dim) of one tile, whose `key` and `value` are (keys, heads, head_dim)."""
+    key, value, attended = _heads_first(key), _heads_first(value), []
+    for queries, part_mask in _query_parts(tile, mask):
+        probabilities = _probabilities(_heads_first(query[queries]), key, part_mask, scale)
+        probabilities *= _dropout_factors(probabilities, dropout, generator)
+        attended.append((probabilities @ value).transpose(0, 1))
+    return torch.cat(attended)
 
 
 def tiled_strip_attention(
@@ -181,20 +224,24 @@ def tiled_strip_attention(
     """
     output = query.new_empty(query.shape)
     keys, values = _Keys(key, None), _Keys(value, None)
-    log_weights = _log_weights(prepared, query.dtype)
+    log_weights = _log_weights(prepared, None, query.dtype)
     num_globals = prepared.numbers[0]
     with without_autocast(query.device.type):
         tiles = query_tiles(prepared)
         tile = next(tiles)  # the global tokens
-        global_states = (_heads_first(query[:num_globals]), _heads_first(keys.of(tile)))
-        logits = _logits(*global_states, _mask(tile, log_weights), scale)
+        global_states = (_heads_first(query[:num_globals]), _heads_first(keys.of(tile, None)))
+        logits = _logits(*global_states, _mask(tile, prepared, None, log_weights), scale)
         logsumexp = logits.logsumexp(dim=-1)  # (heads, G)
         probabilities = logits.sub_(logsumexp[..., None]).exp_()
-        output[:num_globals] = (probabilities @ _heads_first(values.of(tile))).transpose(0, 1)
+        output[:num_globals] = (probabilities @ _heads_first(values.of(tile, None))).transpose(0, 1)
         position = num_globals
         for tile in tiles:
             queries = slice(position, position + tile.queries[1] - tile.queries[0])
-            tile_key, tile_value, mask = keys.of(tile), values.of(tile), _mask(tile, log_weights)
+            tile_key, tile_value, mask = (
+                keys.of(tile, None),
+                values.of(tile, None),
+                _mask(tile, prepared, None, log_weights),
+            )
             output[queries] = _attend(query[queries], tile_key, tile_value, mask, scale)
             position = queries.stop
     return output, logsumexp
@@ -211,39 +258,69 @@ def tiled_block_attention_backward(
     scale: float,
     dropout: float,
     generator: torch.Generator | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    context: LayerContext | None = None,
+) -> tuple[torch.Tensor, ...]:
     """Gradients of `tiled_block_attention`; each tile's probabilities are recomputed, `output` and `logsumexp` unused.
 
     `generator` must be seeded as it was for the forward: the dropout is drawn again in the same order.
 
     Returns:
-        Gradients with respect to query, key and value, each (M, heads, head_dim).
+        Gradients with respect to query, key and value, each (M, heads, head_dim), and with context tokens with respect
+        to the mean queries, (images, heads, head_dim).
     """
     grad_query = query.new_empty(query.shape)
-    keys, values = (_with_context(states, prepared) for states in (key, value))
+    keys, values = (_with_context(states, context) for states in (key, value))
     grad_keys, grad_values = (_zeros_like(states) for states in (keys, values))
-    log_weights = _log_weights(prepared, query.dtype)
+    log_weights = _log_weights(prepared, context, query.dtype)
+    correction = MeanQueryCorrection(prepared, context)
+    grad_means = () if context is None else (torch.zeros_like(context.mean_query, dtype=grad_keys.packed.dtype),)
     with without_autocast(query.device.type):
         for tile in query_tiles(prepared):
-            tile_key, tile_value = (_heads_first(states.of(tile)).contiguous() for states in (keys, values))
-            tile_grad_key, tile_grad_value = torch.zeros_like(tile_key), torch.zeros_like(tile_value)
-            for queries, mask in _query_parts(tile, _mask(tile, log_weights)):
-                tile_query, tile_grad = _heads_first(query[queries]), _heads_first(grad_output[queries])
-                probabilities = _probabilities(tile_query, tile_key, mask, scale)  # (heads, queries, keys)
-                grad_logits = tile_grad @ tile_value.mT  # with respect to the probabilities, so far
-                dropped = probabilities
-                if dropout > 0.0:
-                    factors = _dropout_factors(probabilities, dropout, generator)
-                    dropped, grad_logits = probabilities * factors, grad_logits * factors
-                tile_grad_value.baddbmm_(dropped.mT, tile_grad)
-                delta = (probabilities * grad_logits).sum(dim=-1, keepdim=True)
-                grad_logits.sub_(delta).mul_(probabilities)
-                grad_query[queries] = (grad_logits @ tile_key).mul_(scale).transpose(0, 1)
-                tile_grad_key.baddbmm_(grad_logits.mT, tile_query, alpha=scale)
-            grad_keys.add(tile, tile_grad_key)
-            grad_values.add(tile, tile_grad_value)
-    grad_key, grad_value = (_joined(gradient, prepared) for gradient in (grad_keys, grad_values))
-    return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype)
+            gradients = _TileGradients(keys.of(tile, context), values.of(tile, context), scale)
+            mask = _mask(tile, prepared, context, log_weights)
+            for queries, part_mask in _query_parts(tile, mask):
+                grad_query[queries] = gradients.of(query[queries], grad_output[queries], part_mask, dropout, generator)
+            mean_queries = correction.queries(tile)
+            if len(mean_queries):
+                mean_mask = _rows(mask, slice(-len(mean_queries), None))
+                of_mean = gradients.of(mean_queries, correction.gradient(tile, grad_output), mean_mask, 0.0, None)
+                grad_means[0][tile.image] += of_mean.sum(dim=0)
+            grad_keys.add(tile, context, gradients.key)
+            grad_values.add(tile, context, gradients.value)
+    grad_key, grad_value = (_joined(gradient, context) for gradient in (grad_keys, grad_values))
+    grad_means = tuple(gradient.to(query.dtype) for gradient in grad_means)
+    return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), *grad_means
+
+
+class _TileGradients:
+    """Gradients of one tile's keys and values, (heads, keys, head_dim) of at least float32, summed over its queries."""
+
+    def __init__(self, tile_key: torch.Tensor, tile_value: torch.Tensor, scale: float) -> None:
+        self.tile_key, self.tile_value = _heads_first(tile_key).contiguous(), _heads_first(tile_value).contiguous()
+        self.key, self.value = torch.zeros_like(self.tile_key), torch.zeros_like(self.tile_value)
+        self.scale = scale
+
+    def of(
+        self,
+        query: torch.Tensor,
+        grad_output: torch.Tensor,
+        mask: torch.Tensor | None,
+        dropout: float,
+        generator: torch.Generator | None,
+    ) -> torch.Tensor:
+        """(queries, heads, head_dim), the gradient of some queries; adds what they give to keys and values."""
+        query, grad_output = _heads_first(query), _heads_first(grad_output)
+        probabilities = _probabilities(query, self.tile_key, mask, self.scale)  # (heads, queries, keys)
+        grad_logits = grad_output @ self.tile_value.mT  # with respect to the probabilities, so far
+        dropped = probabilities
+        if dropout > 0.0:
+            factors = _dropout_factors(probabilities, dropout, generator)
+            dropped, grad_logits = probabilities * factors, grad_logits * factors
+        self.value.baddbmm_(dropped.mT, grad_output)
+        delta = (probabilities * grad_logits).sum(dim=-1, keepdim=True)
+        grad_logits.sub_(delta).mul_(probabilities)
+        self.key.baddbmm_(grad_logits.mT, query, alpha=self.scale)
+        return (grad_logits @ self.tile_key).mul_(self.scale).transpose(0, 1)
 
 
 def _zeros_like(keys: _Keys) -> _Keys:
@@ -252,13 +329,12 @@ def _zeros_like(keys: _Keys) -> _Keys:
     return _Keys(*(None if states is None else torch.zeros_like(states, dtype=dtype) for states in keys))
 
 
-def _joined(gradients: _Keys, prepared: PreparedGrid) -> torch.Tensor:
+def _joined(gradients: _Keys, context: LayerContext | None) -> torch.Tensor:
     """(M, heads, head_dim): what context tokens received goes to the packed tokens that they are."""
-    weights = key_weights(prepared)
-    if weights is None:
+    if context is None:
         return gradients.packed
-    # Each token is at most one context token; those of empty cells share a place and received nothing.
-    return gradients.packed.index_add_(0, weights.context, gradients.context)
+    # Each token is at most one context token; cells without one share a place and received nothing.
+    return gradients.packed.index_add_(0, context.tokens, gradients.context)
 
 
 SDPA_TILES = AttentionBackend(

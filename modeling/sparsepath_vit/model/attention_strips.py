@@ -31,7 +31,7 @@ def strip_attention(
     Returns:
         (heads, G + S, head_dim): of the own patch tokens what `block_attention` on the whole image gives, of the global
         tokens their attention to the strip's part of their keys; and the natural log-sum-exp of the global tokens'
-        logits, (heads, G), of at least float32. `GlobalAttention` makes of all parts what `block_attention` gives.
+        logits, (heads, G), of at least float32. `MergedAttention` makes of all parts what `block_attention` gives.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit each other, the strip or the backend.
@@ -110,7 +110,7 @@ def naive_strip_attention(
     return output.transpose(0, 1), logits[:, :num_globals].logsumexp(dim=-1)
 
 
-class GlobalAttention:
+class MergedAttention:
     """The global tokens' attention, put together from its parts, one after the other."""
 
     def __init__(self) -> None:

@@ -149,12 +149,13 @@ class SparsePathViTConfig(ConfigRemoteCodeMixin, BackboneConfigMixin, PreTrained
             counted as often as the patch tokens it stands for (`num_representatives`).
         window_size (`int` or `None`): tokens per block side; `None` is dense attention.
         neighbor_radius (`int`): a token sees blocks up to this many block rows and columns away.
-        num_context_tokens (`int`): stratified attention. The grid is cut into at most this many square cells; of each
-            one present patch token is drawn, the same for an image in every run, and every token sees those outside
-            its neighbourhood, each in place of all tokens of its cell. This estimates dense attention without bias at
-            any image size, for that many more keys a query. 0 (the default) is block-local attention alone, 1024 comes
-            close to the dense model. The weights are the same; the features are not, so choose it before training a
-            head on them.
+        num_context_tokens (`int`): stratified attention. In each layer every token sees at most this many patch tokens
+            beyond its neighbourhood: up to 63 that CLS and the mean query attend to most, each for itself, and of each
+            square cell of the grid one that is drawn, the same for an image in every run, in place of the cell's
+            others. The mean query of the image corrects what all queries of a block have in common. This estimates
+            dense attention at any image size, for that many more keys a query. 0 (the default) is block-local attention
+            alone, 1024 comes close to the dense model. The weights are the same; the features are not, so choose it
+            before training a head on them.
         prune_after_layer (`int`): tokens are removed after this layer, counted from 1.
         prune_ratio (`float`): share of the present patch tokens removed, per image. 0.6 is recommended for
             classification, 0.0 (the default) removes none.
@@ -176,6 +177,8 @@ class SparsePathViTConfig(ConfigRemoteCodeMixin, BackboneConfigMixin, PreTrained
             wide MLP activation exist for one strip at a time. `None` (the default) is what is fastest on the device,
             4,096 on a CPU and 16,384 on CUDA; 0 runs all tokens at once. The numbers are the same.
         apply_layernorm (`bool`): whether the backbone normalises its feature maps.
+        reshape_hidden_states (`bool`): whether the backbone's feature maps are maps; else they are sequences of the CLS
+            token and all patch tokens, (batch, 1 + rows * columns, hidden_size), as DPT takes them.
 
     Example:
     ```python
@@ -225,6 +228,7 @@ class SparsePathViTConfig(ConfigRemoteCodeMixin, BackboneConfigMixin, PreTrained
     initializer_range: float = 0.02
     tokens_per_strip: int | None = None
     apply_layernorm: bool = True
+    reshape_hidden_states: bool = True
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
 

@@ -9,14 +9,16 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .attention_dense import dense_attention_mask, eager_attention_forward
+from .attention_dense import dense_attention_mask, dense_stratified_attention, eager_attention_forward
 from .attention_registration import ATTENTION_NAME
 from .configuration_sparsepath_vit import SparsePathViTConfig
+from .context_tokens import ContextTokens, draw_context_tokens, exact_tokens
 from .embeddings import OnTokens
 from .fused_elementwise import add_scaled_, add_scaled_and_normalise, fuses_layer, gated_silu
+from .mean_query_correction import mean_queries
 from .streamed_layers import run_in_strips, streams
 from .token_grid import TokenGrid, per_image
-from .token_pruning import EncodedTokens, prune, prune_scores
+from .token_pruning import EncodedTokens, attention_received, prune, prune_scores
 
 # Called with the number of layers run so far, from 0, and the tokens; returns them, changed or not.
 AfterLayer = Callable[[int, EncodedTokens], EncodedTokens]
@@ -51,11 +53,17 @@ class SparsePathViTDropPath(nn.Module):
 
 
 class SparsePathViTAttention(nn.Module):
-    """Multi-head attention over the pattern of a `TokenGrid`, by the implementation named in the config."""
+    """Multi-head attention over the pattern of a `TokenGrid`, by the implementation named in the config.
 
-    def __init__(self, config: SparsePathViTConfig) -> None:
+    Args:
+        config: of the model.
+        draw: number of the draw of context tokens; each layer has its own.
+    """
+
+    def __init__(self, config: SparsePathViTConfig, draw: int = 0) -> None:
         super().__init__()
         self.config = config
+        self.draw = draw
         self.num_heads = config.num_attention_heads
         self.head_dim = config.head_dim
         self.scaling = config.head_dim**-0.5
@@ -72,24 +80,35 @@ class SparsePathViTAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         batch, tokens, _ = hidden_states.shape
         query, key, value = self.query_key_value(hidden_states)
-        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        attended, weights = attend(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            scaling=self.scaling,
-            dropout=self.config.attention_dropout if self.training else 0.0,
-            token_grid=grid,
-        )
+        implementation = self.config._attn_implementation
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        settings = {"scaling": self.scaling, "dropout": self.config.attention_dropout if self.training else 0.0}
+        context, states = self.context_tokens(query, key, value, grid), (query, key, value)
+        if context is None or implementation == ATTENTION_NAME:
+            attended, weights = attend(
+                self, *states, attention_mask, token_grid=grid, context_tokens=context, **settings
+            )
+        else:
+            attended, weights = dense_stratified_attention(
+                implementation, attend, self, *states, grid, context, **settings
+            )
         scores = None
         if score_tokens:
             scores = prune_scores(query, key, value, grid, scale=self.scaling, kind=self.config.prune_score)
         # (batch, tokens, heads, head_dim) -> (batch, tokens, hidden_size)
         return self.projection(attended.reshape(batch, tokens, -1)), weights, scores
+
+    def context_tokens(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, grid: TokenGrid
+    ) -> ContextTokens | None:
+        """The context tokens of this layer; `None` where the grid has none. No gradient passes through the choice."""
+        if not grid.has_context:
+            return None
+        packed = query.detach().transpose(1, 2).flatten(0, 1)  # (M, heads, head_dim)
+        of_cls = packed[grid.global_indices()[:: grid.num_global_tokens]]
+        observers = torch.stack([of_cls, mean_queries(packed, grid)], dim=2)  # (images, heads, 2, head_dim)
+        scores = attention_received(observers, key, value, grid, self.scaling)
+        return draw_context_tokens(grid, exact_tokens(scores, grid), self.draw)
 
     def query_key_value(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(batch, tokens, hidden_size) normalised tokens -> three of (batch, heads, tokens, head_dim)."""
@@ -117,11 +136,11 @@ class SparsePathViTMLP(nn.Module):
 class SparsePathViTLayer(GradientCheckpointingLayer):
     """Pre-norm attention and MLP, each scaled by LayerScale and added to the residual stream."""
 
-    def __init__(self, config: SparsePathViTConfig, drop_path: float) -> None:
+    def __init__(self, config: SparsePathViTConfig, drop_path: float, number: int = 0) -> None:
         super().__init__()
         self.config = config
         self.norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.attention = SparsePathViTAttention(config)
+        self.attention = SparsePathViTAttention(config, draw=number)
         self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = SparsePathViTMLP(config)
         if config.use_layerscale:
@@ -192,7 +211,10 @@ class SparsePathViTEncoder(nn.Module):
         self.config = config
         depth = config.num_hidden_layers
         self.layers = nn.ModuleList(
-            [SparsePathViTLayer(config, config.drop_path_rate * index / max(depth - 1, 1)) for index in range(depth)]
+            [
+                SparsePathViTLayer(config, config.drop_path_rate * index / max(depth - 1, 1), index)
+                for index in range(depth)
+            ]
         )
         self.gradient_checkpointing = False
 
@@ -245,7 +267,7 @@ class SparsePathViTEncoder(nn.Module):
 
     def _attention_mask(self, tokens: EncodedTokens) -> Any:
         implementation = self.config._attn_implementation
-        if implementation == ATTENTION_NAME:
+        if implementation == ATTENTION_NAME or tokens.grid.has_context:  # with context each layer makes its own
             return None
         heads = self.config.num_attention_heads
         return dense_attention_mask(tokens.grid, implementation, heads, tokens.hidden_states.dtype)

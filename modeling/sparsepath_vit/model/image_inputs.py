@@ -23,6 +23,7 @@ if is_vision_available():
 
 CHANNEL_COUNTS = (1, 3, 4)
 # Rounding of a float16 or a resampled image; anything further outside 0..1 is another scale.
+_CODECS_OFTEN_LEFT_OUT = ("webp", "zstd", "lzma")  # of Pillow's TIFF decoder, as it is built
 RANGE_TOLERANCE = 1e-4
 
 
@@ -139,6 +140,11 @@ def _from_pil(image: "PIL.Image.Image", name: str, max_pixels: int, transpose: b
         if refusal is None:
             pixels, refusal = pil_to_rgb(image, transpose)
     except (OSError, SyntaxError, ValueError, EOFError, struct.error, PIL.Image.DecompressionBombError) as error:
+        if image.format == "TIFF" and image.info.get("compression") in _CODECS_OFTEN_LEFT_OUT:
+            raise OSError(
+                f"{name} cannot be decoded ({error}): Pillow's TIFF decoder may be without {image.info['compression']} "
+                "compression, else the file is damaged. Read it with sparsepath_vit.slides.Slide, or convert it to PNG."
+            ) from error
         raise OSError(
             f"{name} cannot be decoded ({error}): the file is truncated or damaged. Copy or download it again."
         ) from error

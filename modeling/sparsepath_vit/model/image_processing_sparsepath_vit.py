@@ -5,7 +5,6 @@ Both backends share everything but the resampling (torchvision or Pillow). They 
 that one of them saves as remote code always carries the other.
 """
 
-import math
 from typing import Any, Unpack
 
 import numpy as np
@@ -16,20 +15,22 @@ from transformers.image_transforms import get_size_with_aspect_ratio
 from transformers.image_utils import (
     IMAGENET_DEFAULT_MEAN,
     IMAGENET_DEFAULT_STD,
-    ChannelDimension,
     ImageInput,
     SizeDict,
     get_image_size_for_max_height_width,
 )
 from transformers.processing_utils import ImagesKwargs
-from transformers.utils import is_vision_available, requires_backends
+from transformers.utils import is_vision_available, logging, requires_backends
 
 from .image_inputs import check_pixel_count, flatten_images, load_rgb, name_of, white_level
+from .image_settings import check_resampling, check_settings, sides
 from .patch_presence import background_patches, covered_patches
 from .remote_code import RemoteCodeMixin
 
 if is_vision_available():
     import PIL.Image
+
+logger = logging.get_logger(__name__)
 
 # Written into preprocessor_config.json: a plain string would make `backend=` be ignored silently.
 AUTO_MAP = {
@@ -39,14 +40,6 @@ AUTO_MAP = {
     }
 }
 BICUBIC = 3  # PIL.Image.Resampling.BICUBIC
-FIXED_SETTINGS = {
-    "do_convert_rgb": True,
-    "do_pad": True,
-    "do_center_crop": False,
-    "crop_size": None,
-    "pad_size": None,
-    "data_format": ChannelDimension.FIRST,
-}
 
 
 class SparsePathViTImageProcessorKwargs(ImagesKwargs, total=False):
@@ -91,68 +84,25 @@ def _resized_shape(height: int, width: int, size: SizeDict) -> tuple[int, int]:
     )
 
 
-def _check_share(name: str, value: Any) -> None:
-    if value is None or not 0 <= value <= 1:
-        raise ValueError(f"{name}={value!r} is not possible: it is a share of a patch's pixels and lies in [0, 1].")
-
-
-def _check_settings(**settings: Any) -> None:
-    """Checks that do not need an image.
+def _grid_size(
+    grid_sizes: torch.Tensor, names: list[str], pad_size: SizeDict | None, patch_size: int
+) -> tuple[int, int]:
+    """Rows and columns of patches that hold every image of a batch: as few as do, or those of `pad_size`.
 
     Raises:
-        ValueError: names the argument, its value and what it takes.
+        ValueError: an image is larger than `pad_size`.
     """
-    for name in ("patch_size", "max_pixels"):
-        if settings[name] is None or settings[name] < 1:
-            raise ValueError(f"{name}={settings[name]!r} is not possible: it is a number of pixels and at least 1.")
-    _check_share("min_patch_coverage", settings["min_patch_coverage"])
-    _check_share("background_fraction", settings["background_fraction"])
-    for name, only in FIXED_SETTINGS.items():
-        if settings.get(name) not in (None, only):
+    rows, columns = grid_sizes.amax(dim=0).tolist()
+    if pad_size is None:
+        return rows, columns
+    height, width = sides(pad_size)
+    for name, size in zip(names, (grid_sizes * patch_size).tolist(), strict=True):
+        if size[0] > height or size[1] > width:
             raise ValueError(
-                f"{name}={settings[name]!r} is not supported: images become RGB, channels first, are padded as far as "
-                "patches and the batch need, and never cropped. Leave it out; crop before the call."
+                f"{name} takes {size[0]} x {size[1]} pixels in whole patches (height x width), more than "
+                f"pad_size={height, width}: pass a larger one."
             )
-    for name in ("image_mean", "image_std"):
-        value = settings[name]
-        if isinstance(value, (list, tuple)) and len(value) != 3:
-            raise ValueError(f"{name}={value!r} has {len(value)} values: give one per RGB channel, or a single number.")
-    if settings["do_normalize"] and settings["image_std"] is not None and np.min(settings["image_std"]) <= 0:
-        raise ValueError(f"image_std={settings['image_std']!r} is not possible: pixels are divided by it.")
-    mpp, target_mpp = settings["mpp"], settings["target_mpp"]
-    resolutions = [("target_mpp", target_mpp)] if target_mpp is not None else []
-    if mpp is not None:
-        resolutions += [("mpp", value) for value in (mpp if isinstance(mpp, (list, tuple)) else [mpp])]
-    for name, value in resolutions:
-        if value is None or not (math.isfinite(value) and value > 0):
-            raise ValueError(f"{name}={value!r} is not possible: it is micrometres per pixel, finite and above 0.")
-
-
-def _check_resampling(
-    do_resize: bool | None, size: SizeDict | None, mpp: float | list[float] | None, target_mpp: float | None
-) -> None:
-    """Checks that it is clear whether and how to resample; the resolution is never guessed.
-
-    Raises:
-        ValueError: names what is missing or contradicts.
-    """
-    by_size = do_resize and size is not None
-    if mpp is None and target_mpp is not None and not by_size:
-        raise ValueError(
-            f"target_mpp={target_mpp} is set but mpp is missing: pass mpp=... (micrometres per pixel of the images, "
-            "one or one per image), or do_resize=False in the call to take the pixels as they are."
-        )
-    if mpp is not None and target_mpp is None:
-        raise ValueError(
-            f"mpp={mpp} is given but target_mpp is not, so there is nothing to resample to: pass target_mpp=..., or "
-            "leave mpp out to take the pixels as they are."
-        )
-    if mpp is not None and by_size:
-        raise ValueError(f"mpp={mpp} and size={dict(size)} both say how to resample: pass mpp=None or size=None.")
-    if do_resize and size is None and mpp is None:
-        raise ValueError(
-            "do_resize=True does not say to what: pass size={'height': ..., 'width': ...}, or mpp=... with target_mpp=."
-        )
+    return height // patch_size, width // patch_size
 
 
 class _SparsePathViTImageProcessing(RemoteCodeMixin):
@@ -179,7 +129,7 @@ class _SparsePathViTImageProcessing(RemoteCodeMixin):
     def __init__(self, **kwargs: Unpack[SparsePathViTImageProcessorKwargs]) -> None:
         kwargs.pop("auto_map", None)
         super().__init__(**kwargs)
-        _check_settings(**{name: getattr(self, name, None) for name in self._valid_kwargs_names})
+        check_settings(**{name: getattr(self, name, None) for name in self._valid_kwargs_names})
 
     def preprocess(self, images: ImageInput, **kwargs: Unpack[SparsePathViTImageProcessorKwargs]) -> BatchFeature:
         """Prepares one image or a batch for SparsePathViT.
@@ -195,7 +145,8 @@ class _SparsePathViTImageProcessing(RemoteCodeMixin):
         Returns:
             `BatchFeature`: with H and W the smallest multiples of `patch_size` that hold every image,
 
-            - **pixel_values** -- (B, 3, H, W) float32, normalised; padded with white at the bottom and right.
+            - **pixel_values** -- (B, 3, H, W) float32, normalised; padded with white at the bottom and right. With
+              `pad_size`, H and W are its height and width.
             - **patch_mask** -- (B, H / patch_size, W / patch_size) bool, True = present.
             - **image_sizes** -- (B, 2) int64, (height, width) in pixels of each image, padded to whole patches.
 
@@ -208,14 +159,29 @@ class _SparsePathViTImageProcessing(RemoteCodeMixin):
             kwargs.update(mpp=None, target_mpp=None)
         return super().preprocess(images, **kwargs)
 
+    @property
+    def padding_value(self) -> int:
+        """White, and the place to say what Transformers' pipelines cannot do.
+
+        They ask for it when they are about to batch, and then concatenate images as they are: those of different sizes
+        end in torch's error. It is the only question they ask.
+        """
+        if self.pad_size is None:
+            logger.warning_once(
+                "A pipeline batches by concatenation, so all images of a call must be of one size. For others pass "
+                "batch_size=1, image_processor_kwargs={'pad_size': {'height': ..., 'width': ...}} (what is padded is "
+                "masked), or call the processor on the list and the model on what it returns."
+            )
+        return 255
+
     def to_dict(self) -> dict[str, Any]:
         """The settings as written to preprocessor_config.json, with the classes of both backends."""
         auto_map = {auto_class: dict(classes) for auto_class, classes in AUTO_MAP.items()}
         return {**super().to_dict(), "auto_map": auto_map}
 
     def _validate_preprocess_kwargs(self, **kwargs: Any) -> None:
-        _check_settings(**kwargs)
-        _check_resampling(kwargs["do_resize"], kwargs["size"], kwargs["mpp"], kwargs["target_mpp"])
+        check_settings(**kwargs)
+        check_resampling(kwargs["do_resize"], kwargs["size"], kwargs["mpp"], kwargs["target_mpp"])
         kwargs.pop("do_resize")  # Transformers would insist on a size, but mpp and target_mpp serve as well
         super()._validate_preprocess_kwargs(**kwargs)
 
@@ -231,7 +197,7 @@ class _SparsePathViTImageProcessing(RemoteCodeMixin):
 
         patch_size, device = kwargs["patch_size"], tensors[0].device
         grid_sizes = torch.tensor([presence.shape for presence in presences])  # (B, 2)
-        rows, columns = grid_sizes.amax(dim=0).tolist()
+        rows, columns = _grid_size(grid_sizes, names, kwargs["pad_size"], patch_size)
         shape = (len(tensors), 3, rows * patch_size, columns * patch_size)
         pixel_values = torch.empty(shape, dtype=torch.float32, device=device)
         patch_mask = torch.zeros(len(tensors), rows, columns, dtype=torch.bool, device=device)
@@ -315,6 +281,8 @@ class SparsePathViTImageProcessor(_SparsePathViTImageProcessing, TorchvisionBack
             switches the resampling by mpp off.
         size (`dict[str, int]`, *optional*): `{"height", "width"}`, `{"shortest_edge"}` (with or without
             `"longest_edge"`) or `{"max_height", "max_width"}`.
+        pad_size (`dict[str, int]`, *optional*): `{"height", "width"}` to which every image is padded, multiples of
+            `patch_size`, for batches that others put together (pipelines, a `DataLoader`) and for compiled models.
         target_mpp (`float`, *optional*): micrometres per pixel that the model is to see. Where it is set, every call
             must say `mpp`, the micrometres per pixel of the images (or `do_resize=False`): it is never guessed.
         resample (`int`, *optional*, defaults to bicubic): `PIL.Image.Resampling`; antialiased.

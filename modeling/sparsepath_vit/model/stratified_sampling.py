@@ -31,23 +31,6 @@ class CellSample(NamedTuple):
     weights: torch.Tensor
 
 
-class ContextTokens(NamedTuple):
-    """The context tokens of a grid in block-major order: those of one block lie together.
-
-    There are as many entries as cells, a number known without waiting for a device. Cells without a present token have
-    the last entries, which belong to no block.
-
-    Attributes:
-        tokens: (cells,) int64 indices into the T patch tokens, ascending; T for a cell without a token.
-        weights: (cells,) int64, what each stands for: the total weight of its cell.
-        offsets: (entries,) int64, for each entry of `TokenGrid.block_offsets` the first context token of its block.
-    """
-
-    tokens: torch.Tensor
-    weights: torch.Tensor
-    offsets: torch.Tensor
-
-
 def cell_side(grid_size: tuple[int, int], num_samples: int, window_size: int | None) -> int:
     """Tokens per side of the square cells that give at most `num_samples` samples of a grid.
 
@@ -84,7 +67,7 @@ def draw_from_cells(
     weights: torch.Tensor | None,
     *,
     seed: int,
-    layer: int | None = None,
+    draw: int | None = None,
 ) -> CellSample:
     """Draws one token of each cell with probability proportional to its weight.
 
@@ -98,9 +81,9 @@ def draw_from_cells(
         rows, columns: (tokens,) int64, the place of each token in the token grid of its image.
         weights: (tokens,) int64; a token of weight 0 is never drawn. `None` where all are 1.
         seed: decides the draw, beside the places.
-        layer: number of the layer the draw is for; `None` for a draw that all layers share.
+        draw: number of the draw, where there are several of the same tokens.
     """
-    numbers = _numbers_of_places(rows, columns, seed, layer)
+    numbers = _numbers_of_places(rows, columns, seed, draw)
     num_tokens = cells.shape[0]
     if weights is None:
         times, never, is_candidate = -numbers, 1, None
@@ -120,9 +103,9 @@ def draw_from_cells(
     return CellSample(drawn, cell_weights)
 
 
-def _numbers_of_places(rows: torch.Tensor, columns: torch.Tensor, seed: int, layer: int | None) -> torch.Tensor:
-    """(tokens,) int64 in [0, 2**53), as good as uniform and independent between places, seeds and layers."""
-    key = seed if layer is None else seed + 0x9E3779B9 * (layer + 1)
+def _numbers_of_places(rows: torch.Tensor, columns: torch.Tensor, seed: int, draw: int | None) -> torch.Tensor:
+    """(tokens,) int64 in [0, 2**53), as good as uniform and independent between places, seeds and draws."""
+    key = seed if draw is None else seed + 0x9E3779B9 * (draw + 1)
     halves = []
     for half in range(2):
         start = torch.full_like(rows, (key * 2 + half) & _LOW_32_BITS)

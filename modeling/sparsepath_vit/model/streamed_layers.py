@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from .attention_registration import ATTENTION_NAME
-from .attention_strips import GlobalAttention, prepare_strips, strip_attention
+from .attention_strips import MergedAttention, prepare_strips, strip_attention
 from .configuration_sparsepath_vit import SparsePathViTConfig
 from .embeddings import OnTokens
 from .streamed_prune_scores import PruneLogits
@@ -40,7 +40,7 @@ def may_stream(config: SparsePathViTConfig, grid: TokenGrid, device: torch.devic
     most_tokens = tokens_per_strip(config, device)
     if not most_tokens or max(grid.counts) <= most_tokens or config._attn_implementation != ATTENTION_NAME:
         return False
-    return grid.num_context_tokens == 0 or grid.is_dense
+    return not grid.has_context
 
 
 def streams(layer: nn.Module, hidden_states: torch.Tensor, grid: TokenGrid) -> bool:
@@ -106,7 +106,7 @@ def _run_image(
     on_tokens: OnTokens | None,
 ) -> None:
     """One image of a batch: reads its part of (M, hidden_size) hidden states and writes that of the output."""
-    num_globals, attention = strips[0].num_global_tokens, GlobalAttention()
+    num_globals, attention = strips[0].num_global_tokens, MergedAttention()
     global_tokens = slice(strips[0].image_start, strips[0].image_start + num_globals)
     window = _Window(layer, hidden_states, strips)
     for strip in strips:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from .stratified_sampling import CONTEXT_SEED, ContextTokens, cell_counts, cell_side, draw_from_cells
+from .stratified_sampling import cell_counts, cell_side
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -39,7 +39,7 @@ class TokenGrid:
             consecutive entries: where its blocks start, and where the last one ends. The keys of the blocks
             first..last of a block row are the packed tokens `block_offsets[first] : block_offsets[last + 1]`.
         entry_shifts: (entries,) int64, how many global tokens precede the patch tokens of an entry's image.
-        num_context_tokens: at most how many context tokens each image has, see `context_tokens`; 0 for none.
+        num_context_tokens: at most how many context tokens each image has, see `draw_context_tokens`; 0 for none.
         weights: (T,) int64, how many patch tokens of the image each stands for; `None` where all stand for themselves.
         prepared: what attention backends need of this grid, by backend, so that it is made once for all layers. They
             fill it; a grid made from this one, by pruning or on another device, begins anew.
@@ -203,9 +203,14 @@ class TokenGrid:
         return all(max(block_counts) - 1 <= self.neighbor_radius for block_counts in self.block_counts)
 
     @property
+    def has_context(self) -> bool:
+        """Whether there are context tokens that some query would see."""
+        return self.num_context_tokens > 0 and not self.is_dense
+
+    @property
     def weighs_keys(self) -> bool:
         """Whether some key counts for more than itself: there are context tokens to see, or representatives."""
-        return self.weights is not None or (self.num_context_tokens > 0 and not self.is_dense)
+        return self.weights is not None or self.has_context
 
     @property
     def canvas_size(self) -> tuple[int, int]:
@@ -221,48 +226,31 @@ class TokenGrid:
             ]
         )
 
-    def cells(self, num_samples: int) -> tuple[torch.Tensor, int]:
-        """The cells that at most `num_samples` samples of each image are drawn from.
+    def images_of_tokens(self) -> torch.Tensor:
+        """(M,) int64, the image each packed token belongs to."""
+        lengths = [self.num_global_tokens + count for count in self.counts]
+        return torch.cat([torch.full((length,), index, device=self.device) for index, length in enumerate(lengths)])
+
+    def cells(self, num_samples: int | Sequence[int]) -> tuple[torch.Tensor, tuple[int, ...]]:
+        """The cells that samples of each image are drawn from.
+
+        Args:
+            num_samples: at most how many samples of each image; one number, or one an image.
 
         Returns:
-            (T,) int64, the cell of each patch token, counted over all images; and the number of cells, host integer.
+            (T,) int64, the cell of each patch token, counted over all images; and the number of cells of each image,
+            host integers.
         """
-        sides = [cell_side(size, num_samples, self.window_size) for size in self.grid_sizes]
+        numbers = [num_samples] * self.batch_size if isinstance(num_samples, int) else num_samples
+        sides = [cell_side(*of_image, self.window_size) for of_image in zip(self.grid_sizes, numbers, strict=True)]
         counts = [cell_counts(size, side) for size, side in zip(self.grid_sizes, sides, strict=True)]
-        first_cells = [0]
-        for cell_rows, cell_columns in counts:
-            first_cells.append(first_cells[-1] + cell_rows * cell_columns)
+        num_cells = tuple(cell_rows * cell_columns for cell_rows, cell_columns in counts)
+        first_cells = [sum(num_cells[:index]) for index in range(self.batch_size)]
         images = self.images()
         side = per_image(sides, self.device)[images]
         cell_columns = per_image([columns for _, columns in counts], self.device)[images]
-        first_cell = per_image(first_cells[:-1], self.device)[images]
-        return first_cell + (self.rows // side) * cell_columns + self.columns // side, first_cells[-1]
-
-    def context_tokens(self) -> ContextTokens | None:
-        """One patch token of each cell, drawn once for all layers; `None` where nobody would see them.
-
-        A query sees those outside its neighbourhood, each in place of its whole cell.
-        """
-        if self.num_context_tokens == 0 or self.is_dense:
-            return None
-        if "context tokens" not in self.prepared:
-            self.prepared["context tokens"] = self.draw_context_tokens()
-        return self.prepared["context tokens"]
-
-    def draw_context_tokens(self, seed: int = CONTEXT_SEED, layer: int | None = None) -> ContextTokens:
-        """Draws the context tokens anew.
-
-        Args:
-            seed: decides the draw.
-            layer: number of the layer they are for; `None` for all.
-        """
-        cells, num_cells = self.cells(self.num_context_tokens)
-        drawn = draw_from_cells(cells, num_cells, self.rows, self.columns, self.weights, seed=seed, layer=layer)
-        tokens, order = drawn.tokens.sort()  # the patch tokens' own order is block-major
-        num_entries = self.entry_shifts.shape[0]
-        blocks = torch.cat([self.blocks, self.blocks.new_full((1,), num_entries)])[tokens]
-        offsets = torch.searchsorted(blocks, torch.arange(num_entries, device=self.device))
-        return ContextTokens(tokens, drawn.weights[order], offsets)
+        first_cell = per_image(first_cells, self.device)[images]
+        return first_cell + (self.rows // side) * cell_columns + self.columns // side, num_cells
 
     def patch_indices(self) -> torch.Tensor:
         """(T,) int64, where the patch tokens lie among the M packed tokens."""

@@ -126,6 +126,7 @@ def prune(
     return EncodedTokens(select_tokens(tokens.hidden_states, tokens.grid, kept, kept_grid), kept_grid, pruning)
 
 
+@torch.no_grad()
 def prune_scores(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -150,18 +151,46 @@ def prune_scores(
     Returns:
         (T,) float32, in the grid's order.
     """
+    if grid.weights is None and has_prune_score_kernel(query, grid, kind):
+        return kernel_prune_scores(query, key, value, grid, scale, kind)
+    heads, head_dim = query.shape[1], query.shape[3]
+    packed = query.transpose(1, 2).reshape(-1, heads, head_dim)
+    queries = packed[grid.global_indices()].view(grid.batch_size, -1, heads, head_dim).transpose(1, 2)
+    return attention_received(queries[:, :, :1] if kind == "cls_attention" else queries, key, value, grid, scale, kind)
+
+
+@torch.no_grad()
+def attention_received(
+    queries: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    grid: TokenGrid,
+    scale: float,
+    kind: str = "attention",
+) -> torch.Tensor:
+    """How much some queries attend to each patch token of their image; what `prune_scores` does for global queries.
+
+    Args:
+        queries: (images, heads, queries, head_dim), each of which sees all tokens of its image.
+        key, value: (batch, heads, tokens, head_dim) with (batch, tokens) = `grid.batch_shape`.
+        grid: where the tokens are.
+        scale: factor on the logits.
+        kind: "attention_value" multiplies with the norm of the value, all others average probabilities.
+
+    Returns:
+        (T,) float32, in the grid's order.
+    """
     # Autocast would compute the logits in its lower precision.
-    with torch.no_grad(), maybe_autocast(query.device.type, enabled=False):
+    with maybe_autocast(key.device.type, enabled=False):
         bias = _log_weights(grid)  # (batch, tokens), or None
-        if bias is None and has_prune_score_kernel(query, grid, kind):
-            return kernel_prune_scores(query, key, value, grid, scale, kind)
         if grid.is_uniform:
-            return _image_scores(query, key, value, bias, grid.num_global_tokens, scale, kind).reshape(-1)
+            return _image_scores(queries, key, value, bias, scale, kind)[:, grid.num_global_tokens :].reshape(-1)
         scores = []
-        for start, end in zip(grid.image_offsets[:-1], grid.image_offsets[1:], strict=True):
-            states = (states[:, :, start:end] for states in (query, key, value))
+        for image, (start, end) in enumerate(zip(grid.image_offsets[:-1], grid.image_offsets[1:], strict=True)):
+            states = (states[:, :, start:end] for states in (key, value))
             image_bias = None if bias is None else bias[:, start:end]
-            scores.append(_image_scores(*states, image_bias, grid.num_global_tokens, scale, kind))
+            received = _image_scores(queries[image : image + 1], *states, image_bias, scale, kind)
+            scores.append(received[:, grid.num_global_tokens :])
         return torch.cat(scores, dim=1).reshape(-1)
 
 
@@ -174,28 +203,26 @@ def _log_weights(grid: TokenGrid) -> torch.Tensor | None:
 
 
 def _image_scores(
-    query: torch.Tensor,
+    queries: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     bias: torch.Tensor | None,
-    num_global_tokens: int,
     scale: float,
     kind: str,
 ) -> torch.Tensor:
-    """Scores of images with equally many tokens: (batch, heads, tokens, head_dim) -> (batch, patch tokens).
+    """Scores of all tokens of images with equally many: (batch, heads, tokens, head_dim) -> (batch, tokens).
 
     `bias` is (batch, tokens), added to the logits of each key.
     """
-    num_queries = 1 if kind == "cls_attention" else num_global_tokens
     batch, heads, tokens, _ = key.shape
-    scores = torch.zeros(batch, tokens - num_global_tokens, dtype=torch.float32, device=key.device)
+    scores = torch.zeros(batch, tokens, dtype=torch.float32, device=key.device)
     for head in range(heads):  # one head at a time: a float32 copy of all keys of a whole slide would not fit
-        logits = query[:, head, :num_queries].float() @ key[:, head].float().transpose(1, 2) * scale
+        logits = queries[:, head].float() @ key[:, head].float().transpose(1, 2) * scale
         if bias is not None:
             logits = logits + bias[:, None, :]
-        received = logits.softmax(dim=-1)[:, :, num_global_tokens:].mean(dim=1)  # (batch, patch tokens)
+        received = logits.softmax(dim=-1).mean(dim=1)  # (batch, tokens)
         if kind == "attention_value":
-            received = received * value[:, head, num_global_tokens:].float().norm(dim=-1)
+            received = received * value[:, head].float().norm(dim=-1)
         scores += received
     return scores / heads
 
@@ -249,7 +276,7 @@ def with_representatives(
     cells, num_cells = grid.cells(num_representatives)
     weights = torch.ones_like(cells) if grid.weights is None else grid.weights
     removed_weights = weights.index_fill(0, kept, 0)
-    drawn = draw_from_cells(cells, num_cells, grid.rows, grid.columns, removed_weights, seed=REPRESENTATIVE_SEED)
+    drawn = draw_from_cells(cells, sum(num_cells), grid.rows, grid.columns, removed_weights, seed=REPRESENTATIVE_SEED)
     # (T + 1,): cells that lost nothing have drawn a last token that there is not.
     new_weights = torch.cat([weights - removed_weights, weights.new_zeros(1)])
     new_weights = new_weights.scatter(0, drawn.tokens, drawn.weights)[:-1]

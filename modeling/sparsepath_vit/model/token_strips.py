@@ -126,7 +126,7 @@ def token_strip(grid: TokenGrid, image: int, strip: StripRange) -> TokenStrip:
     Raises:
         ValueError: a grid with context tokens, which lie all over the image.
     """
-    if grid.num_context_tokens > 0 and not grid.is_dense:
+    if grid.has_context:
         raise ValueError(
             f"grid has num_context_tokens={grid.num_context_tokens}: a strip holds its surroundings only. Attend to "
             "the whole image with block_attention."

@@ -6,6 +6,7 @@ import math
 import torch
 
 from ..model.configuration_sparsepath_vit import SparsePathViTConfig
+from ..model.context_tokens import draw_context_tokens, exact_tokens
 from ..model.embeddings import token_grid_of_sizes
 from ..model.token_grid import TokenGrid
 from ..model.token_pruning import num_kept
@@ -15,16 +16,15 @@ def attention_pairs(grid: TokenGrid) -> int:
     """Query-key pairs of the pattern, over all images of the grid.
 
     Each patch token sees G global tokens, the tokens of its neighbourhood and the context tokens outside it; each
-    global token sees all.
+    global token sees all. With context tokens the mean query sees what each block sees, and once all. Which patch
+    tokens are exact is known in a layer only; here they are taken to be spread evenly.
     """
     return sum(_pairs_exactly(grid)) + _pairs_with_context(grid)
 
 
 def _pairs_exactly(grid: TokenGrid) -> tuple[int, int]:
     """Pairs of two patch tokens near each other, and pairs with a global token."""
-    near = sum(
-        round((sizes * seen).sum().item()) for sizes, seen in zip(*_of_blocks(grid, grid.block_offsets), strict=True)
-    )
+    near = sum(round((sizes * seen).sum().item()) for sizes, seen in zip(*_of_blocks(grid), strict=True))
     of_globals = sum(
         count * grid.num_global_tokens + grid.num_global_tokens * (grid.num_global_tokens + count)
         for count in grid.counts
@@ -33,35 +33,47 @@ def _pairs_exactly(grid: TokenGrid) -> tuple[int, int]:
 
 
 def _pairs_with_context(grid: TokenGrid) -> int:
-    """Pairs of a patch token and a context token outside its neighbourhood."""
-    context = grid.context_tokens()
-    if context is None:
+    """Pairs of a patch token and a context token outside its neighbourhood, and all pairs of the mean query."""
+    if not grid.has_context:
         return 0
-    tokens_of_blocks, _ = _of_blocks(grid, grid.block_offsets)
-    drawn_of_blocks, drawn_near = _of_blocks(grid, context.offsets)
-    pairs = (
-        (tokens * (drawn.sum() - near)).sum().item()
-        for tokens, drawn, near in zip(tokens_of_blocks, drawn_of_blocks, drawn_near, strict=True)
+    context, pairs = draw_context_tokens(grid, exact_tokens(_evenly_high(grid), grid)), 0.0
+    is_drawn = context.weights > 0
+    images = zip(
+        *_of_blocks(grid),
+        *(part.split(context.counts) for part in (is_drawn, context.block_rows, context.block_columns)),
+        strict=True,
     )
-    return round(sum(pairs))
+    for tokens, seen, drawn, rows, columns in images:
+        if max(tokens.shape) - 1 <= grid.neighbor_radius:
+            continue
+        of_blocks = torch.zeros_like(tokens).index_put((rows[drawn], columns[drawn]), tokens.new_ones(()), True)
+        far = of_blocks.sum() - _around(of_blocks, grid.neighbor_radius)
+        keys_of_mean = ((grid.num_global_tokens + seen + far) * (tokens > 0)).sum()
+        pairs += (tokens * far).sum().item() + keys_of_mean.item() + tokens.sum().item() + grid.num_global_tokens
+    return round(pairs)
 
 
-def _of_blocks(grid: TokenGrid, offsets: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """(block rows, block columns) float64 of each image: what lies in each block, and in its neighbourhood.
+def _evenly_high(grid: TokenGrid) -> torch.Tensor:
+    """(T,) scores of which the highest are spread evenly over each image: multiples of the golden ratio, modulo 1."""
+    return torch.cat([torch.arange(count, dtype=torch.float64) * 0.6180339887498949 % 1 for count in grid.counts])
 
-    `offsets` says where each entry of `TokenGrid.block_offsets` starts.
-    """
-    sizes_of_images, seen_of_images, first_entry, radius = [], [], 0, grid.neighbor_radius
+
+def _of_blocks(grid: TokenGrid) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """(block rows, block columns) float64 of each image: patch tokens of each block, and of its neighbourhood."""
+    sizes_of_images, seen_of_images, first_entry = [], [], 0
     for block_rows, block_columns in grid.block_counts:
-        entries = offsets[first_entry : first_entry + block_rows * (block_columns + 1)]
+        entries = grid.block_offsets[first_entry : first_entry + block_rows * (block_columns + 1)]
         first_entry += len(entries)
         sizes = entries.view(block_rows, block_columns + 1).diff(dim=1).double()
-        padded = torch.nn.functional.pad(sizes[None, None], (radius,) * 4)
         sizes_of_images.append(sizes)
-        seen_of_images.append(
-            torch.nn.functional.avg_pool2d(padded, 2 * radius + 1, stride=1, divisor_override=1)[0, 0]
-        )
+        seen_of_images.append(_around(sizes, grid.neighbor_radius))
     return sizes_of_images, seen_of_images
+
+
+def _around(values: torch.Tensor, radius: int) -> torch.Tensor:
+    """(block rows, block columns), the sum over the neighbourhood of each block."""
+    padded = torch.nn.functional.pad(values[None, None], (radius,) * 4)
+    return torch.nn.functional.avg_pool2d(padded, 2 * radius + 1, stride=1, divisor_override=1)[0, 0]
 
 
 def mean_keys_per_query(grid: TokenGrid) -> float:
@@ -108,7 +120,7 @@ def tokens_after_pruning(config: SparsePathViTConfig, grid: TokenGrid) -> list[i
     if not config.leaves_representatives:
         return kept
     cells, num_cells = grid.cells(config.num_representatives)
-    of_cells = torch.bincount(cells, minlength=num_cells).double()[cells]  # tokens of each token's cell
+    of_cells = torch.bincount(cells, minlength=sum(num_cells)).double()[cells]  # tokens of each token's cell
     # A cell of n tokens leaves a representative unless it keeps all; each token brings the n-th part of its cell.
     expected = (1.0 - (1.0 - config.prune_ratio) ** of_cells) / of_cells
     return [one + round(part.sum().item()) for one, part in zip(kept, expected.split(grid.counts), strict=True)]

@@ -13,6 +13,7 @@ from huggingface_hub import get_token
 
 from ..model.attention_backends import describe_block_attention_backend
 from ..model.device_memory import available_memory
+from .compute import describe_dtypes
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ OPTIONAL_PACKAGES = {
     "imagecodecs": ("JPEG 2000 and other codecs for tifffile", 'pip install "sparsepath-vit[slides]"'),
     "h5py": ("storing embeddings", 'pip install "sparsepath-vit[slides]"'),
     "skimage": ("tissue masks and the demo's image", 'pip install "sparsepath-vit[slides]"'),
+    "bokeh": ("sparsepath view", 'pip install "sparsepath-vit[view]"'),
     "timm": ("sparsepath convert --verify", "pip install timm"),
     "datasets": ("training scripts", 'pip install "sparsepath-vit[train]"'),
 }
@@ -59,6 +61,7 @@ def examine() -> list[Finding]:
         is_well = not described.startswith("none")
         remedy = "" if is_well else "unset SPARSEPATH_ATTENTION_BACKEND"
         findings.append(Finding(f"block_sparse on {device}", is_well, described, remedy))
+        findings.append(Finding(f"numbers on {device}", True, f"{describe_dtypes(device)}; --dtype overrides it"))
     findings.append(_gated_weights())
     return findings
 

@@ -25,7 +25,7 @@ def load_model(
     Args:
         source: folder or Hub id of a converted checkpoint.
         device: where the weights go; by default CUDA where there is one, else the CPU.
-        dtype: of the weights; by default bfloat16 on CUDA, else float32.
+        dtype: of the weights; by default bfloat16 on CUDA, else float32, in which results do not depend on the CPU.
         model_class: any model or Auto class; the bare encoder by default.
         **overrides: fields of the configuration, or other arguments of `from_pretrained`.
 
@@ -35,7 +35,10 @@ def load_model(
     """
     source = existing_source(source)
     device = device if isinstance(device, torch.device) else torch_device(device)
-    dtype = dtype if isinstance(dtype, torch.dtype) else weight_dtype(dtype, device)
+    if dtype is None:
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    elif isinstance(dtype, str):
+        dtype = weight_dtype(dtype, device)
     model = model_class.from_pretrained(source, dtype=dtype, **overrides)
     processor = AutoImageProcessor.from_pretrained(source)
     patch_size = getattr(model.config, "backbone_config", model.config).patch_size

@@ -8,6 +8,7 @@ listed below, so that one that is added later counts from the start.
 
 import hashlib
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,6 +34,7 @@ HARMLESS_CONFIG_FIELDS = frozenset(
         "hidden_dropout",
         "initializer_range",
         "layerscale_value",
+        "reshape_hidden_states",
         "stage_names",
         "tokens_per_strip",
     }
@@ -78,6 +80,17 @@ def model_identity(
 def identity_digest(identity: dict[str, Any]) -> str:
     """32 hexadecimal digits that stand for an identity, or for one with further settings beside it."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def encoder_name(model: "PreTrainedModel", digest: str | None = None) -> str:
+    """A name that people know a checkpoint by and that no other weights share: of its folder or on the Hub, and a hash.
+
+    Args:
+        model: the model.
+        digest: of its weights, where it is known.
+    """
+    name = Path(model.config.name_or_path or model.config.model_type).name
+    return f"{name}-{(digest or weights_digest(model))[:8]}"
 
 
 def weights_digest(model: torch.nn.Module) -> str:

@@ -8,7 +8,7 @@ import io
 import os
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,7 +33,12 @@ class Table(NamedTuple):
     rows: tuple[TableRow, ...]
 
 
-def read_table(path: str | os.PathLike[str], required: Sequence[str], optional: Sequence[str] = ()) -> Table:
+def read_table(
+    path: str | os.PathLike[str],
+    required: Sequence[str],
+    optional: Sequence[str] = (),
+    aliases: Mapping[str, str] | None = None,
+) -> Table:
     """Reads a CSV file with a header.
 
     A byte order mark and spaces around names and cells mean nothing, nor do capitals in a known column's name. Between
@@ -44,6 +49,7 @@ def read_table(path: str | os.PathLike[str], required: Sequence[str], optional: 
         path: the file.
         required: columns that must be there.
         optional: other columns whose meaning is known. Any further column is kept and means nothing here.
+        aliases: what others call known columns; such a name stands for the column where that is not there itself.
 
     Returns:
         The table; known columns have the name that they have here.
@@ -61,7 +67,7 @@ def read_table(path: str | os.PathLike[str], required: Sequence[str], optional: 
     except csv.Error as error:
         raise ValueError(f"{path} cannot be read as a table: line {reader.line_num}: {error}.") from error
     rows = [(line, cells) for line, cells in rows if any(cells)]
-    header = rows[0][1] if rows else []
+    header = _own_names(rows[0][1], known, aliases or {}) if rows else []
     while header and not header[-1]:  # a spreadsheet's empty columns
         header = header[:-1]
     columns = _checked_columns(path, header, required, optional)
@@ -98,6 +104,17 @@ def _delimiter_of(text: str, known: Sequence[str]) -> str:
         return sum(_plain(cell.strip(' "')) in names for cell in header.split(delimiter))
 
     return max(_DELIMITERS, key=found)
+
+
+def _own_names(header: Sequence[str], known: Sequence[str], aliases: Mapping[str, str]) -> list[str]:
+    """The header, with the names of others replaced by ours where ours is not there; the first of two counts."""
+    there = {_plain(name) for name in header}
+    own = {_plain(name): column for name, column in aliases.items() if _plain(column) not in there}
+    names: list[str] = []
+    for name in header:
+        column = own.get(_plain(name), name)
+        names.append(name if column in names else column)
+    return names
 
 
 def _checked_columns(

@@ -5,6 +5,7 @@ A backend knows its levels, the resolution the file states, and how to read a re
 Everything else (coordinates, resampling, padding) is `Slide`'s.
 """
 
+import re
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,6 +19,11 @@ from .plain_images import PillowBackend
 from .resolution import MppXY
 from .samples import image_on_white
 from .tiff_backend import TifffileBackend
+
+# How OpenSlide says that it lacks something; "Unsupported marker" and the like are said of damaged pictures.
+_NOT_SUPPORTED = re.compile(
+    r"Unsupported (TIFF compression|transfer syntax)|Unrecognized subblock dimension|not supported$"
+)
 
 
 class Backend(Protocol):
@@ -101,8 +107,9 @@ class OpenSlideBackend:
         try:
             slide = self._openslide.OpenSlide(self._path)
         except self._openslide.OpenSlideError as error:
-            # libtiff was built without the codec: tifffile may have it.
-            kind = UnsupportedSlideError if "Unsupported TIFF compression" in str(error) else SlideError
+            # A codec that libtiff was built without (tifffile may have it), another transfer syntax of DICOM, focal
+            # planes of a CZI: such a file is sound.
+            kind = UnsupportedSlideError if _NOT_SUPPORTED.search(str(error)) else SlideError
             raise kind(str(error)) from error
         slide.set_cache(self._openslide.OpenSlideCache(self._cache_bytes))
         return slide

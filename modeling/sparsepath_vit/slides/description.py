@@ -14,6 +14,7 @@ from . import resolution
 from .errors import DAMAGED, DeclaredSizeError, SlideError, decoding
 from .resolution import MppXY
 from .samples import Samples
+from .unsupported_formats import reason_against_format
 
 logger = logging.getLogger(__name__)
 
@@ -202,6 +203,8 @@ def _describe_other(path: Path) -> SlideDescription:
             f"a {path.suffix} is the first of many files, and the others are not where it needs them ({beside}): copy "
             "the whole slide"
         )
+        return SlideDescription(path, path.suffix[1:], refusal=reason)
+    if vendor is None and (reason := reason_against_format(path)):
         return SlideDescription(path, path.suffix[1:], refusal=reason)
     if vendor is None and not many_files:
         plain = _describe_plain_image(path)

@@ -11,16 +11,19 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object, parse_flag_from_env
 
-from ..runtime.compute import torch_device
+from ..runtime.compute import torch_device, weight_dtype
+from ..runtime.extras import require
 from ..runtime.load_model import load_model
 from ..runtime.model_identity import model_identity
 from .embedder import DEFAULT_MPP, EmbedSettings, SlideEmbedder, default_workers
 from .folders import LeftOut, report_left_out
+from .global_attention import checked_kind
 from .reader import Slide
 from .reading_process import reading_process
 from .regions import SlideInput, find_inputs
 from .report import EmbedReport
 from .resolution import is_credible
+from .scverse import TABLE_SUFFIXES
 from .store import EmbeddingStore
 
 # The processes wait for each other at the end, and one may have hours of slides more.
@@ -28,13 +31,15 @@ _LONGEST_WAIT = timedelta(days=30)
 
 
 def embed_slides(
-    paths: Sequence[str | os.PathLike[str]],
+    paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     model_source: str | os.PathLike[str],
     out: str | os.PathLike[str],
     settings: EmbedSettings | None = None,
     *,
     slide_mpp: float | None = None,
     tissue_mask: str | os.PathLike[str] | None = None,
+    regions: str | os.PathLike[str] | None = None,
+    table_format: str | None = None,
     batch_size: int = 1,
     workers: int | None = None,
     device: str | None = None,
@@ -46,17 +51,22 @@ def embed_slides(
     in `failures.csv` and the others go on; what the folders hold beside slides is listed in `left_out.csv`.
 
     Args:
-        paths: slide files, folders and CSV manifests; see `slides.regions.read_inputs`.
+        paths: slide files, folders and CSV manifests, or one of them; see `slides.regions.read_inputs`.
         model_source: folder or Hub id of a converted checkpoint.
         out: folder for the results; it holds those of one model and one set of settings only.
         settings: what is taken of every slide.
         slide_mpp: full resolution of all slides, where the files do not state it or state it wrongly.
         tissue_mask: instead of finding the tissue: "all", a file for the one slide, or a folder with a file of each
             slide's name.
+        regions: that another tool chose, instead of a grid: coordinates (.h5 of TRIDENT, HEST and CLAM,
+            .coordinates.npz of slide2vec) or annotations (GeoJSON of QuPath: each polygon, its class as label). A file
+            for the one slide, or a folder with a file of each slide's name.
+        table_format: also write the features beside each file as AnnData: "anndata" (.h5ad) or "zarr" (.zarr).
         batch_size: regions per forward.
         workers: threads that read ahead; by default one per core, at most 8.
         device: "cpu", "cuda", ...; chosen by Accelerate where None.
-        dtype: of the weights: "float32", "bfloat16", "float16"; by default bfloat16 on CUDA, else float32.
+        dtype: of the weights: "float32", "bfloat16", "float16"; by default the one that
+            the device is faster in; `sparsepath doctor` says which.
 
     Raises:
         StoreError: `out` holds other settings.
@@ -65,13 +75,15 @@ def embed_slides(
         ImportError: a library of the `slides` extra is missing.
     """
     settings = settings or EmbedSettings()
-    inputs, left_out = find_inputs(paths)
+    inputs, left_out = find_inputs([paths] if isinstance(paths, str | os.PathLike) else paths)
     slides = _by_name(inputs)
     _check_arguments(slides, settings, slide_mpp, tissue_mask)
+    _check_regions(slides, settings, regions)
+    _check_table_format(table_format)
     state = _process_state(device)
     chosen = torch_device(device) if device is not None and state.num_processes == 1 else state.device
     reading_process()  # starts while the model is loaded
-    model, processor = load_model(model_source, chosen, dtype)
+    model, processor = load_model(model_source, chosen, weight_dtype(dtype, chosen))
     embedder = SlideEmbedder(
         model,
         processor,
@@ -82,7 +94,21 @@ def embed_slides(
         batch_size=batch_size,
         workers=workers or default_workers(),
         show_progress=state.is_local_main_process,
+        regions=None if regions is None else Path(regions),
+        table_format=table_format,
     )
+    return _run(state, embedder, slides, left_out, out)
+
+
+def _run(
+    state: PartialState,
+    embedder: SlideEmbedder,
+    slides: dict[str, SlideInput],
+    left_out: Sequence[LeftOut],
+    out: str | os.PathLike[str],
+) -> EmbedReport:
+    """Shares the slides out over the processes, and returns the report of all."""
+    model, processor, settings = embedder.model, embedder.processor, embedder.settings
     with state.main_process_first():
         store = EmbeddingStore(out, {**model_identity(model, processor), **asdict(settings), "mpp": embedder.mpp})
         if state.is_main_process:
@@ -117,8 +143,17 @@ def _check_arguments(
     for name, given in (("mpp", settings.mpp), ("slide_mpp", slide_mpp)):
         if given is not None and not is_credible(given):
             raise ValueError(f"{name}={given} is not a resolution in micrometres per pixel (0.25 at 40x, 0.5 at 20x).")
+    if settings.tile_size is not None and settings.overlap:
+        raise ValueError(
+            f"tile_size={settings.tile_size} with overlap={settings.overlap} would give the same tile several times: "
+            "pass overlap=0."
+        )
     if settings.whole_slide and any(item.boxes for item in slides.values()):
         raise ValueError("whole_slide embeds all tissue at once, but the manifest gives regions: use one of them.")
+    if settings.attention is not None:
+        checked_kind(settings.attention)
+        if not settings.dense:
+            raise ValueError("attention is stored beside the patch tokens: ask for them too (dense=True, --dense).")
     if tissue_mask not in (None, "all") and not Path(tissue_mask).exists():
         raise ValueError(
             f"tissue_mask={str(tissue_mask)!r} does not exist: give an image, GeoJSON, a folder, or 'all'."
@@ -127,6 +162,31 @@ def _check_arguments(
         raise ValueError(
             f"tissue_mask={str(tissue_mask)!r} is one file for {len(slides)} slides: give a folder of masks."
         )
+
+
+def _check_regions(
+    slides: dict[str, SlideInput], settings: EmbedSettings, regions: str | os.PathLike[str] | None
+) -> None:
+    """Raises ValueError for regions that no slide could have."""
+    if regions is None:
+        return
+    if not Path(regions).exists():
+        raise ValueError(f"regions={str(regions)!r} does not exist: give coordinates, GeoJSON, or a folder of them.")
+    if settings.whole_slide or any(item.boxes for item in slides.values()):
+        other = "whole_slide embeds all tissue at once" if settings.whole_slide else "the manifest gives regions, too"
+        raise ValueError(f"regions={str(regions)!r} says what to embed, but {other}: use one of them.")
+    if len(slides) > 1 and not Path(regions).is_dir():
+        raise ValueError(f"regions={str(regions)!r} is one file for {len(slides)} slides: give a folder of them.")
+
+
+def _check_table_format(table_format: str | None) -> None:
+    """Raises ValueError for an unknown format, ImportError where its library is missing."""
+    if table_format is None:
+        return
+    if table_format not in TABLE_SUFFIXES:
+        raise ValueError(f"table_format={table_format!r} is unknown: choose one of {', '.join(TABLE_SUFFIXES)}.")
+    for module in ("anndata", *(("zarr",) if table_format == "zarr" else ())):
+        require(module, "scverse")
 
 
 def _process_state(device: str | None) -> PartialState:

@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,13 +18,18 @@ from tqdm import tqdm
 
 from ..model.patch_presence import covered_patches
 from ..runtime.measure import measured
+from ..runtime.model_identity import encoder_name
 from .backends import SlideError
+from .dataset_attributes import describe_datasets
 from .forward import Embedding, Stopwatch, embed_regions, embed_slide, read_ahead
 from .reader import Slide
 from .records import region_labels, source_of
+from .region_files import tokens_in_outline, with_regions
 from .regions import Box, Region, SlideInput, tissue_regions
 from .report import EmbedReport
+from .scverse import write_table
 from .store import EmbeddingStore, SlideWriter
+from .tiles import Tiles, tile_rows
 from .tissue import TissueMask, find_tissue
 
 if TYPE_CHECKING:
@@ -44,14 +49,20 @@ class EmbedSettings:
     """What is taken of every slide of a run.
 
     Attributes:
-        mpp: resolution in micrometres per pixel; None for the processor's `target_mpp`, else 0.5. For a slide that
-            does not state its own resolution, a number given here is also taken as that.
+        mpp: resolution in micrometres per pixel that the model is to see; None for the processor's `target_mpp`, else
+            0.5. It says nothing about the slide's own.
         region_size: output pixels per region side.
         overlap: output pixels that neighbouring regions share.
-        minimum_tissue: share of tissue tokens below which a region is left out; 0 leaves out none that has any.
+        minimum_tissue: share of tissue tokens below which a region (with `tile_size` a tile) is left out; 0 leaves out
+            none that has any.
         whole_slide: all tissue of a slide in one forward instead of regions.
         dense: whether to store the features of the patch tokens too.
         origin: where coordinates of annotations, manifests and results start; see `Slide`.
+        tile_size: pixels of the tiles over which the patch tokens of a region or slide are averaged, a multiple of the
+            patch size: the features are then those of the tiles. None for one vector a region. Regions of a grid are
+            rounded up to whole tiles.
+        attention: with `dense`, whether to store the attention of the global tokens to the kept patch tokens in the
+            last layer: "mean" of all heads, "heads" each; None for not.
     """
 
     mpp: float | None = None
@@ -61,6 +72,19 @@ class EmbedSettings:
     whole_slide: bool = False
     dense: bool = False
     origin: str = "bounds"
+    tile_size: int | None = None
+    attention: str | None = None
+
+    def __post_init__(self) -> None:
+        for field in fields(self):  # numbers of NumPy are no JSON
+            value = getattr(self, field.name)
+            if isinstance(value, np.generic):
+                object.__setattr__(self, field.name, value.item())
+
+    @property
+    def grid_region_size(self) -> int:
+        """Pixels of the regions of a grid: `region_size`, rounded up to whole tiles."""
+        return -(-self.region_size // (self.tile_size or 1)) * (self.tile_size or 1)
 
 
 class SlideEmbedder:
@@ -76,6 +100,8 @@ class SlideEmbedder:
         batch_size: regions per forward.
         workers: threads that read ahead.
         show_progress: whether to draw progress bars.
+        regions: file or folder of regions that another tool chose, see `region_files`.
+        table_format: "anndata" or "zarr", what is written beside each file.
     """
 
     def __init__(
@@ -89,11 +115,17 @@ class SlideEmbedder:
         batch_size: int,
         workers: int,
         show_progress: bool,
+        regions: Path | None = None,
+        table_format: str | None = None,
     ) -> None:
         self.model, self.processor, self.settings = model, processor, settings
-        self.mpp, self.slide_mpp, self.tissue_mask = mpp, slide_mpp, tissue_mask
+        self.mpp, self.slide_mpp, self.tissue_mask, self.regions = mpp, slide_mpp, tissue_mask, regions
+        self.table_format = table_format
         self.batch_size, self.workers, self.show_progress = batch_size, workers, show_progress
         self.patch_size = model.config.patch_size
+        self.tiles: Tiles | None = None
+        if settings.tile_size is not None:
+            self.tiles = Tiles.of_pixels(settings.tile_size, self.patch_size, settings.minimum_tissue)
         self.report = EmbedReport()
 
     def run(self, slides: dict[str, SlideInput], store: EmbeddingStore) -> None:
@@ -121,7 +153,9 @@ class SlideEmbedder:
         store.record_failure(item.path, reason)
 
     def _run_one(self, name: str, item: SlideInput, store: EmbeddingStore) -> None:
-        mask_file = self._mask_file(name)
+        if self.regions is not None:
+            item = with_regions(item, name, self.regions, self.slide_mpp, self.settings.origin)
+        mask_file = item.tissue_mask or self._mask_file(name)
         source = source_of(item, self.slide_mpp, mask_file)
         if store.is_done(name, source):
             self._correct_labels(name, item, store)
@@ -130,6 +164,8 @@ class SlideEmbedder:
             self._make(name, item, mask_file, store.writer(name, source))
             self.report.done += 1
         self._record_skipped_regions(name, item, store)
+        if self.table_format is not None:
+            write_table(store.path_of(name), self.table_format)
 
     def _correct_labels(self, name: str, item: SlideInput, store: EmbeddingStore) -> None:
         """What is done has the labels that the manifest gives now."""
@@ -147,7 +183,7 @@ class SlideEmbedder:
 
     def _make(self, name: str, item: SlideInput, mask_file: str | Path | None, writer: SlideWriter) -> None:
         """Embeds one slide into its file."""
-        with open_slide(item.path, item.mpp or self.slide_mpp, self.settings.mpp, self.settings.origin) as slide:
+        with Slide(item.path, item.mpp or self.slide_mpp, origin=self.settings.origin, apart=True) as slide:
             tissue = find_tissue(slide, mask_file)
             regions, blank, impossible = self._regions(slide, tissue, item)
             with writer, closing(self._embed(slide, tissue, regions, name)) as embeddings:
@@ -155,6 +191,7 @@ class SlideEmbedder:
                     _write(writer, slide, region, embedding, self.mpp, self.patch_size)
                     self.report.regions += 1
                     self.report.tokens += len(embedding.token_positions)
+                    self.report.count_tiles(embedding.tiles)
                 if blank:
                     writer.append(skipped_regions=_rows(blank))
                     writer.describe("skipped_regions", {"reason": "no tissue"})
@@ -162,7 +199,11 @@ class SlideEmbedder:
                     reasons = list(impossible.values())
                     writer.append(impossible_regions=_rows(impossible), impossible_region_reasons=reasons)
                 boxes = [box for box in item.boxes if box not in impossible]
-                self._describe(writer, slide, name, replace(item, boxes=tuple(boxes)))
+                encoder = encoder_name(self.model, writer.settings["weights"])
+                taken = replace(item, boxes=tuple(boxes))
+                if self.tiles is not None and not writer.rows("features"):
+                    raise SlideError(self.tiles.why_none(slide.path, self.settings.tile_size))
+                describe_datasets(writer, slide, name, taken, self.settings, self.mpp, self.patch_size, encoder)
 
     def _record_skipped_regions(self, name: str, item: SlideInput, store: EmbeddingStore) -> None:
         """Names regions that were left out in `failures.csv`, also those of an earlier run: the slide's file knows."""
@@ -199,8 +240,9 @@ class SlideEmbedder:
             return [Region(0, 0, *slide.size_at(self.mpp))], [], {}
         if item.boxes:
             return self._regions_of_boxes(slide, tissue, item.boxes)
+        minimum_tissue = 0.0 if self.tiles else settings.minimum_tissue
         regions = tissue_regions(
-            slide, tissue, self.patch_size, settings.region_size, self.mpp, settings.overlap, settings.minimum_tissue
+            slide, tissue, self.patch_size, settings.grid_region_size, self.mpp, settings.overlap, minimum_tissue
         )
         return regions, [], {}
 
@@ -236,6 +278,9 @@ class SlideEmbedder:
     def _region_of_box(self, slide: Slide, box: Box) -> Region:
         """Raises SlideError for a box that cannot be embedded."""
         region = box.at(slide, self.mpp)
+        if box.outline is not None:  # no smaller than a patch, and in whole ones
+            sides = (-(-max(side, 1) // self.patch_size) * self.patch_size for side in (region.width, region.height))
+            region = replace(region, **dict(zip(("width", "height"), sides, strict=True)))
         if min(region.width, region.height) < self.patch_size:
             raise SlideError(
                 f"{slide.path}: the region at x={box.x}, y={box.y} has {region.width} x {region.height} pixels at "
@@ -248,12 +293,11 @@ class SlideEmbedder:
         self, slide: Slide, tissue: TissueMask, regions: list[Region], name: str
     ) -> Iterator[tuple[Region, Embedding]]:
         """Every region with its embedding, in order; pixels are read ahead by threads, white beyond the slide."""
-        dense, reading = self.settings.dense, Stopwatch()
+        dense, attention, reading = self.settings.dense, self.settings.attention, Stopwatch()
         start = time.perf_counter()
         if self.settings.whole_slide:
-            embedding = embed_slide(
-                self.model, self.processor, slide, self.mpp, tissue, dense, reading, self.show_progress
-            )
+            slide_options = (tissue, dense, reading, self.tiles, attention, self.show_progress)
+            embedding = embed_slide(self.model, self.processor, slide, self.mpp, *slide_options)
             self.report.reading_seconds += reading.seconds
             self.report.model_seconds += time.perf_counter() - start - reading.seconds
             yield regions[0], embedding
@@ -271,7 +315,8 @@ class SlideEmbedder:
             while batch := list(islice(waited_for, self.batch_size)):
                 batch_regions, images, tokens = zip(*batch, strict=True)
                 start = time.perf_counter()
-                embeddings = embed_regions(self.model, self.processor, images, tokens, dense)
+                options = (dense, self.tiles, attention)
+                embeddings = embed_regions(self.model, self.processor, images, tokens, *options)
                 self.report.model_seconds += time.perf_counter() - start
                 progress.update(len(batch))
                 yield from zip(batch_regions, embeddings, strict=True)
@@ -281,58 +326,18 @@ class SlideEmbedder:
         """(rows, columns) bool of a region, without the patches at its edge that the processor leaves out."""
         width, height, patch_size = region.width, region.height, self.patch_size
         covered = covered_patches(height, width, patch_size, self.processor.min_patch_coverage).numpy()
-        return covered & tissue.token_grid(slide, patch_size, self.mpp, region.x, region.y, width, height)
+        tokens = covered & tissue.token_grid(slide, patch_size, self.mpp, region.x, region.y, width, height)
+        return tokens if region.outline is None else tokens & tokens_in_outline(region, slide, patch_size, self.mpp)
 
     def _workers_for(self, regions: list[Region]) -> int:
         """Threads that read ahead, fewer where the regions are so large that waiting ones would fill the memory."""
         largest = max(region.width * region.height * 3 for region in regions)
         return max(1, min(self.workers, _READ_AHEAD_BYTES // largest))
 
-    def _describe(self, writer: SlideWriter, slide: Slide, name: str, item: SlideInput) -> None:
-        """Attributes under the names that slide toolkits read, sizes in level-0 pixels beside those at `mpp`."""
-        (scale, scale_y), own_mpp = slide.scale(self.mpp), slide.mpp
-        sizes = slide.size_at(self.mpp) if self.settings.whole_slide else [self.settings.region_size]
-        if item.boxes:
-            sizes = [side for box in item.boxes for side in (box.width / scale, box.height / scale_y)]
-        patch_size = -(-int(max(sizes)) // self.patch_size) * self.patch_size
-        mpp = slide.mpp_xy[0] * scale  # the same along y, also where the slide's own pixels are oblong
-        attributes = {
-            "name": name,
-            "patch_size": patch_size,
-            "patch_size_level0": round(patch_size * scale),
-            "patch_level": 0,
-            "custom_downsample": scale,
-            "overlap": self.settings.overlap,
-            "mpp": mpp,
-            "level0_mpp": own_mpp,
-            "level0_magnification": round(10 / own_mpp),
-            "target_magnification": round(10 / mpp),
-            "level0_width": slide.dimensions[0],
-            "level0_height": slide.dimensions[1],
-        }
-        if slide.frame[:2] != (0, 0):  # the level-0 pixel that all coordinates in the file count from
-            attributes["origin_level0"] = slide.frame[:2]
-        writer.describe("coords", attributes)
-        writer.describe("features", {"name": name, **({"label": item.label} if item.label else {})})
-        level0_size = (self.patch_size * scale, self.patch_size * scale_y)
-        token_attributes = {"token_size": self.patch_size, "token_size_level0": level0_size}
-        for dataset in ("patch_coords", "token_coords"):
-            if self.settings.dense:
-                writer.describe(dataset, token_attributes)
-
 
 def _rows(boxes: Iterable[Box]) -> np.ndarray:
     """(boxes, 4) int64: x, y, width, height."""
     return np.asarray([[box.x, box.y, box.width, box.height] for box in boxes], dtype=np.int64)
-
-
-def open_slide(path: Path, slide_mpp: float | None, mpp: float | None, origin: str = "bounds") -> Slide:
-    """Opens a slide; where neither it nor `slide_mpp` gives its resolution, an explicit target `mpp` does."""
-    slide = Slide(path, mpp=slide_mpp, origin=origin, apart=True)
-    if slide_mpp is None and mpp is not None and not slide.states_mpp:
-        logger.warning("%s does not state its resolution; taken to be %g micrometres per pixel.", path, mpp)
-        return Slide(path, mpp=mpp, origin=origin, apart=True)
-    return slide
 
 
 def default_workers() -> int:
@@ -355,6 +360,9 @@ def _write(
         "coords": np.rint(corner).astype(np.int64)[None],
         "region_sizes": np.asarray([[region.width, region.height]], dtype=np.int32),
     }
+    if embedding.tiles is not None:  # a row of features is a tile then
+        rows |= {"region_features": rows["features"], "region_coords": rows["coords"]}
+        rows |= tile_rows(embedding.tiles, level0)
     if region.label is not None:
         rows["labels"] = [region.label]
     if embedding.patch_features is not None:
@@ -371,4 +379,6 @@ def _write(
             rows["prune_scores"] = scores
         if embedding.patch_weights is not None:
             rows["patch_weights"] = embedding.patch_weights
+        if embedding.attention is not None:
+            rows["attention"] = embedding.attention
     writer.append(**rows)

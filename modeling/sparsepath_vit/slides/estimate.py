@@ -6,7 +6,6 @@ import gc
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import psutil
@@ -21,7 +20,7 @@ from ..model.token_strips import StripRange, strip_ranges
 from ..runtime.compute import torch_device, weight_dtype
 from ..runtime.cost import forward_flops, tokens_after_pruning
 from ..runtime.measure import measured
-from .embedder import DEFAULT_MPP, EmbedSettings, default_workers, open_slide
+from .embedder import DEFAULT_MPP, EmbedSettings, default_workers
 from .forward import forward_strips, strip_rows
 from .reader import Slide
 from .regions import tissue_regions
@@ -94,7 +93,7 @@ def estimate_for(
     if size is not None:
         return estimate_size(config, size, size, chosen, number_type)
     workers = workers or default_workers()
-    with open_slide(Path(slide), slide_mpp, settings.mpp, settings.origin) as opened:
+    with Slide(slide, slide_mpp, origin=settings.origin, apart=True) as opened:
         mpp = DEFAULT_MPP if settings.mpp is None else settings.mpp
         tissue = find_tissue(opened, tissue_mask)
         return estimate_slide(config, opened, tissue, settings, mpp, chosen, number_type, workers)

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .dicom_series import DICOM_SUFFIXES, WHOLE_SLIDE, may_be_dicom, read_dicom_header, series_in
+from .ome_parts import files_of_ome, may_have_parts
 from .reader import Slide
 from .store import SETTINGS_FILE
+from .unsupported_formats import reason_against_format
 
 logger = logging.getLogger(__name__)
 
@@ -20,15 +22,6 @@ SLIDE_SUFFIXES = (
     *(".qptiff", ".btf", ".tf2", ".tf8", ".ptif", ".ptiff", *DICOM_SUFFIXES),
     *IMAGE_SUFFIXES,
 )
-_NOT_SUPPORTED = {
-    **dict.fromkeys((".vsi", ".ets"), "Olympus VSI"),
-    **dict.fromkeys((".isyntax", ".i2syntax"), "Philips iSyntax"),
-    **dict.fromkeys((".kfb", ".kfbf"), "KFBio"),
-    **dict.fromkeys((".mds", ".mdsx"), "Motic MDS"),
-    **dict.fromkeys((".jp2", ".j2k", ".jpf", ".jpx"), "JPEG 2000"),
-    **{".sdpc": "SQRAY SDPC", ".tmap": "UNIC TMAP", ".lif": "Leica LIF", ".nd2": "Nikon ND2", ".zvi": "Zeiss ZVI"},
-    **{".afi": "Aperio AFI (fluorescence)", ".ndpis": "Hamamatsu NDPIS (fluorescence)", ".oir": "Olympus OIR"},
-}
 _ZARR_FILES = (".zattrs", ".zgroup", ".zarray", "zarr.json")
 _PICTURE_WORDS = r"(?:thumbnail|thumb|macro|label|overview|preview|mask|heatmap|contour|annotation)s?|prune_scores"
 _PICTURE_OF = re.compile(rf"(?P<slide>.+?)(?:[-_. ]tissue)?[-_. ](?:{_PICTURE_WORDS})", re.IGNORECASE)
@@ -86,7 +79,7 @@ def report_left_out(left_out: Sequence[LeftOut]) -> None:
 
 
 def same_slide_key(path: Path) -> tuple[object, ...]:
-    """Equal for two paths of one slide: other names and links of a file, and the files of one DICOM series.
+    """Equal for two paths of one slide: other names and links of a file, and files of one DICOM series or OME-TIFF.
 
     A path that does not exist is itself.
     """
@@ -95,7 +88,7 @@ def same_slide_key(path: Path) -> tuple[object, ...]:
             header = read_dicom_header(path)
             if header is not None and header.series:
                 return (_identity(path.resolve().parent), header.series)
-        return _identity(path)
+        return _identity(next(iter(files_of_ome(path)), path) if may_have_parts(path) else path)
     except OSError:
         return (path.absolute(),)
 
@@ -115,6 +108,8 @@ def files_of_slide(path: Path) -> list[Path]:
     elif suffix in (*DICOM_SUFFIXES, "") and path.is_file():
         header = read_dicom_header(path)
         others = series_in(path.parent).get(header.series or "", []) if header is not None else []
+    elif may_have_parts(path) and path.is_file():
+        others = files_of_ome(path)
     return [path, *(file for file in others if file != path)]
 
 
@@ -166,8 +161,8 @@ def _reason_against(path: Path, entries: Sequence[Path]) -> str | None:
     if not path.is_file():
         return "it is no regular file"
     suffix = path.suffix.lower()
-    if suffix in _NOT_SUPPORTED:
-        return f"{_NOT_SUPPORTED[suffix]} is not supported: export it as OME-TIFF or SVS"
+    if reason := reason_against_format(path):
+        return reason
     if suffix not in SLIDE_SUFFIXES and not _is_dicom(path):
         return f"{suffix} is no ending of a slide" if suffix else "it has no ending, and is no DICOM file"
     return None
@@ -177,6 +172,8 @@ def _reason_against_folder(folder: Path, entries: Sequence[Path]) -> str | None:
     names = {path.name for path in entries}
     if folder.suffix.lower() == ".zarr" or names & set(_ZARR_FILES):
         return "OME-Zarr is not supported: export it as OME-TIFF"
+    if "ImageProperties.xml" in names:
+        return "it holds Zoomify tiles, which are not supported: export the slide as OME-TIFF or SVS"
     if "Slidedat.ini" in names:
         return "it holds the data of a MIRAX slide: its .mrxs file lies beside the folder and has the folder's name"
     if SETTINGS_FILE in names and any(name.endswith(".h5") for name in names):
@@ -188,6 +185,8 @@ def _data_of_slide(folder: Path, entries: Sequence[Path]) -> str | None:
     for path in entries:
         if path.suffix.lower() == ".mrxs" and path.stem == folder.name:
             return f"it holds the data of {path.name}"
+        if path.suffix.lower() == ".dzi" and folder.name == f"{path.stem}_files":
+            return f"it holds the tiles of {path.name}"
         if path.suffix.lower() == ".vsi" and folder.name == f"_{path.stem}_":
             return f"it holds the data of {path.name}"
     return None
@@ -228,8 +227,12 @@ def _other_dicom(path: Path) -> str | None:
 
 
 def _parts_of_slides(files: Sequence[Path]) -> dict[Path, str]:
-    """The files that an index file names (Hamamatsu VMS and VMU)."""
+    """The files that an index file names (Hamamatsu VMS and VMU), and those of an OME-TIFF but its first."""
     parts: dict[Path, str] = {}
+    for file in files:
+        if file not in parts and may_have_parts(file):
+            first, *others = files_of_ome(file) or [file]
+            parts |= dict.fromkeys(others, f"it is a part of {first.name}")
     for index in files:
         if index.suffix.lower() in (".vms", ".vmu"):
             parts |= {index.parent / name: f"it is a part of {index.name}" for name in _files_of_index(index)}

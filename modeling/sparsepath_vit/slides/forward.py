@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -18,12 +18,16 @@ from tqdm import tqdm
 
 from ..runtime.cost import tokens_after_pruning
 from ..runtime.pixels import prepare
+from ..runtime.short_repr import ShortRepr
 from .backends import SlideError
+from .global_attention import GlobalAttention
 from .reader import Slide
+from .tiles import TileFeatures, Tiles, pool_tiles
 from .tissue import TissueMask, find_tissue
 
 if TYPE_CHECKING:
     from ..model.configuration_sparsepath_vit import SparsePathViTConfig
+    from ..model.encoder_sparsepath_vit import EncoderOutput
     from ..model.image_processing_sparsepath_vit import SparsePathViTImageProcessor
     from ..model.modeling_outputs_sparsepath_vit import SparsePathViTModelOutput
     from ..model.modeling_sparsepath_vit import SparsePathViTModel
@@ -57,8 +61,8 @@ class Stopwatch:
             yield item
 
 
-@dataclass(frozen=True)
-class Embedding:
+@dataclass(frozen=True, repr=False)
+class Embedding(ShortRepr):
     """What the model made of one region or of one whole slide. K tokens are left of the N tissue tokens.
 
     Attributes:
@@ -71,6 +75,9 @@ class Embedding:
         token_positions: (N, 2) int32, (row, column) of each tissue token.
         prune_scores: (N,) float32 of the tissue tokens; None where the model does not prune.
         grid_size: (rows, columns) of the token grid.
+        tiles: the patch tokens averaged over tiles; None where not asked for.
+        attention: (K, G) float32, attention of the global tokens to each of these tokens in the last layer, the mean
+            over heads; or (K, G, heads); NaN for tokens that came back after pruning. None where not asked for.
     """
 
     pooled: np.ndarray
@@ -80,6 +87,8 @@ class Embedding:
     token_positions: np.ndarray
     prune_scores: np.ndarray | None
     grid_size: tuple[int, int]
+    tiles: TileFeatures | None = None
+    attention: np.ndarray | None = None
 
 
 @torch.no_grad()
@@ -89,6 +98,8 @@ def embed_regions(
     images: Sequence[np.ndarray],
     tissue_tokens: Sequence[np.ndarray],
     dense: bool = False,
+    tiles: Tiles | None = None,
+    attention: str | None = None,
 ) -> list[Embedding]:
     """Embeds a batch of regions of any sizes in one packed forward.
 
@@ -98,16 +109,24 @@ def embed_regions(
         images: (height, width, 3) uint8 each, at the resolution the model is to see.
         tissue_tokens: (rows, columns) bool each, True for tissue; at least one token per region.
         dense: whether to return the features of the patch tokens.
+        tiles: over which tiles to average them, from the region's top left corner.
+        attention: whether to return that of the global tokens: "mean" of all heads, "heads" each, or None.
     """
     batch = prepare(processor, list(images), model.device)
     patch_mask = batch["patch_mask"]  # (batch, canvas rows, canvas columns): patches that lie in the image
     for index, tokens in enumerate(tissue_tokens):
         rows, columns = tokens.shape
         patch_mask[index, :rows, :columns] &= torch.from_numpy(tokens).to(patch_mask.device)
-    outputs = model(batch["pixel_values"], patch_mask=patch_mask, image_sizes=batch["image_sizes"])
+    grid = model.token_grid(batch["pixel_values"], patch_mask, batch["image_sizes"])
+    encoded, outputs, listener = _encode(model, batch["pixel_values"], grid, attention)
     has_weights = model.config.leaves_representatives
     return [
-        _embedding(outputs, index, patch_mask[index], tokens.shape, dense, has_weights)
+        _with_attention(
+            _embedding(outputs, index, patch_mask[index], tokens.shape, dense, has_weights, tiles),
+            encoded,
+            listener,
+            index,
+        )
         for index, tokens in enumerate(tissue_tokens)
     ]
 
@@ -121,6 +140,8 @@ def embed_slide(
     tissue: TissueMask | None = None,
     dense: bool = True,
     reading: Stopwatch | None = None,
+    tiles: Tiles | None = None,
+    attention: str | None = None,
     show_progress: bool = False,
 ) -> Embedding:
     """Embeds all tissue of a slide as one sparse token grid in one forward.
@@ -136,6 +157,8 @@ def embed_slide(
         tissue: which tokens to embed; found by `find_tissue` where None.
         dense: whether to return the features of the patch tokens.
         reading: counts the time spent waiting for pixels.
+        tiles: over which tiles to average the patch tokens, from the slide's top left corner.
+        attention: whether to return that of the global tokens; see `embed_regions`.
         show_progress: whether to draw a progress bar over the layers and their strips.
 
     Raises:
@@ -164,7 +187,8 @@ def embed_slide(
     with closing(slide_strips(slide, present, patch_size, mpp)) as strips:
         waited_for = strips if reading is None else reading.watch(strips)
         pixels = (prepare(processor, [strip], model.device)["pixel_values"] for strip in waited_for)
-        return forward_strips(model, pixels, present, dense, slide.name if show_progress else None)
+        title = slide.name if show_progress else None
+        return forward_strips(model, pixels, present, dense, tiles, attention, title)
 
 
 @torch.no_grad()
@@ -173,6 +197,8 @@ def forward_strips(
     strips: Iterable[torch.Tensor],
     present: np.ndarray,
     dense: bool,
+    tiles: Tiles | None = None,
+    attention: str | None = None,
     progress: str | None = None,
 ) -> Embedding:
     """The model on one image that arrives in strips.
@@ -183,13 +209,45 @@ def forward_strips(
             the grid.
         present: (rows, columns) bool.
         dense: whether to return the features of the patch tokens.
+        tiles: over which tiles to average them.
+        attention: whether to return that of the global tokens; see `embed_regions`.
         progress: the title of a progress bar over the layers and their strips; `None` for no bar.
     """
     patch_mask = torch.from_numpy(present).to(model.device)
     grid = model.token_grid_of_image(patch_mask)
     with _progress_bar(model.config, grid, progress) as bar:
-        outputs = model.finish(model.encode(strips, grid, on_tokens=bar.update), may_overwrite=True)
-    return _embedding(outputs, 0, patch_mask, present.shape, dense, model.config.leaves_representatives)
+        encoded, outputs, listener = _encode(model, strips, grid, attention, bar.update)
+    embedding = _embedding(outputs, 0, patch_mask, present.shape, dense, model.config.leaves_representatives, tiles)
+    return _with_attention(embedding, encoded, listener, 0)
+
+
+def _encode(
+    model: "SparsePathViTModel",
+    pixels: torch.Tensor | Iterable[torch.Tensor],
+    grid: "TokenGrid",
+    attention: str | None,
+    on_tokens: Callable[[int], object] | None = None,
+) -> tuple["EncoderOutput", "SparsePathViTModelOutput", GlobalAttention | None]:
+    """The forward of the model, and what listened to it where attention is asked for."""
+    listener = None if attention is None else GlobalAttention(model, attention)
+    encoded = model.encode(pixels, grid, after_layer=listener, on_tokens=on_tokens)
+    return encoded, model.finish(encoded, may_overwrite=True), listener
+
+
+def _with_attention(
+    embedding: Embedding, encoded: "EncoderOutput", listener: GlobalAttention | None, index: int
+) -> Embedding:
+    """`embedding` of image `index`, with the attention to its patch tokens where it was asked for."""
+    if listener is None:
+        return embedding
+    positions, probabilities = (of_image.cpu().numpy() for of_image in listener.of_image(encoded, index))
+    if len(positions) < len(embedding.patch_positions):  # tokens came back that the last layer has not seen
+        columns = embedding.grid_size[1]
+        shown, seen = (places[:, 0] * columns + places[:, 1] for places in (embedding.patch_positions, positions))
+        everywhere = np.full((len(shown), *probabilities.shape[1:]), np.nan, dtype=np.float32)
+        everywhere[np.searchsorted(shown, seen)] = probabilities
+        probabilities = everywhere
+    return replace(embedding, attention=probabilities)
 
 
 def _progress_bar(config: "SparsePathViTConfig", grid: "TokenGrid", title: str | None) -> tqdm:
@@ -276,26 +334,29 @@ def _embedding(
     grid_size: tuple[int, int],
     dense: bool,
     has_weights: bool,
+    tiles: Tiles | None,
 ) -> Embedding:
     """One image of a batch; `patch_mask` is (canvas rows, canvas columns) bool, True where a token was present."""
     positions = outputs.patch_positions[index]
     positions = positions[positions[:, 0] >= 0]  # images that keep fewer tokens are padded
-    features, scores, weights = None, None, None
+    features, scores, weights, tile_features = None, None, None, None
     if has_weights:  # all are 1 where everything came back, or nothing was removed from this batch
         ones = torch.ones(len(positions), dtype=torch.int32)
         weights = ones if outputs.patch_weights is None else outputs.patch_weights[index, : len(positions)]
-        weights = weights.int().cpu().numpy()
-    if dense:
+    if dense or tiles is not None:
         first = outputs.last_hidden_state.shape[1] - outputs.patch_positions.shape[1]
-        features = outputs.last_hidden_state[index, first : first + len(positions)].half().cpu().numpy()
+        features = outputs.last_hidden_state[index, first : first + len(positions)]  # (K, hidden_size)
+    if tiles is not None:
+        tile_features = pool_tiles(features, positions, weights, patch_mask[: grid_size[0], : grid_size[1]], tiles)
     if outputs.prune_scores is not None:
         scores = outputs.prune_scores[index].view(patch_mask.shape)[patch_mask].float().cpu().numpy()
     return Embedding(
         pooled=outputs.pooler_output[index].float().cpu().numpy(),
-        patch_features=features,
+        patch_features=features.half().cpu().numpy() if dense else None,
         patch_positions=positions.int().cpu().numpy(),
-        patch_weights=weights,
+        patch_weights=None if weights is None else weights.int().cpu().numpy(),
         token_positions=patch_mask.nonzero().int().cpu().numpy(),
         prune_scores=scores,
         grid_size=tuple(grid_size),
+        tiles=tile_features,
     )

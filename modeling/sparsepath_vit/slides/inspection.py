@@ -13,7 +13,7 @@ from ..runtime.extras import require
 from ..runtime.figures import INK, color_overlay, save_image
 from .backends import open_backend
 from .description import SlideDescription, describe
-from .embedder import DEFAULT_MPP, EmbedSettings, open_slide
+from .embedder import DEFAULT_MPP, EmbedSettings
 from .errors import SlideError
 from .reader import Slide
 from .regions import Region, tissue_regions
@@ -84,7 +84,7 @@ def inspect_slide(
         return found
     found.facts += _file_facts(description)
     try:
-        slide = open_slide(found.path, slide_mpp, settings.mpp, settings.origin)
+        slide = Slide(found.path, slide_mpp, origin=settings.origin, apart=True)
     except SlideError as error:
         found.problems.append(str(error))
         return found

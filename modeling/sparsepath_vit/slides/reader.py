@@ -282,18 +282,19 @@ class Slide:
                 f"the region x={x:g}..{right:g}, y={y:g}..{bottom:g} (level-0 pixels) is not inside {self.path}, which "
                 f"is {slide_width} x {slide_height}. Move or shrink it, or pass pad=True for white beyond the edge."
             )
-        return self._read((x, y), (width, height), scale)
+        return self.read_scaled((x, y), (width, height), scale)
 
     def thumbnail(self, max_size: int = 1024) -> np.ndarray:
         """The whole slide with its longer side at most `max_size` pixels, (height, width, 3) uint8; needs no mpp."""
         scale = max(1.0, max(self.dimensions) / max_size)
         size = tuple(max(1, round(side / scale)) for side in self.dimensions)
-        return self._read((0, 0), size, tuple(side / out for side, out in zip(self.dimensions, size, strict=True)))
+        scales = tuple(side / out for side, out in zip(self.dimensions, size, strict=True))
+        return self.read_scaled((0, 0), size, scales)
 
-    def _read(self, origin: tuple[float, float], size: tuple[int, int], scale: tuple[float, float]) -> np.ndarray:
-        """Tries the best level, then finer ones where it turns out damaged.
+    def read_scaled(self, origin: tuple[float, float], size: tuple[int, int], scale: tuple[float, float]) -> np.ndarray:
+        """As `read_region` with `pad=True`, at any `scale`, level-0 pixels per output pixel (x, y); needs no mpp.
 
-        Every region tries anew: what is read does not depend on the regions read before.
+        Tries the best level, then finer ones where it turns out damaged; every region tries anew.
         """
         downsamples = self._downsamples()
         fine_enough = [

@@ -6,6 +6,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..runtime.file_content import content_sample
 from .folders import files_of_slide
 from .regions import SlideInput
@@ -31,7 +33,18 @@ def source_of(item: SlideInput, slide_mpp: float | None, mask_file: str | Path |
         "mpp": item.mpp or slide_mpp,
         "boxes": [[box.x, box.y, box.width, box.height] for box in item.boxes],
         "tissue_mask": mask,
+        **_outlines(item),
     }
+
+
+def _outlines(item: SlideInput) -> dict[str, str]:
+    """A hash of the outlines of a slide's regions, where they have any."""
+    digest = hashlib.sha256()
+    polygons = [box.outline for box in item.boxes if box.outline is not None]
+    for polygon in polygons:
+        for ring in polygon.rings:
+            digest.update(np.ascontiguousarray(ring, dtype=np.float64).tobytes())
+    return {"outlines": digest.hexdigest()} if polygons else {}
 
 
 def slide_content(path: Path) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..runtime.tables import TableRow, read_table
+from .annotations import Polygon
 from .errors import SlideError
 from .folders import SLIDE_SUFFIXES, LeftOut, report_left_out, same_slide_key, search_folder
 from .reader import Slide
@@ -18,27 +19,36 @@ from .tissue import TissueMask
 
 logger = logging.getLogger(__name__)
 
-MANIFEST_COLUMNS = ("slide", "mpp", "x", "y", "width", "height", "label")
+MANIFEST_COLUMNS = ("slide", "mpp", "x", "y", "width", "height", "label", "name", "tissue_mask")
+# What TRIDENT (wsi), slide2vec (image_path, sample_id, mask_path, spacing_at_level_0) and CLAM (slide_id) call them.
+_COLUMNS_OF_OTHERS = {
+    **dict.fromkeys(("wsi", "image_path", "slide_id"), "slide"),
+    **{"spacing_at_level_0": "mpp", "sample_id": "name", "mask_path": "tissue_mask"},
+}
 _MOST_PADDED_PIXELS = 2**26  # of a region that reaches beyond the slide and is four times as large as it, or more
 _LARGEST_COORDINATE = 2**53  # up to here floats are exact
 
 
 @dataclass(frozen=True)
 class Region:
-    """A rectangle of a slide: its top left corner in level-0 pixels, its size in output pixels."""
+    """A rectangle of a slide: its top left corner in level-0 pixels, its size in output pixels.
+
+    Where it has an outline (level-0 pixels from the corner of `Slide.frame`), only what lies in it counts.
+    """
 
     x: float
     y: float
     width: int
     height: int
     label: str | None = None
+    outline: Polygon | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
 class Box:
     """A rectangle of a slide, as manifests give it: level-0 pixels from the corner of `Slide.frame`.
 
-    It may reach over the slide's edge.
+    It may reach over the slide's edge. An annotation is the box around its outline.
     """
 
     x: int
@@ -46,6 +56,7 @@ class Box:
     width: int
     height: int
     label: str | None = None
+    outline: Polygon | None = field(default=None, compare=False, repr=False)
 
     def at(self, slide: Slide, mpp: float | None) -> Region:
         """This box as a region at `mpp`, rounded down to whole output pixels. What lies beyond the slide is white.
@@ -65,7 +76,7 @@ class Box:
         is_far_larger = self.width * self.height > 4 * slide_width * slide_height
         if is_far_larger and width * height > _MOST_PADDED_PIXELS:
             raise SlideError(f"{place} is far larger than {where}.")
-        return Region(x, y, width, height, self.label)
+        return Region(x, y, width, height, self.label, self.outline)
 
     def overhangs(self, slide: Slide) -> bool:
         """Whether a part of the box lies beyond the slide's edge."""
@@ -84,6 +95,7 @@ class SlideInput:
         boxes: the regions to embed; none for all tissue.
         label: of the whole slide.
         name: of the result; None for the file's. The one DICOM series of a folder is called like the folder.
+        tissue_mask: a file that says where the tissue of this slide is; None where the manifest names none.
         gives_labels: whether a manifest with a column `label` gave this; else nothing was said about labels.
     """
 
@@ -92,6 +104,7 @@ class SlideInput:
     boxes: tuple[Box, ...] = ()
     label: str | None = None
     name: str | None = None
+    tissue_mask: Path | None = None
     gives_labels: bool = field(default=False, compare=False)
 
 
@@ -158,10 +171,13 @@ def tissue_regions(
 def read_inputs(paths: Sequence[str | os.PathLike[str]]) -> list[SlideInput]:
     """The slides behind files, folders (searched with their subfolders) and CSV manifests, in order, each once.
 
-    A manifest has the columns `slide,mpp,x,y,width,height,label`, of which only `slide` must be there. `slide` is
-    relative to the manifest's folder; `mpp` is that of the slide's level 0; x, y, width and height are level-0
-    pixels, empty for all tissue; a slide may have many rows. Slides are not opened here. What a folder holds beside
-    slides, and second names of a slide, are logged with the reason.
+    A manifest has the columns `slide,mpp,x,y,width,height,label,name,tissue_mask`, of which only `slide` must be there.
+    `slide` and `tissue_mask` are relative to the manifest's folder; `mpp` is that of the slide's level 0; x, y, width
+    and height are level-0 pixels, empty for all tissue; a slide may have many rows; `name` is that of the result. The
+    names of TRIDENT, CLAM and slide2vec for these columns are known, and CLAM's slides without an ending.
+
+    Slides are not opened here. What a folder holds beside slides, and second names of a slide, are logged with the
+    reason.
 
     Raises:
         ValueError: nothing to read, a folder without slides, or a manifest row that cannot be understood.
@@ -211,7 +227,7 @@ def _slides_in(folder: Path) -> tuple[list[SlideInput], list[LeftOut]]:
 
 def read_manifest(path: Path) -> list[SlideInput]:
     """The slides of a CSV manifest; see `read_inputs`."""
-    table = read_table(path, MANIFEST_COLUMNS[:1], MANIFEST_COLUMNS[1:])
+    table = read_table(path, MANIFEST_COLUMNS[:1], MANIFEST_COLUMNS[1:], _COLUMNS_OF_OTHERS)
     ignored = [column for column in table.columns if column and column not in MANIFEST_COLUMNS]
     if ignored:
         logger.warning("%s: the columns %s are not used.", path, ignored)
@@ -221,16 +237,36 @@ def read_manifest(path: Path) -> list[SlideInput]:
         name = row.cells["slide"]
         if not name:
             raise ValueError(f"{place}: the column 'slide' is empty.")
-        slide = path.parent / name
-        item = _manifest_row(slide, row, place)
+        slide = _with_ending(path.parent / name, place)
+        item = _manifest_row(slide, row, path.parent, place)
         known = slides.get(slide)
         if known is None:
             slides[slide] = _of_folder(item, place) if slide.is_dir() else item
-        elif known.mpp != item.mpp or not known.boxes or not item.boxes:
-            raise ValueError(f"{place}: {name} stands in several rows; these must agree in mpp and each give a region.")
+        elif not _agree(known, item) or not known.boxes or not item.boxes:
+            raise ValueError(
+                f"{place}: {name} stands in several rows; these must agree in mpp, name and tissue_mask, and each give "
+                "a region."
+            )
         else:
             slides[slide] = replace(known, boxes=known.boxes + item.boxes)
     return list(slides.values())
+
+
+def _agree(known: SlideInput, item: SlideInput) -> bool:
+    """Whether two rows of one slide say the same of it; a folder's series has its name from the first of them."""
+    same = (known.mpp, known.tissue_mask) == (item.mpp, item.tissue_mask)
+    return same and item.name in (None, known.name)
+
+
+def _with_ending(slide: Path, place: str) -> Path:
+    """A slide that the manifest names without its ending, as CLAM's do; any other path as it is."""
+    if slide.exists() or slide.suffix.lower() in SLIDE_SUFFIXES or not slide.parent.is_dir():
+        return slide
+    found = [slide.with_name(slide.name + suffix) for suffix in SLIDE_SUFFIXES]
+    found = [path for path in found if path.exists()]
+    if len(found) > 1:
+        raise ValueError(f"{place}: {slide} may be {' or '.join(path.name for path in found)}: add the ending.")
+    return found[0] if found else slide
 
 
 def _of_folder(item: SlideInput, place: str) -> SlideInput:
@@ -238,10 +274,10 @@ def _of_folder(item: SlideInput, place: str) -> SlideInput:
     inputs, _ = _slides_in(item.path)
     if len(inputs) != 1:
         raise ValueError(f"{place}: the folder {item.path} holds {len(inputs)} slides: name each in its own row.")
-    return replace(item, path=inputs[0].path, name=inputs[0].name)
+    return replace(item, path=inputs[0].path, name=item.name or inputs[0].name)
 
 
-def _manifest_row(slide: Path, row: TableRow, place: str) -> SlideInput:
+def _manifest_row(slide: Path, row: TableRow, folder: Path, place: str) -> SlideInput:
     def number(column: str, kind: Callable[[str], float]) -> float | None:
         text = row.cells.get(column, "")
         try:
@@ -254,14 +290,22 @@ def _manifest_row(slide: Path, row: TableRow, place: str) -> SlideInput:
     if mpp is not None and not is_credible(mpp):
         raise ValueError(f"{place}: mpp={mpp} is not the micrometres per pixel of a slide (0.25 at 40x, 0.5 at 20x).")
     label, gives_labels = row.cells.get("label") or None, "label" in row.cells
+    mask = row.cells.get("tissue_mask")
+    given = SlideInput(
+        slide,
+        mpp,
+        name=row.cells.get("name") or None,
+        tissue_mask=folder / mask if mask else None,
+        gives_labels=gives_labels,
+    )
     box = [number(column, _whole_number) for column in ("x", "y", "width", "height")]
     if all(value is None for value in box):
-        return SlideInput(slide, mpp, label=label, gives_labels=gives_labels)
+        return replace(given, label=label)
     if any(value is None for value in box):
         raise ValueError(f"{place}: a region needs x, y, width and height; leave all four empty for all tissue.")
     if box[2] < 1 or box[3] < 1:
         raise ValueError(f"{place}: the region is {box[2]} x {box[3]} pixels; both are at least 1.")
-    return SlideInput(slide, mpp, (Box(*box, label=label),), gives_labels=gives_labels)
+    return replace(given, boxes=(Box(*box, label=label),))
 
 
 def _whole_number(text: str) -> int:

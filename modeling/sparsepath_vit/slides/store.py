@@ -53,6 +53,9 @@ class EmbeddingStore:
         remove_stale_files(self.folder)
         self._claim()
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self.folder)!r}, {len(list(self.folder.glob('*.h5')))} slides)"
+
     def _claim(self) -> None:
         path = self.folder / SETTINGS_FILE
         if not path.exists():
@@ -61,8 +64,7 @@ class EmbeddingStore:
             there = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise StoreError(f"{path} is damaged ({error}): remove it, or choose another folder.") from error
-        keys = [key for key in sorted({*there, *self.settings}) if there.get(key) != self.settings.get(key)]
-        if keys:
+        if keys := _differing(there, self.settings):
             differences = "; ".join(f"{key}: {there.get(key)!r} there, {self.settings.get(key)!r} now" for key in keys)
             raise StoreError(
                 f"{self.folder} holds embeddings made with other settings ({differences}). Files of both would be "
@@ -90,7 +92,7 @@ class EmbeddingStore:
         except (OSError, ValueError) as error:
             logger.warning("%s cannot be read (%s) and is made again.", path, error)
             return False
-        if settings != self.settings:
+        if _differing(settings or {}, self.settings):
             raise StoreError(
                 f"{path} was not made with the settings of this folder: remove it, or choose another folder."
             )
@@ -201,6 +203,12 @@ class EmbeddingStore:
             path.unlink()
 
 
+def _differing(there: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """The settings that differ; one that an earlier version did not know was off there."""
+    differing = [key for key in sorted({*there, *now}) if there.get(key) != now.get(key)]
+    return [key for key in differing if (key in there and key in now) or there.get(key) or now.get(key)]
+
+
 class SlideWriter:
     """One slide's HDF5 file while it grows; datasets are appended to row by row.
 
@@ -219,6 +227,15 @@ class SlideWriter:
         for key, value in self._attributes.items():
             self._file.attrs[key] = json.dumps(value, sort_keys=True)
         return self
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the folder says of all its files."""
+        return self._attributes["settings"]
+
+    def rows(self, name: str) -> int:
+        """How many rows a dataset has so far."""
+        return len(self._file[name]) if name in self._file else 0
 
     def append(self, **rows: np.ndarray) -> None:
         """Adds rows to datasets by name, e.g. `append(features=(N, D), coords=(N, 2))`; the first call makes them."""
@@ -261,8 +278,9 @@ def _append(file: Any, name: str, values: np.ndarray) -> None:
 
 def _replace_labels(file: Any, path: Path, of_slide: str | None, of_regions: Sequence[str] | None) -> None:
     features = file["features"]
-    if of_regions is not None and len(of_regions) != len(features):
-        raise StoreError(f"{path} holds {len(features)} regions, and {len(of_regions)} labels were given: remove it.")
+    regions = len(file.get("region_sizes", features))
+    if of_regions is not None and len(of_regions) != regions:
+        raise StoreError(f"{path} holds {regions} regions, and {len(of_regions)} labels were given: remove it.")
     features.attrs.pop("label", None)
     if of_slide is not None:
         features.attrs["label"] = of_slide

@@ -12,8 +12,9 @@ import numpy as np
 
 from ..runtime.extras import require
 from . import resolution
-from .declared_sizes import check_page, check_pages
+from .declared_sizes import check_page, check_pages, places_of_chunks
 from .description import SlideDescription, Statement
+from .errors import DeclaredSizeError
 from .resolution import OmeImage
 from .samples import Samples, YCbCr, white_of
 
@@ -73,6 +74,8 @@ def describe_tiff(path: Path) -> tuple[SlideDescription, str | None]:
         pages = [level.keyframe for level in series.levels]
         for level, level_page in enumerate(pages):
             check_page(level_page, level)
+            if not any(size for _, size in places_of_chunks(level_page)):
+                raise DeclaredSizeError(f"level {level} holds no tile or strip: what wrote the file stopped early")
         page = pages[0]
         orientation = _number(page, "Orientation", 1)
         orientation = orientation if 1 <= orientation <= 8 else 1  # what no viewer turns
@@ -80,7 +83,8 @@ def describe_tiff(path: Path) -> tuple[SlideDescription, str | None]:
         separate = _pages_of_colours(series, samples, chosen.ome)
         if separate:
             samples = Samples(3, samples.bits, samples.kind, "RGB", None, samples.white)
-        refusal = refusal or _refused_axes(series, separate) or samples.reason_to_refuse() or _refused_colours(page)
+        refusal = refusal or _refused_files(file, series) or _refused_axes(series, separate)
+        refusal = refusal or samples.reason_to_refuse() or _refused_colours(page)
         turned = orientation in (5, 6, 7, 8)
         stated = chosen.resolution
         if stated and turned:
@@ -241,6 +245,15 @@ def _pages_of_colours(series: Any, samples: Samples, ome: OmeImage | None) -> bo
         and len(ome.channels) == 3
         and all(name.strip().lower() in names for name, names in zip(ome.channels, _RGB_NAMES, strict=True))
     )
+
+
+def _refused_files(file: Any, series: Any) -> str | None:
+    pages = [page for level in series.levels for page in level.pages]
+    if None in pages:
+        return "planes that its OME-XML lists are in other files, which are not beside it: export it as one file"
+    if any(page.parent is not file for page in pages):
+        return "its planes are spread over several files (multi-file OME-TIFF): export it as one file"
+    return None
 
 
 def _refused_axes(series: Any, separate: bool) -> str | None:

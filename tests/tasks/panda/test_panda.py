@@ -59,6 +59,7 @@ class TestFolder:
         panda.add("wordy", "radboud", "one", "3+3")
         panda.add_row("good", "karolinska", 2)
         panda.slide_path("stray").touch()
+        panda.slide_path("stray").with_suffix(".tif").touch()
         slides, problems = panda.read()
         assert list(slides) == ["good"]
         assert slides["good"].provider == "radboud"
@@ -70,6 +71,7 @@ class TestFolder:
             ("unknown_grade", "wordy"),
             ("duplicate_row", "good"),
             ("slide_without_row", "stray"),
+            ("no_slide", "stray.tif"),
         }
 
     def test_a_grade_that_contradicts_its_gleason_score_is_named_and_known(self, panda):

@@ -109,6 +109,15 @@ class TestPairs:
         with pytest.raises(ValueError, match=r"no image is called 'case9'; there are case0_0, case0_1"):
             read_pairs(tmp_path, eval_images=["case9"])
 
+    def test_other_files_are_named(self, tmp_path, caplog):
+        small_pairs(tmp_path)
+        read_pairs(tmp_path)
+        assert not caplog.text
+        (tmp_path / "case0_0_he.png").touch()
+        (tmp_path / "notes").mkdir()
+        read_pairs(tmp_path)
+        assert "2 entries are left out" in caplog.text and "case0_0_he.png, notes" in caplog.text
+
     def test_groups_stay_together(self, tmp_path):
         small_pairs(tmp_path, 6)
         held_back = set()

@@ -126,7 +126,8 @@ def read_panda_folder(
     """
     folder = Path(folder)
     rows = _read_csv(folder / "train.csv")
-    images = {path.stem: path for path in sorted((folder / "train_images").glob("*.tiff"))}
+    entries = sorted((folder / "train_images").iterdir()) if (folder / "train_images").is_dir() else []
+    images = {path.stem: path for path in entries if path.suffix == ".tiff"}
     found = sum(row.cells["image_id"] in images for row in rows)
     if found < NUM_SLIDES and not allow_subset:
         raise ValueError(
@@ -148,6 +149,11 @@ def read_panda_folder(
         Problem("slide_without_row", name, f"{path.name} has no row in train.csv")
         for name, path in images.items()
         if name not in listed
+    ]
+    problems += [
+        Problem("no_slide", path.name, "it lies in train_images, where slides are called IMAGE_ID.tiff")
+        for path in entries
+        if path.suffix != ".tiff"
     ]
     if not slides:
         kinds = sorted({problem.kind for problem in problems})

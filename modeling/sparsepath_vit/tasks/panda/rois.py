@@ -206,7 +206,7 @@ def choose_rois(panda_slide: PandaSlide, task: PandaTask, settings: PandaSetting
 
 def _open_slide(panda_slide: PandaSlide) -> Slide:
     try:
-        slide = Slide(panda_slide.slide)
+        slide = Slide(panda_slide.slide, apart=True)
         slide.thumbnail(256)  # a file can open well and hold damaged pixels
     except SlideError as error:
         raise _Unusable("corrupt_slide", error) from error

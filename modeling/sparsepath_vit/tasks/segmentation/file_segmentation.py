@@ -99,7 +99,7 @@ def segment_file(
         out: folder for the results, made if missing.
         settings: what is segmented, and how.
         device: "cpu", "cuda", ...; CUDA where there is one, by default.
-        dtype: of the weights: "float32", "bfloat16" or "float16".
+        dtype: of the weights: "float32", "bfloat16" or "float16"; by default the one that the device is faster in.
 
     Returns:
         The report, and the files in the order to look at them.

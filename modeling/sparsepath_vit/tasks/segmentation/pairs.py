@@ -2,6 +2,7 @@
 """Images with the mask of one label each, their splits and slides; and folders of `X_HE.png` and `X_mask.png`."""
 
 import fnmatch
+import logging
 import os
 import re
 from collections import Counter, defaultdict
@@ -13,7 +14,10 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
+logger = logging.getLogger(__name__)
+
 IMAGE_ENDING, MASK_ENDING = "_HE.png", "_mask.png"
+_NAMED = 10  # files that a message lists
 SPLITS = ("train", "validation", "test")
 
 
@@ -141,7 +145,7 @@ def read_pairs(
     group_pattern: str | None = None,
     seed: int = 0,
 ) -> SegmentationPairs:
-    """A folder of `X_HE.png` and `X_mask.png`, split into train and test.
+    """A folder of `X_HE.png` and `X_mask.png`, split into train and test. What else lies there is named in a line.
 
     Args:
         folder: holds the pairs.
@@ -157,8 +161,9 @@ def read_pairs(
             fraction.
     """
     folder = Path(folder)
+    entries = sorted(folder.iterdir()) if folder.is_dir() else []
     images, masks = (
-        {path.name.removesuffix(ending): path for path in sorted(folder.glob(f"*{ending}"))}
+        {path.name.removesuffix(ending): path for path in entries if path.name.endswith(ending)}
         for ending in (IMAGE_ENDING, MASK_ENDING)
     )
     if not images or not masks:
@@ -173,6 +178,10 @@ def read_pairs(
                 f"{found[alone[0]]} has no {alone[0]}{ending} beside it ({len(alone)} of {len(found)} without a "
                 "partner): add it, or take the file out of the folder."
             )
+    if others := [path.name for path in entries if not path.name.endswith((IMAGE_ENDING, MASK_ENDING))]:
+        shown = ", ".join(others[:_NAMED]) + (", ..." if len(others) > _NAMED else "")
+        names = f"X{IMAGE_ENDING} or X{MASK_ENDING}"
+        logger.warning("%s: %d entries are left out, as they are not called %s: %s", folder, len(others), names, shown)
     if not 0 < eval_fraction < 1:
         raise ValueError(f"eval_fraction={eval_fraction} is not possible: it lies between 0 and 1.")
     pairs = [

@@ -6,10 +6,9 @@ import torch
 from small_models import random_pixels, small_model
 
 from sparsepath_vit import SparsePathViTForImageClassification, SparsePathViTModel
-from sparsepath_vit.model.attention_specification import attention_pattern
-from sparsepath_vit.model.token_grid import TokenGrid
-from studies.fidelity import comparison as fidelity
-from studies.fidelity.comparison import DenseDoesNotFit, compare_to_dense
+from sparsepath_vit.comparison import fidelity
+from sparsepath_vit.comparison.fidelity import DenseDoesNotFit, compare_to_dense, other_draws, usual_variants
+from sparsepath_vit.runtime.configured import configured
 from studies.figures import plot_fidelity
 
 ROWS, COLUMNS = 9, 12
@@ -25,40 +24,8 @@ def inputs():
     return {"pixel_values": random_pixels(1, ROWS, COLUMNS)}
 
 
-def masses_from_the_definition(model, pixel_values, window_size, is_kept):
-    """Attention probabilities of the dense model ("eager"), summed over the specification's pattern."""
-    model.set_attn_implementation("eager")
-    model.config.window_size = None
-    attentions = model(pixel_values, output_attentions=True).attentions
-    model.config.window_size = 4
-    model.set_attn_implementation("block_sparse")
-    grid = TokenGrid.create([(ROWS, COLUMNS)], num_global_tokens=3, window_size=window_size)
-    order = grid.raster_permutation()
-    seen = attention_pattern(grid)[0][order][:, order]
-    masses = []
-    for layer, weights in enumerate(attentions, start=1):
-        present = torch.cat([torch.ones(3, dtype=torch.bool), is_kept | (layer <= 2)])
-        inside = (weights[0].mean(dim=0) * (seen & present)).sum(dim=1)
-        masses.append(inside[3:][present[3:]].mean().item())
-    return masses
-
-
-@pytest.mark.parametrize("prune_ratio", [0.0, 0.5])
-def test_the_attention_mass_is_that_of_the_specification(model, inputs, prune_ratio):
-    (result,) = compare_to_dense(model, inputs, [{"window_size": 2, "prune_ratio": prune_ratio}])
-    model.config.window_size, model.config.prune_ratio = 2, prune_ratio
-    kept = model(**inputs).patch_positions[0]
-    model.config.window_size, model.config.prune_ratio = 4, 0.0
-    is_kept = torch.zeros(ROWS, COLUMNS, dtype=torch.bool)
-    is_kept[kept[:, 0], kept[:, 1]] = True
-    expected = masses_from_the_definition(model, inputs["pixel_values"], 2, is_kept.reshape(-1))
-    assert result.attention_mass == pytest.approx(expected, abs=1e-5)
-    assert result.kept_tokens == ROWS * COLUMNS * (1 - prune_ratio)
-    assert max(expected) < 0.95  # else the comparison says little
-
-
 def test_cosines_are_those_of_the_outputs(model, inputs):
-    (result,) = compare_to_dense(model, inputs, [{"window_size": 2, "prune_ratio": 0.25}])
+    _, result = compare_to_dense(model, inputs, [{"window_size": 2, "prune_ratio": 0.25}])
     model.config.window_size = None
     dense = model(**inputs)
     model.config.window_size, model.config.prune_ratio = 2, 0.25
@@ -76,43 +43,36 @@ def test_cosines_are_those_of_the_outputs(model, inputs):
 
 
 def test_where_the_neighbourhood_covers_the_image_sparse_is_dense(model, inputs):
-    (result,) = compare_to_dense(model, inputs, [{"window_size": 6}])
+    _, result = compare_to_dense(model, inputs, [{"window_size": 6}])
     assert result.cls_cosine == pytest.approx(1, abs=1e-5)
     assert result.patch_cosine_p5 == pytest.approx(1, abs=1e-5)
-    assert result.attention_mass == pytest.approx([1] * 4, abs=1e-5)
     assert result.same_prediction is None
 
 
 def test_masked_patches_take_no_part(model, inputs):
     mask = torch.ones(1, ROWS, COLUMNS, dtype=torch.bool)
     mask[0, :, 5:] = False
-    (masked,) = compare_to_dense(model, {**inputs, "patch_mask": mask}, [{"window_size": 2}])
+    _, masked = compare_to_dense(model, {**inputs, "patch_mask": mask}, [{"window_size": 2}])
     cropped = {"pixel_values": inputs["pixel_values"], "image_sizes": [(ROWS * 4, COLUMNS * 4)], "patch_mask": mask}
-    (same,) = compare_to_dense(model, cropped, [{"window_size": 2}])
+    _, same = compare_to_dense(model, cropped, [{"window_size": 2}])
     assert masked.tokens == 45
-    assert masked == same
-
-
-def test_fewer_queries_estimate_the_same_mass(model, inputs):
-    (every,) = compare_to_dense(model, inputs, [{"window_size": 2}])
-    (some,) = compare_to_dense(model, inputs, [{"window_size": 2}], max_queries=40)
-    assert some.attention_mass != every.attention_mass
-    assert some.attention_mass == pytest.approx(every.attention_mass, abs=0.1)
+    costs = {"seconds": 0.0, "peak_bytes": 0}
+    assert dataclasses.replace(masked, **costs) == dataclasses.replace(same, **costs)
 
 
 def test_predictions_are_compared_and_the_model_is_left_as_it_was(inputs):
     classifier = small_model(SparsePathViTForImageClassification, num_labels=5, unprune="scatter", prune_ratio=0.5)
     before = classifier.config.to_dict()
-    results = compare_to_dense(classifier, inputs, [{"window_size": None, "prune_ratio": 0.0}, {"window_size": 1}])
+    _, *results = compare_to_dense(classifier, inputs, [{"window_size": None, "prune_ratio": 0.0}, {"window_size": 1}])
     assert results[0].same_prediction is True
     assert results[1].kept_tokens == ROWS * COLUMNS / 2
     assert classifier.config.to_dict() == before
-    assert not any(layer.attention._forward_pre_hooks for layer in classifier.sparsepath_vit.encoder.layers)
+    assert [layer.attention.draw for layer in classifier.sparsepath_vit.encoder.layers] == [0, 1, 2, 3]
     classifier.classifier.weight.data.zero_()
     classifier.classifier.bias.data.zero_()
     sparse_cls = classifier(**inputs).logits  # all equal: the first class, for both
     assert sparse_cls.abs().max() == 0
-    assert compare_to_dense(classifier, inputs)[0].same_prediction is True
+    assert compare_to_dense(classifier, inputs)[1].same_prediction is True
 
 
 def test_dense_is_refused_where_it_does_not_fit_and_the_size_named_does_fit(model, monkeypatch):
@@ -138,6 +98,51 @@ def test_several_images_are_refused(model):
 def test_the_plot_shows_every_variant(model, inputs, tmp_path):
     results = compare_to_dense(model, inputs, [{"window_size": 2}, {"window_size": 2, "prune_ratio": 0.5}])
     larger = [dataclasses.replace(result, size=(80, 80)) for result in results]
-    plot_fidelity(results + larger, tmp_path / "fidelity.png")
+    rows = [{name: str(value) for name, value in one.row().items()} for one in results + larger]
+    plot_fidelity(rows, tmp_path / "fidelity.png")
     assert [path.name for path in tmp_path.iterdir()] == ["fidelity.png"]
     assert (tmp_path / "fidelity.png").stat().st_size > 10_000
+
+
+def test_usual_variants_come_with_cost_and_centred_cosines_and_a_name(model, inputs):
+    model.config.num_context_tokens = 60
+    try:
+        rows = compare_to_dense(model, inputs, usual_variants(model.config), estimates_error=True)
+    finally:
+        model.config.num_context_tokens = 0
+    dense, local, stratified, pruned, both = rows
+    assert [row.variant for row in rows] == [
+        "dense",
+        "w = 4",
+        "w = 4, 60 context tokens",
+        "w = 4, 60% pruned",
+        "w = 4, 60 context tokens, 60% pruned, 1,024 representatives",
+    ]
+    assert dense.cls_cosine == pytest.approx(1) and dense.centred_patch_cosine_p5 == pytest.approx(1)
+    assert local.cls_cosine < stratified.cls_cosine and local.centred_patch_cosine < stratified.centred_patch_cosine
+    assert local.keys_per_query < stratified.keys_per_query < dense.keys_per_query + 20
+    assert (local.kept_tokens, pruned.kept_tokens) == (108, 44) and both.kept_tokens > 44
+    assert all(row.seconds > 0 and row.peak_bytes > 0 for row in rows)
+    assert [row.estimated_cls_error is None for row in rows] == [True, True, False, True, False]
+
+
+def test_self_similarity_is_the_mean_over_pairs_of_tokens(model, inputs):
+    _, result = compare_to_dense(model, inputs)
+    patches = torch.nn.functional.normalize(model(**inputs).last_hidden_state[0, 3:].double(), dim=1)
+    cosines = patches @ patches.T
+    expected = (cosines.sum() - cosines.trace()) / (len(patches) * (len(patches) - 1))
+    assert result.self_similarity == pytest.approx(expected.item(), abs=1e-6)
+
+
+@torch.no_grad()
+def test_the_estimated_error_is_half_of_what_two_draws_differ_by(model, inputs):
+    settings = {"window_size": 2, "num_context_tokens": 40}
+    _, result = compare_to_dense(model, inputs, [settings], estimates_error=True)
+    with configured(model, **settings):
+        first = model(**inputs).last_hidden_state[:, 0]
+        with other_draws(model):
+            second = model(**inputs).last_hidden_state[:, 0]
+        assert torch.equal(model(**inputs).last_hidden_state[:, 0], first)
+    between = torch.nn.functional.cosine_similarity(first, second).item()
+    assert result.estimated_cls_error == pytest.approx((1 - between) / 2, abs=1e-6)
+    assert result.estimated_cls_error > 1e-4
