@@ -15,7 +15,7 @@ from sparsepath_vit.slides import EmbedSettings, Slide, embed_slides
 from sparsepath_vit.slides.polygon_features import polygon_features
 
 PATCH = 16
-SECONDS = 15  # that anything on the page may take at most, on a busy machine
+SECONDS = 30  # that anything on the page may take at most, on a busy machine
 FRAME = """
 () => {
   const model = Bokeh.documents[0].get_model_by_name("slide"), view = Bokeh.index.find_one(model)
