@@ -101,6 +101,7 @@ class SlidePage:
         self.is_shown = Toggle(label="Show the colours", active=True, name="shown")
         self.is_shown.js_link("active", self.view.colors, "visible")
         self.opacity = Slider(title="Opacity", start=0, end=1, step=0.05, value=0.5, name="opacity")
+        self.opacity.width = _CONTROLS_WIDTH - 30
         self.opacity.js_link("value", self.view.colors.glyph, "global_alpha")
         self.outline_choice = CheckboxGroup(labels=[REGIONS, TISSUE, PIECES], active=[], name="outlines")
         self.message = Div(text="", name="message", width=_CONTROLS_WIDTH - 20)
@@ -121,10 +122,10 @@ class SlidePage:
     def _add_places(self) -> None:
         self._thumbnails = ColumnDataSource({"image": [], "x": [], "label": []}, name="thumbnails")
         self.strip = figure(
-            height=_THUMBNAIL_PIXELS + 30,
+            height=_THUMBNAIL_PIXELS + (30 if len(self._slides) == 1 else 44),
             sizing_mode="stretch_width",
             x_range=Range1d(0, _NUM_PLACES),
-            y_range=Range1d(-0.25, 1),
+            y_range=Range1d(-0.25 if len(self._slides) == 1 else -0.38, 1),
             tools="",
             toolbar_location=None,
             name="places",
@@ -134,7 +135,7 @@ class SlidePage:
         self.strip.grid.visible = False
         pictures = self.strip.image_rgba("image", "x", 0, 0.94, 1, source=self._thumbnails, origin="top_left")
         pictures.nonselection_glyph = None
-        self.strip.text("x", -0.22, "label", source=self._thumbnails, text_font_size="12px", text_baseline="bottom")
+        self.strip.text("x", -0.03, "label", source=self._thumbnails, text_font_size="12px", text_baseline="top")
         self.strip.add_tools(TapTool(renderers=[pictures]))
         self.strip.on_event(Tap, lambda event: self._jump(int(event.x)))
 
@@ -155,6 +156,16 @@ class SlidePage:
     def _say(self, text: str) -> None:
         self.message.text = _escaped(text)
 
+    def _hint(self) -> str:
+        """What can be done here."""
+        slide = self._slide
+        if slide.embedded is not None:
+            return "Click on tissue: where else does it look like this? The lasso and the box draw polygons."
+        return (
+            f"Only the slide is shown. `sparsepath embed {slide.slide.path.name} --model MODEL --out dense --dense` "
+            "stores its tokens; pass its file as --embedding, or the model as --model."
+        )
+
     def _show_slide(self, number: int) -> None:
         self._number = number
         slide = self._slide
@@ -165,12 +176,7 @@ class SlidePage:
             self.layer_choice.value = chosen
         elif chosen != NOTHING:
             self._later(self._show_layer, chosen)
-        self._say(
-            "Click on tissue: where else does it look like this? The lasso and the box above the slide draw polygons."
-            if slide.embedded is not None
-            else f"Only the slide is shown. `sparsepath embed {slide.slide.path.name} --model MODEL --out dense "
-            "--dense` stores its tokens; pass its file as --embedding, or the model as --model."
-        )
+        self._say(self._hint())
         self._later(self._show_outlines)
         self._show_polygons()
 
@@ -190,6 +196,7 @@ class SlidePage:
         slide = self._slide
         if slide.embedded is None:
             return
+        self._say(self._hint())
         token = slide.embedded.nearest_token(*slide.to_slide(np.array([x, y])))
         self.view.mark(slide, slide.embedded.kept[token], slide.embedded.token_size)
         await self._show_similar(slide.embedded.features.rows(np.array([token]))[0])
@@ -274,6 +281,7 @@ class SlidePage:
     async def _take_polygon(self, ring: np.ndarray) -> None:
         """Adds a polygon of level-0 pixels, and shows what is similar to it."""
         number = self._number
+        self._say(self._hint())
         polygon = await self._compute(polygon_features, self._slides[number].embedded, ring)
         self._polygons[number].append(polygon)
         self._show_polygons()
