@@ -49,7 +49,7 @@ class PolygonFeatures:
         return annotation([[closed]], name, POLYGON_COLOR, measurements, origin, kind="Polygon")
 
 
-def polygon_features(slide: EmbeddedSlide, ring: np.ndarray) -> PolygonFeatures:
+def pool_polygon(slide: EmbeddedSlide, ring: np.ndarray) -> PolygonFeatures:
     """What lies in a polygon of an embedded slide.
 
     Args:

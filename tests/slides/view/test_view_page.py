@@ -14,7 +14,7 @@ from slide_files import stained_image, write_pyramid
 
 from sparsepath_vit.runtime.figures import heat_colors
 from sparsepath_vit.slides import EmbeddedSlide, EmbedSettings, Slide, embed_slides
-from sparsepath_vit.slides.polygon_features import polygon_features
+from sparsepath_vit.slides.polygon_features import pool_polygon
 
 PATCH = 16
 SECONDS = 30  # that anything on the page may take at most, on a busy machine
@@ -256,7 +256,7 @@ def test_a_drawn_polygon_is_pooled_and_saved_for_qupath(window, opened):
     assert feature["geometry"]["type"] == "Polygon" and (ring[0] == ring[-1]).all()
     for corner in corners:
         assert np.abs(ring - corner).max(axis=1).min() <= 1.5
-    expected = polygon_features(slide.embedded, ring[:-1])
+    expected = pool_polygon(slide.embedded, ring[:-1])
     measured = feature["properties"]["measurements"]
     assert measured["kept tokens"] == expected.num_kept > 20
     assert measured["tissue area mm^2"] == pytest.approx(expected.tissue_area, rel=0.05)

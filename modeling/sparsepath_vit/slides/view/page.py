@@ -29,7 +29,7 @@ from bokeh.plotting import figure
 
 from ..errors import SlideError
 from ..outlines import feature_collection, outlines
-from ..polygon_features import PolygonFeatures, polygon_features
+from ..polygon_features import PolygonFeatures, pool_polygon
 from ..similarity import SimilarPlace, similar_places, token_similarity
 from ..token_values import similarity_values
 from .contents import COLORS, KEPT, PRUNE_SCORE, ViewedSlide
@@ -282,7 +282,7 @@ class SlidePage:
         """Adds a polygon of level-0 pixels, and shows what is similar to it."""
         number = self._number
         self._say(self._hint())
-        polygon = await self._compute(polygon_features, self._slides[number].embedded, ring)
+        polygon = await self._compute(pool_polygon, self._slides[number].embedded, ring)
         self._polygons[number].append(polygon)
         self._show_polygons()
         await self._show_similar(polygon.pooled)
