@@ -35,6 +35,10 @@ Regions = Annotated[
         "slide2vec) or QuPath's GeoJSON (classes as labels); a file, or a folder with one of each slide's name."
     ),
 ]
+Format = Annotated[
+    Literal["hdf5", "anndata", "zarr"],
+    typer.Option(help="Also write each slide's features as AnnData (.h5ad or .zarr), as LazySlide lays it out."),
+]
 TileSize = Annotated[
     int | None,
     typer.Option(
@@ -63,6 +67,7 @@ def embed(
     attention: Attention = None,
     tissue_mask: options.TissueMask = None,
     regions: Regions = None,
+    format: Format = "hdf5",
     origin: options.Origin = "bounds",
     batch_size: BatchSize = 1,
     workers: options.Workers = None,
@@ -80,6 +85,7 @@ def embed(
         slide_mpp=slide_mpp,
         tissue_mask=tissue_mask,
         regions=regions,
+        table_format=None if format == "hdf5" else format,
         batch_size=batch_size,
         workers=workers,
         device=device,

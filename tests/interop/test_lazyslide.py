@@ -62,3 +62,25 @@ def test_two_checkpoints_are_told_apart(model_folder):
 
     names = {SparsePathViTImageModel(source).name for source in (model_folder, tiny_checkpoint())}
     assert len(names) == 2
+
+
+@pytest.mark.parametrize("table_format", ["anndata", "zarr"])
+def test_our_tables_lie_on_its_tiles(tissue_slide, model_folder, tmp_path, table_format):
+    import anndata
+    from wsidata import TileSpec
+    from wsidata.io import add_tiles
+
+    from sparsepath_vit.slides import EmbedSettings, embed_slides
+
+    settings = EmbedSettings(mpp=0.5, tile_size=224, region_size=448)
+    embed_slides(tissue_slide, model_folder, tmp_path / "out", settings, device="cpu", table_format=table_format)
+    read = {"anndata": anndata.read_h5ad, "zarr": anndata.read_zarr}[table_format]
+    (path,) = (path for path in (tmp_path / "out").iterdir() if path.suffix in (".h5ad", ".zarr"))
+    table = read(path)
+    wsi = open_wsi(tissue_slide)
+    corners = table.obsm["spatial"]
+    specification = TileSpec.from_wsidata(wsi, tile_px=224, mpp=0.5)
+    add_tiles(wsi, "tiles", corners, specification, np.zeros(len(corners), dtype=int))
+    wsi.tables["ours_tiles"] = table
+    found = wsi.fetch.features_anndata("ours", tile_graph=False)
+    assert np.array_equal(found.X, table.X) and np.array_equal(found.obsm["spatial"], corners)

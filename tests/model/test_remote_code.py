@@ -63,7 +63,13 @@ def names_of(auto_map):
 def test_a_checkpoint_carries_the_files_it_needs_and_no_others():
     dense = {"adapter_sparsepath_vit", "deformable_attention", "segmentation_inputs"}
     heads = {"mask2former_parts", "query_segmentation_sparsepath_vit", "segmentation_postprocessing"}
-    processing = {"image_processing_sparsepath_vit", "image_inputs", "patch_presence", "pillow_images"}
+    processing = {
+        "image_processing_sparsepath_vit",
+        "image_inputs",
+        "image_settings",
+        "patch_presence",
+        "pillow_images",
+    }
     assert names_of(PROCESSOR) == processing | {"remote_code"}
     assert "modeling_sparsepath_vit" in names_of(PLAIN)
     assert not {name for name in names_of(PLAIN) if "segmentation" in name} | names_of(PLAIN) & (dense | processing)

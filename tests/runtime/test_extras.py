@@ -14,6 +14,7 @@ from sparsepath_vit.runtime.extras import imports_of_extra
 EXTRAS = ("datasets", "evaluate", "matplotlib", "peft", "scipy", "skimage", "sklearn", "torchmetrics")
 EXTRAS += ("h5py", "imagecodecs", "onnx", "openslide", "tifffile", "timm")
 NEEDS_NO_EXTRA = {"studies.stratified_draw", "gpu_acceptance", "kernel_repository", "benchmark", "push_to_hub"}
+NEEDS_NO_EXTRA |= {"interop_tests"}
 
 ASK_EACH_FOR_HELP = """
 import contextlib, io, runpy, sys

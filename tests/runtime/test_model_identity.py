@@ -53,6 +53,7 @@ OTHER_CONFIG_VALUES = {
     "initializer_range": 0.1,
     "chunk_size_feed_forward": 16,
     "apply_layernorm": False,
+    "reshape_hidden_states": False,
 }
 OTHER_PROCESSOR_VALUES = {
     "patch_size": 8,

@@ -219,3 +219,24 @@ def test_grid_of_merged_tokens_holds_their_means():
     grid, origin = tokens_of(values, corners).grid(merged=2)
     assert origin.tolist() == [32, 48] and grid.shape == (2, 3)
     assert grid[0, 0] == np.mean([0, 1, 5, 6]) and grid[1, 2] == 14
+
+
+def test_geojson_is_valid_to_shapely_and_to_qupath(embedded):
+    """QuPath asks for polygons, an objectType, and a classification with a name and three 8-bit numbers."""
+    shapely = pytest.importorskip("shapely.geometry")
+    tokens = read_token_values(embedded[1])
+    collection = json.loads(json.dumps(to_geojson(tokens)))
+    assert collection["type"] == "FeatureCollection" and collection["features"]
+    area = 0.0
+    for feature in collection["features"]:
+        assert feature["type"] == "Feature" and feature["geometry"]["type"] in ("Polygon", "MultiPolygon")
+        shape = shapely.shape(feature["geometry"])
+        pieces = getattr(shape, "geoms", [shape])
+        assert all(piece.is_valid and piece.exterior.is_ccw is not None for piece in pieces)
+        area += sum(piece.area for piece in pieces)
+        properties = feature["properties"]
+        assert properties["objectType"] == "annotation" and isinstance(properties["classification"]["name"], str)
+        assert all(isinstance(level, int) and 0 <= level < 256 for level in properties["classification"]["color"])
+        assert all(isinstance(number, int | float) for number in properties["measurements"].values())
+    grid, _ = tokens.grid()
+    assert area == pytest.approx((~np.isnan(grid)).sum() * PATCH**2)

@@ -8,6 +8,7 @@ from ..runtime.lazy_loading import lazy_names
 if TYPE_CHECKING:
     from .architectures import Architecture, architecture, known_architectures
     from .convert import ConversionReport, convert_checkpoint
+    from .export import export_onnx, export_program
     from .verify import Parity, verify_conversion
 
 __getattr__, __dir__ = lazy_names(
@@ -15,6 +16,7 @@ __getattr__, __dir__ = lazy_names(
     {
         "architectures": ("Architecture", "architecture", "known_architectures"),
         "convert": ("ConversionReport", "convert_checkpoint"),
+        "export": ("export_onnx", "export_program"),
         "verify": ("Parity", "verify_conversion"),
     },
 )
@@ -25,6 +27,8 @@ __all__ = [
     "Parity",
     "architecture",
     "convert_checkpoint",
+    "export_onnx",
+    "export_program",
     "known_architectures",
     "verify_conversion",
 ]

@@ -167,6 +167,8 @@ class SparsePathViTConfig(ConfigRemoteCodeMixin, BackboneConfigMixin, PreTrained
         chunk_size_feed_forward (`int`): tokens per MLP chunk at inference, on CUDA four times as many; 0 runs all at
             once. Bounds the peak memory by the hidden states instead of the wide MLP activation.
         apply_layernorm (`bool`): whether the backbone normalises its feature maps.
+        reshape_hidden_states (`bool`): whether the backbone's feature maps are maps; else they are sequences of the CLS
+            token and all patch tokens, (batch, 1 + rows * columns, hidden_size), as DPT takes them.
 
     Example:
     ```python
@@ -216,6 +218,7 @@ class SparsePathViTConfig(ConfigRemoteCodeMixin, BackboneConfigMixin, PreTrained
     initializer_range: float = 0.02
     chunk_size_feed_forward: int = 4096
     apply_layernorm: bool = True
+    reshape_hidden_states: bool = True
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
 

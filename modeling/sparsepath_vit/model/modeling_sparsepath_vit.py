@@ -17,6 +17,7 @@ from .attention_registration import ATTENTION_NAME
 from .configuration_sparsepath_vit import SparsePathViTConfig, failure_signatures
 from .embeddings import SparsePathViTEmbeddings, token_grid_of_sizes
 from .encoder_sparsepath_vit import AfterLayer, EncoderOutput, SparsePathViTEncoder, SparsePathViTLayerScale
+from .lora_targets import LoraTargetsMixin
 from .modeling_outputs_sparsepath_vit import (
     SparsePathViTImageClassifierOutput,
     SparsePathViTModelOutput,
@@ -34,7 +35,7 @@ from .token_pruning import EncodedTokens
 logger = logging.get_logger(__name__)
 
 
-class SparsePathViTPreTrainedModel(ModelRemoteCodeMixin, PreTrainedModel):
+class SparsePathViTPreTrainedModel(ModelRemoteCodeMixin, LoraTargetsMixin, PreTrainedModel):
     """What all models of the family share: the way from pixels to encoded tokens, and what Transformers asks for.
 
     A forward is three steps, which code that needs something in between calls one by one: `token_grid` (or
@@ -357,7 +358,8 @@ class SparsePathViTBackbone(BackboneMixin, SparsePathViTPreTrainedModel):
             **kwargs: `return_dict`.
 
         Returns:
-            `feature_maps`, each (batch, hidden_size, rows, columns).
+            `feature_maps`, each (batch, hidden_size, rows, columns); with `config.reshape_hidden_states` off each
+            (batch, 1 + rows * columns, hidden_size).
         """
         encoded = self.encode(
             pixel_values,
@@ -365,14 +367,21 @@ class SparsePathViTBackbone(BackboneMixin, SparsePathViTPreTrainedModel):
             output_hidden_states=True,
             output_attentions=self._output_switches(None, output_attentions)[1],
         )
-        feature_maps = tuple(
-            self.feature_map(encoded, layer) for layer, name in enumerate(self.stage_names) if name in self.out_features
-        )
+        layers = [layer for layer, name in enumerate(self.stage_names) if name in self.out_features]
+        view = self.feature_map if self.config.reshape_hidden_states else self._feature_sequence
+        feature_maps = tuple(view(encoded, layer) for layer in layers)
         return BackboneOutput(
             feature_maps=feature_maps,
             hidden_states=hidden_states_in_raster(encoded),
             attentions=attentions_in_raster(encoded),
         )
+
+    def _feature_sequence(self, encoded: EncoderOutput, layer: int) -> torch.Tensor:
+        """As `feature_map`, (batch, 1 + rows * columns, hidden_size): the CLS token, then the places row by row."""
+        tokens = encoded.states[layer]
+        cls_token = tokens.grid.to_raster(tokens.hidden_states)[:, :1]
+        cls_token = self.norm(cls_token) if self.config.apply_layernorm else cls_token
+        return torch.cat([cls_token, self.feature_map(encoded, layer).flatten(2).transpose(1, 2)], dim=1)
 
 
 __all__ = [

@@ -53,8 +53,8 @@ def imports_of_extra(extra: str, *used_later: str, asked_by: str = "this script"
         ) from error
 
 
-def require(module: str) -> ModuleType:
-    """Imports `module`, which the `slides` extra installs.
+def require(module: str, extra: str = "slides") -> ModuleType:
+    """Imports `module`, which an extra installs.
 
     Raises:
         ImportError: it is missing or its shared library does not load; the message gives the install command.
@@ -63,8 +63,8 @@ def require(module: str) -> ModuleType:
         return importlib.import_module(module)
     except (ImportError, OSError) as error:  # openslide raises OSError-like errors where its library is missing
         raise ImportError(
-            f"{module} is needed to work on slides and cannot be imported ({error}). "
-            f"Install it with: {install_command('slides')}"
+            f"{module} is needed {'to work on slides' if extra == 'slides' else 'for this'} and cannot be imported "
+            f"({error}). Install it with: {install_command(extra)}"
         ) from error
 
 

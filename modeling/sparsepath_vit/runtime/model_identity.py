@@ -34,6 +34,7 @@ HARMLESS_CONFIG_FIELDS = frozenset(
         "hidden_dropout",
         "initializer_range",
         "layerscale_value",
+        "reshape_hidden_states",
         "stage_names",
     }
 )

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .reader import Slide
     from .regions import Region, read_inputs, tissue_regions
     from .report import EmbedReport
+    from .scverse import to_anndata
     from .similarity import SimilarPlace, similar_places, token_similarity
     from .store import EmbeddingStore, StoreError
     from .tiles import TileFeatures, Tiles, pool_tiles
@@ -42,6 +43,7 @@ __getattr__, __dir__ = lazy_names(
         "regions": ("Region", "read_inputs", "tissue_regions"),
         "report": ("EmbedReport",),
         "similarity": ("SimilarPlace", "similar_places", "token_similarity"),
+        "scverse": ("to_anndata",),
         "store": ("EmbeddingStore", "StoreError"),
         "tiles": ("TileFeatures", "Tiles", "pool_tiles"),
         "tissue": ("TissueMask", "find_tissue"),
@@ -80,6 +82,7 @@ __all__ = [
     "read_token_values",
     "similar_places",
     "tissue_regions",
+    "to_anndata",
     "token_similarity",
     "write_heatmap",
 ]

@@ -12,6 +12,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object, parse_flag_from_env
 
 from ..runtime.compute import torch_device, weight_dtype
+from ..runtime.extras import require
 from ..runtime.load_model import load_model
 from ..runtime.model_identity import model_identity
 from .embedder import DEFAULT_MPP, EmbedSettings, SlideEmbedder, default_workers
@@ -22,6 +23,7 @@ from .reading_process import reading_process
 from .regions import SlideInput, find_inputs
 from .report import EmbedReport
 from .resolution import is_credible
+from .scverse import TABLE_SUFFIXES
 from .store import EmbeddingStore
 
 # The processes wait for each other at the end, and one may have hours of slides more.
@@ -29,7 +31,7 @@ _LONGEST_WAIT = timedelta(days=30)
 
 
 def embed_slides(
-    paths: Sequence[str | os.PathLike[str]],
+    paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     model_source: str | os.PathLike[str],
     out: str | os.PathLike[str],
     settings: EmbedSettings | None = None,
@@ -37,6 +39,7 @@ def embed_slides(
     slide_mpp: float | None = None,
     tissue_mask: str | os.PathLike[str] | None = None,
     regions: str | os.PathLike[str] | None = None,
+    table_format: str | None = None,
     batch_size: int = 1,
     workers: int | None = None,
     device: str | None = None,
@@ -48,7 +51,7 @@ def embed_slides(
     in `failures.csv` and the others go on; what the folders hold beside slides is listed in `left_out.csv`.
 
     Args:
-        paths: slide files, folders and CSV manifests; see `slides.regions.read_inputs`.
+        paths: slide files, folders and CSV manifests, or one of them; see `slides.regions.read_inputs`.
         model_source: folder or Hub id of a converted checkpoint.
         out: folder for the results; it holds those of one model and one set of settings only.
         settings: what is taken of every slide.
@@ -58,6 +61,7 @@ def embed_slides(
         regions: that another tool chose, instead of a grid: coordinates (.h5 of TRIDENT, HEST and CLAM,
             .coordinates.npz of slide2vec) or annotations (GeoJSON of QuPath: each polygon, its class as label). A file
             for the one slide, or a folder with a file of each slide's name.
+        table_format: also write the features beside each file as AnnData: "anndata" (.h5ad) or "zarr" (.zarr).
         batch_size: regions per forward.
         workers: threads that read ahead; by default one per core, at most 8.
         device: "cpu", "cuda", ...; chosen by Accelerate where None.
@@ -71,10 +75,11 @@ def embed_slides(
         ImportError: a library of the `slides` extra is missing.
     """
     settings = settings or EmbedSettings()
-    inputs, left_out = find_inputs(paths)
+    inputs, left_out = find_inputs([paths] if isinstance(paths, str | os.PathLike) else paths)
     slides = _by_name(inputs)
     _check_arguments(slides, settings, slide_mpp, tissue_mask)
     _check_regions(slides, settings, regions)
+    _check_table_format(table_format)
     state = _process_state(device)
     chosen = torch_device(device) if device is not None and state.num_processes == 1 else state.device
     reading_process()  # starts while the model is loaded
@@ -90,6 +95,7 @@ def embed_slides(
         workers=workers or default_workers(),
         show_progress=state.is_local_main_process,
         regions=None if regions is None else Path(regions),
+        table_format=table_format,
     )
     return _run(state, embedder, slides, left_out, out)
 
@@ -171,6 +177,16 @@ def _check_regions(
         raise ValueError(f"regions={str(regions)!r} says what to embed, but {other}: use one of them.")
     if len(slides) > 1 and not Path(regions).is_dir():
         raise ValueError(f"regions={str(regions)!r} is one file for {len(slides)} slides: give a folder of them.")
+
+
+def _check_table_format(table_format: str | None) -> None:
+    """Raises ValueError for an unknown format, ImportError where its library is missing."""
+    if table_format is None:
+        return
+    if table_format not in TABLE_SUFFIXES:
+        raise ValueError(f"table_format={table_format!r} is unknown: choose one of {', '.join(TABLE_SUFFIXES)}.")
+    for module in ("anndata", *(("zarr",) if table_format == "zarr" else ())):
+        require(module, "scverse")
 
 
 def _process_state(device: str | None) -> PartialState:

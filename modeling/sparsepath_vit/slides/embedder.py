@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,7 @@ from .records import region_labels, source_of
 from .region_files import tokens_in_outline, with_regions
 from .regions import Box, Region, SlideInput, tissue_regions
 from .report import EmbedReport
+from .scverse import write_table
 from .store import EmbeddingStore, SlideWriter
 from .tiles import Tiles, tile_rows
 from .tissue import TissueMask, find_tissue
@@ -74,6 +75,12 @@ class EmbedSettings:
     tile_size: int | None = None
     attention: str | None = None
 
+    def __post_init__(self) -> None:
+        for field in fields(self):  # numbers of NumPy are no JSON
+            value = getattr(self, field.name)
+            if isinstance(value, np.generic):
+                object.__setattr__(self, field.name, value.item())
+
     @property
     def grid_region_size(self) -> int:
         """Pixels of the regions of a grid: `region_size`, rounded up to whole tiles."""
@@ -94,6 +101,7 @@ class SlideEmbedder:
         workers: threads that read ahead.
         show_progress: whether to draw progress bars.
         regions: file or folder of regions that another tool chose, see `region_files`.
+        table_format: "anndata" or "zarr", what is written beside each file.
     """
 
     def __init__(
@@ -108,9 +116,11 @@ class SlideEmbedder:
         workers: int,
         show_progress: bool,
         regions: Path | None = None,
+        table_format: str | None = None,
     ) -> None:
         self.model, self.processor, self.settings = model, processor, settings
         self.mpp, self.slide_mpp, self.tissue_mask, self.regions = mpp, slide_mpp, tissue_mask, regions
+        self.table_format = table_format
         self.batch_size, self.workers, self.show_progress = batch_size, workers, show_progress
         self.patch_size = model.config.patch_size
         self.tiles: Tiles | None = None
@@ -154,6 +164,8 @@ class SlideEmbedder:
             self._make(name, item, mask_file, store.writer(name, source))
             self.report.done += 1
         self._record_skipped_regions(name, item, store)
+        if self.table_format is not None:
+            write_table(store.path_of(name), self.table_format)
 
     def _correct_labels(self, name: str, item: SlideInput, store: EmbeddingStore) -> None:
         """What is done has the labels that the manifest gives now."""

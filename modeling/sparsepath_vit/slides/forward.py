@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from ..runtime.pixels import prepare
+from ..runtime.short_repr import ShortRepr
 from .backends import SlideError
 from .global_attention import GlobalAttention
 from .reader import Slide
@@ -56,8 +57,8 @@ class Stopwatch:
             yield item
 
 
-@dataclass(frozen=True)
-class Embedding:
+@dataclass(frozen=True, repr=False)
+class Embedding(ShortRepr):
     """What the model made of one region or of one whole slide. K tokens are left of the N tissue tokens.
 
     Attributes:

@@ -53,6 +53,9 @@ class EmbeddingStore:
         remove_stale_files(self.folder)
         self._claim()
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self.folder)!r}, {len(list(self.folder.glob('*.h5')))} slides)"
+
     def _claim(self) -> None:
         path = self.folder / SETTINGS_FILE
         if not path.exists():

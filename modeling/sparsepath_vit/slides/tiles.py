@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..runtime.short_repr import ShortRepr
+
 _TOKENS_AT_ONCE = 2**16  # as float32 beside the tokens themselves
 
 
@@ -49,8 +51,8 @@ class Tiles:
         return cls(tile_size // patch_size, minimum_tissue)
 
 
-@dataclass(frozen=True)
-class TileFeatures:
+@dataclass(frozen=True, repr=False)
+class TileFeatures(ShortRepr):
     """The T tiles of one region or slide, in raster order.
 
     Attributes:

@@ -12,6 +12,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..runtime.extras import require
+from ..runtime.short_repr import ShortRepr
 from .annotations import Annotations, read_annotations
 from .errors import SlideError
 from .outlines import fill
@@ -34,8 +35,8 @@ _BEYOND = 0.05  # of the slide's side: annotations drawn along its edge reach ov
 _ROUNDING = 1e-9  # of shares of a token's area
 
 
-@dataclass(frozen=True)
-class TissueMask:
+@dataclass(frozen=True, repr=False)
+class TissueMask(ShortRepr):
     """Where a slide has tissue.
 
     Attributes:

@@ -14,6 +14,7 @@ from sklearn.linear_model import LogisticRegression
 
 from ...model.configuration_sparsepath_vit import SparsePathViTConfig
 from ...model.modeling_sparsepath_vit import SparsePathViTForImageClassification
+from ...runtime.short_repr import ShortRepr
 from .features import FeatureSettings, embed_rois
 from .metrics import evaluate_predictions
 from .rois import Partition, RoiDataset
@@ -63,8 +64,8 @@ class ProbeSettings:
             raise ValueError(f"l2={self.l2} is not possible: a penalty is 0 or more; leave it out to have it chosen.")
 
 
-@dataclass(frozen=True)
-class LinearHead:
+@dataclass(frozen=True, repr=False)
+class LinearHead(ShortRepr):
     """A linear classifier of pooled features.
 
     Attributes:
@@ -80,8 +81,8 @@ class LinearHead:
         return features.astype(np.float64) @ self.weight.T + self.bias
 
 
-@dataclass(frozen=True)
-class ProbeResult:
+@dataclass(frozen=True, repr=False)
+class ProbeResult(ShortRepr):
     """What a probe found.
 
     Attributes:
