@@ -1,10 +1,12 @@
 # Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
+import csv
+
 import h5py
 import numpy as np
 import pytest
 
 from sparsepath_vit.slides import EmbeddedSlide, SlideError
-from sparsepath_vit.slides.polygon_features import pool_polygon
+from sparsepath_vit.slides.polygon_features import features_table, pool_polygon
 
 PATCH = 16
 
@@ -49,6 +51,18 @@ def test_the_annotation_counts_from_the_frame_and_is_closed(embedded):
     }
     assert feature["properties"]["classification"]["name"] == "gland"
     assert feature["properties"]["measurements"]["kept tokens"] == polygon.num_kept
+
+
+def test_the_table_holds_a_row_for_each_polygon(embedded):
+    slide = EmbeddedSlide(embedded[1])
+    rings = ([(130, 140), (260, 140), (260, 230)], [(100, 120), (300, 120), (300, 260)])
+    polygons = [pool_polygon(slide, ring) for ring in rings]
+    header, *rows = csv.reader(features_table(polygons).splitlines())
+    assert header[:4] == ["polygon", "tissue_area_mm2", "area_mm2", "kept_tokens"]
+    assert len(header) == 4 + slide.features.shape[1] and [row[0] for row in rows] == ["1", "2"]
+    for row, polygon in zip(rows, polygons, strict=True):
+        assert np.allclose(np.array(row[4:], dtype=float), polygon.pooled, rtol=1e-5)
+    assert features_table([]).count("\n") == 1
 
 
 def test_what_is_no_polygon_of_tissue_is_refused(embedded):

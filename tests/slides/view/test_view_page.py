@@ -244,7 +244,7 @@ def test_a_drawn_polygon_is_pooled_and_saved_for_qupath(window, opened):
     mouse.move(left + 100, top + 120)
     mouse.down()
     for x, y in corners[1:].tolist():
-        mouse.move(left + x, top + y, steps=4)
+        mouse.move(left + x, top + y, steps=2)
     mouse.up()
     until(lambda: "polygon 1" in window.text("polygons"), "the polygon")
     with window.page.expect_download() as download:
@@ -261,6 +261,12 @@ def test_a_drawn_polygon_is_pooled_and_saved_for_qupath(window, opened):
     assert measured["kept tokens"] == expected.num_kept > 20
     assert measured["tissue area mm^2"] == pytest.approx(expected.tissue_area, rel=0.05)
     assert measured["area mm^2"] == pytest.approx(0.5**2 * 1e-6 * 33000, rel=0.1)
+    with window.page.expect_download() as download:
+        window.page.get_by_role("button", name="Save their mean features as CSV").click()
+    header, row = download.value.path().read_text().splitlines()
+    assert header.startswith("polygon,tissue_area_mm2,area_mm2,kept_tokens,feature_0,feature_1")
+    pooled = np.array(row.split(",")[4:], dtype=float)
+    assert np.corrcoef(pooled, expected.pooled)[0, 1] > 0.99
     until(lambda: window.value("layer") == "similarity", "what is similar to the polygon")
     window.page.get_by_role("button", name="Remove the polygons").click()
     until(lambda: window.text("polygons") == "", "the polygon's end")

@@ -29,7 +29,7 @@ from bokeh.plotting import figure
 
 from ..errors import SlideError
 from ..outlines import feature_collection, outlines
-from ..polygon_features import PolygonFeatures, pool_polygon
+from ..polygon_features import PolygonFeatures, features_table, pool_polygon
 from ..similarity import SimilarPlace, similar_places, token_similarity
 from ..token_values import similarity_values
 from .contents import COLORS, KEPT, PRUNE_SCORE, ViewedSlide
@@ -44,7 +44,7 @@ _MOST_POLYGONS = 20_000
 _CONTROLS_WIDTH = 260
 _DOWNLOAD = """
 const link = document.createElement("a")
-link.href = URL.createObjectURL(new Blob([source.data.text[0]], {type: "application/geo+json"}))
+link.href = URL.createObjectURL(new Blob([source.data.text[0]], {type: source.data.kind[0]}))
 link.download = source.data.name[0]
 link.click()
 URL.revokeObjectURL(link.href)
@@ -106,9 +106,12 @@ class SlidePage:
         self.outline_choice = CheckboxGroup(labels=[REGIONS, TISSUE, PIECES], active=[], name="outlines")
         self.message = Div(text="", name="message", width=_CONTROLS_WIDTH - 20)
         self.polygon_text = Div(text="", name="polygons", width=_CONTROLS_WIDTH - 20)
-        self._export = ColumnDataSource({"text": [""], "name": [""]})
+        self._export = ColumnDataSource({"text": [""], "name": [""], "kind": [""]})
         self.export_button = Button(label="Save the polygons as GeoJSON", disabled=True, name="export")
         self.export_button.js_on_click(CustomJS(args={"source": self._export}, code=_DOWNLOAD))
+        self._table = ColumnDataSource({"text": [""], "name": [""], "kind": [""]})
+        self.table_button = Button(label="Save their mean features as CSV", disabled=True, name="table")
+        self.table_button.js_on_click(CustomJS(args={"source": self._table}, code=_DOWNLOAD))
         self.clear_button = Button(label="Remove the polygons", disabled=True, name="clear")
         self.clear_button.on_click(self._clear_polygons)
         self.slide_choice.on_change("value", lambda _, old, new: self._show_slide(self._names.index(new)))
@@ -116,7 +119,7 @@ class SlidePage:
         self.outline_choice.on_change("active", lambda _, old, new: self._later(self._show_outlines))
         self._controls = [
             self.slide_choice, self.layer_choice, self.is_shown, self.opacity, self.outline_choice,
-            self.polygon_text, self.export_button, self.clear_button, self.message,
+            self.polygon_text, self.export_button, self.table_button, self.clear_button, self.message,
         ]  # fmt: skip
 
     def _add_places(self) -> None:
@@ -159,6 +162,8 @@ class SlidePage:
     def _hint(self) -> str:
         """What can be done here."""
         slide = self._slide
+        if slide.notice is not None:
+            return slide.notice
         if slide.embedded is not None:
             return "Click on tissue: where else does it look like this? The lasso and the box draw polygons."
         return (
@@ -298,11 +303,18 @@ class SlidePage:
             for number, polygon in enumerate(polygons, start=1)
         ]
         self.polygon_text.text = "<br>".join(lines)
-        self.export_button.disabled = self.clear_button.disabled = not polygons
+        for button in (self.export_button, self.table_button, self.clear_button):
+            button.disabled = not polygons
         features = [polygon.annotation(f"polygon {number}", zero) for number, polygon in enumerate(polygons, start=1)]
         self._export.data = {
             "text": [json.dumps(feature_collection(features))],
             "name": [f"{slide.slide.name}_polygons.geojson"],
+            "kind": ["application/geo+json"],
+        }
+        self._table.data = {
+            "text": [features_table(polygons)],
+            "name": [f"{slide.slide.name}_polygons.csv"],
+            "kind": ["text/csv"],
         }
 
     def _clear_polygons(self) -> None:
