@@ -14,6 +14,7 @@ browser too. Rows carry commit, versions and machine.
 import logging
 import resource
 import shutil
+import sys
 import tempfile
 import time
 import urllib.request
@@ -28,6 +29,9 @@ import numpy as np
 
 from sparsepath_vit.runtime.extras import ScriptParser, imports_of_extra, run_script
 from sparsepath_vit.runtime.measure import describe_run
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # `studies` lies beside this folder and is not installed
+
 from studies.results import append_rows
 
 with imports_of_extra("view", "bokeh"):
@@ -40,8 +44,7 @@ with imports_of_extra("view", "bokeh"):
 
 logger = logging.getLogger("benchmark_viewer")
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "model_card/results/benchmark_viewer.csv"
+RESULTS = Path(__file__).resolve().parents[1] / "model_card/results/benchmark_viewer.csv"
 PATCH, MPP, TILE = 14, 0.5, 256
 GLASS = 2  # the slide is this many times as wide and high as its tissue
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
