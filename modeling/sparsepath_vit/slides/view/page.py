@@ -84,7 +84,14 @@ class SlidePage:
             )
         )
         self._show_slide(0)
-        document.on_event(DocumentReady, lambda event: self.view.fit())
+        document.on_event(DocumentReady, self._opened)
+
+    def _opened(self, event: DocumentReady) -> None:
+        """The window is there: the slide fills it, and what the first click needs is computed while the user looks."""
+        self.view.fit()
+        for slide in self._slides:
+            if slide.embedded is not None:
+                self._pool.submit(slide.embedded.features.norms)
 
     @property
     def _slide(self) -> ViewedSlide:
