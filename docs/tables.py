@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "model_card" / "results"
-PAGES = ("README.md", "docs/benchmarks.md", "docs/evidence.md")
+PAGES = ("README.md", "docs/benchmarks.md", "docs/evidence.md", "docs/view.md")
 TITLES = {"vit-small-14-reg8": "ViT-S/14", "uni2-h": "UNI2-h's shape"}
 NOT_RUN = "not run"
 _TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
@@ -225,6 +225,27 @@ def _by_rule(rows: list[Row], names: Sequence[str]) -> list[list[str]]:
     return table
 
 
+def viewer() -> str:
+    """How fast the page of `sparsepath view` answers: the last row that was measured."""
+    row = read("benchmark_viewer")[-1]
+
+    def number(name: str) -> float:
+        return float(row[name])
+
+    mebibytes = (number("peak_bytes") - number("features_bytes")) / 2**20
+    return markdown(
+        ["", f"{int(row['tokens']):,} tokens x {row['channels']} channels, {row['threads']} cores"],
+        [
+            ["opening the slide, until it is seen", f"{number('first_picture_in_browser_seconds'):.1f} s"],
+            ["a tile, median", f"{1000 * number('tile_median_seconds'):.0f} ms"],
+            ["a tile, 95th percentile", f"{1000 * number('tile_95th_seconds'):.0f} ms"],
+            ["a click, until the similar places are seen", f"{number('click_in_browser_seconds'):.2f} s"],
+            ["of that computed", f"{number('click_median_seconds'):.2f} s"],
+            ["the process at its peak, without the features", f"{mebibytes:,.0f} MiB"],
+        ],
+    )  # fmt: skip
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "models": models,
     "attention": attention,
@@ -236,6 +257,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "nuclei": nuclei,
     "draws": draws,
     "draw_definition": draw_definition,
+    "viewer": viewer,
     "draw_layers": draw_layers,
     "representatives": representatives,
 }

@@ -35,6 +35,7 @@ _PACKAGE_NAME = KERNEL_NAME.replace("-", "_")
 _SOURCES = (
     "stratified_sampling.py",
     "token_grid.py",
+    "token_strips.py",
     "context_tokens.py",
     "mean_query_correction.py",
     "attention_specification.py",

@@ -8,6 +8,7 @@ import torch
 
 from .attention_backend import PreparedGrid, operator_name
 from .token_grid import TokenGrid
+from .token_strips import TokenStrip
 
 # Blocks are joined until a tile has this many queries: below it the cost of a call outweighs its arithmetic, above it
 # the tile computes logits of keys that most of its queries do not see (measured with blocks of 4 to 64 tokens).
@@ -56,7 +57,10 @@ def prepare_tiles(grid: TokenGrid) -> PreparedGrid:
     """
     block_counts = [count for counts in grid.block_counts for count in counts]
     numbers = [grid.num_global_tokens, grid.neighbor_radius]
-    table = _tile_table(grid.block_offsets, block_counts, list(grid.image_offsets), *numbers)
+    layout = (grid.block_offsets, block_counts, list(grid.image_offsets), *numbers)
+    # torch.compile, which needs a table of known size, never sees strips.
+    is_strip = isinstance(grid, TokenStrip)
+    table = torch.tensor(_tiles(*layout, grid.own, grid.global_keys)) if is_strip else _tile_table(*layout)
     window = max(grid.canvas_size) if grid.window_size is None else grid.window_size
     patch_indices = grid.patch_indices()
 
@@ -84,6 +88,25 @@ def _tile_table(
     neighbor_radius: int,
 ) -> torch.Tensor:
     """(tiles, 7 + 2 * runs) int64 on the host, of as many tiles as there can be at most: the last ones are empty."""
+    tiles = _tiles(block_offsets, block_counts, image_offsets, num_global_tokens, neighbor_radius)
+    most_tiles, columns = _table_shape(block_counts, neighbor_radius)
+    return torch.tensor(tiles + [[0] * columns] * (most_tiles - len(tiles)))
+
+
+def _tiles(
+    block_offsets: torch.Tensor,
+    block_counts: list[int],
+    image_offsets: list[int],
+    num_global_tokens: int,
+    neighbor_radius: int,
+    own: tuple[int, int] | None = None,
+    keys_of_globals: tuple[int, int] | None = None,
+) -> list[list[int]]:
+    """The rows of the table.
+
+    `own` is (start, end) of the patch tokens that are queries, and `keys_of_globals` of what global tokens see; `None`
+    where that is all.
+    """
     offsets, first_entry, tiles = block_offsets.tolist(), 0, []
     for image, block_rows in enumerate(block_counts[::2]):
         block_columns = block_counts[2 * image + 1]
@@ -91,11 +114,10 @@ def _tile_table(
         first_entry = starts.stop
         rows = [offsets[entry : entry + block_columns + 1] for entry in starts]
         bounds = image_offsets[image : image + 2]
-        of_image = _image_tiles(bounds, rows, num_global_tokens, neighbor_radius)
+        of_image = _image_tiles(bounds, own, keys_of_globals, rows, num_global_tokens, neighbor_radius)
         tiles += [[start, end, image, block_columns, *rest] for start, end, *rest in of_image]
-    most_tiles, columns = _table_shape(block_counts, neighbor_radius)
-    tiles += [[]] * (most_tiles - len(tiles))
-    return torch.tensor([tile + [0] * (columns - len(tile)) for tile in tiles])
+    columns = _table_shape(block_counts, neighbor_radius)[1]
+    return [tile + [0] * (columns - len(tile)) for tile in tiles]
 
 
 @_tile_table.register_fake
@@ -117,26 +139,37 @@ def _table_shape(block_counts: list[int], neighbor_radius: int) -> tuple[int, in
 
 
 def _image_tiles(
-    bounds: list[int], rows: list[list[int]], num_global_tokens: int, neighbor_radius: int
+    bounds: list[int],
+    own: tuple[int, int] | None,
+    keys_of_globals: tuple[int, int] | None,
+    rows: list[list[int]],
+    num_global_tokens: int,
+    neighbor_radius: int,
 ) -> Iterator[list[int]]:
     """Queries, block row, first and last block column, and runs of keys of the tiles of one image.
 
-    `bounds` are those of its packed tokens; `rows` holds where the blocks of each block row start.
+    `bounds` are those of its packed tokens, `own` and `keys_of_globals` as in `_tiles`; `rows` holds where the blocks
+    of each block row start.
     """
     global_keys = [bounds[0], bounds[0] + num_global_tokens]
-    if max(len(rows), len(rows[0]) - 1) - 1 <= neighbor_radius:
+    is_dense = max(len(rows), len(rows[0]) - 1) - 1 <= neighbor_radius
+    if is_dense and own is None:
         yield [*bounds, -1, 0, 0, *bounds]
         return
-    yield [*global_keys, -1, 0, 0, *bounds]
+    yield [*global_keys, -1, 0, 0, *(bounds if own is None else keys_of_globals)]
+    if is_dense:
+        yield [*own, -1, 0, 0, *bounds]
+        return
     for row, offsets in enumerate(rows):
-        for queries, blocks in _block_row_tiles(offsets):
+        query_offsets = offsets if own is None else [min(max(offset, own[0]), own[1]) for offset in offsets]
+        for queries, blocks in _block_row_tiles(query_offsets):
             yield [*queries, row, *blocks, *global_keys, *_near_runs(rows, row, blocks, neighbor_radius)]
 
 
 def _block_row_tiles(offsets: list[int]) -> Iterator[tuple[list[int], tuple[int, int]]]:
     """Queries, and first and last block, of the tiles of one block row, whose blocks start at `offsets`."""
     num_block_columns = len(offsets) - 1
-    first = 0
+    first = num_block_columns if offsets[0] == offsets[-1] else 0
     while first < num_block_columns:
         last = first
         while last + 1 < num_block_columns and offsets[last + 1] - offsets[first] < MIN_QUERIES_PER_TILE:

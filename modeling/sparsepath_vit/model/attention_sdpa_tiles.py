@@ -58,12 +58,17 @@ def _heads_first(states: torch.Tensor) -> torch.Tensor:
 
 def _probabilities(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
     """(heads, queries, keys) attention probabilities of (heads, tokens, head_dim) queries and keys."""
+    return torch.softmax(_logits(query, key, mask, scale), dim=-1)
+
+
+def _logits(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
+    """(heads, queries, keys) of (heads, tokens, head_dim) queries and keys."""
     logits = (query * scale) @ key.mT
     if mask is not None and mask.dtype == torch.bool:
         logits.masked_fill_(~mask, -torch.inf)
     elif mask is not None:
         logits += mask
-    return torch.softmax(logits, dim=-1)
+    return logits
 
 
 def _dropout_factors(probabilities: torch.Tensor, dropout: float, generator: torch.Generator | None) -> torch.Tensor:
@@ -133,6 +138,39 @@ def _attend_with_dropout(
         probabilities *= _dropout_factors(probabilities, dropout, generator)
         attended.append((probabilities @ value).transpose(0, 1))
     return torch.cat(attended)
+
+
+def tiled_strip_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, prepared: PreparedGrid, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Block-local attention of one strip, tile by tile.
+
+    Args:
+        query: (G + S, heads, head_dim) of the global tokens and the strip's own patch tokens.
+        key, value: (M, heads, head_dim) of all tokens of the strip.
+        prepared: where they are, see `prepare_tiles`.
+        scale: factor on the logits.
+
+    Returns:
+        (G + S, heads, head_dim), and the log-sum-exp of the global tokens' logits, (heads, G).
+    """
+    output = query.new_empty(query.shape)
+    tiles = list(query_tiles(prepared))
+    keys, values = TileKeys(key, tiles), TileKeys(value, tiles)
+    masks, num_globals = TileMasks(prepared, tiles, None, query.dtype), prepared.numbers[0]
+    with without_autocast(query.device.type):
+        of_globals, *of_patches = tiles
+        global_states = (_heads_first(query[:num_globals]), _heads_first(keys.of(of_globals)))
+        logits = _logits(*global_states, masks.of(of_globals), scale)
+        logsumexp = logits.logsumexp(dim=-1)  # (heads, G)
+        probabilities = logits.sub_(logsumexp[..., None]).exp_()
+        output[:num_globals] = (probabilities @ _heads_first(values.of(of_globals))).transpose(0, 1)
+        position = num_globals
+        for tile in of_patches:
+            queries = slice(position, position + tile.queries[1] - tile.queries[0])
+            output[queries] = _attend(query[queries], keys.of(tile), values.of(tile), masks.of(tile), scale)
+            position = queries.stop
+    return output, logsumexp
 
 
 def tiled_block_attention_backward(
@@ -217,6 +255,7 @@ SDPA_TILES = AttentionBackend(
     prepare=prepare_tiles,
     forward=tiled_block_attention,
     backward=tiled_block_attention_backward,
+    forward_strip=tiled_strip_attention,
     has_dropout=True,
     takes_key_weights=True,
     returns_logsumexp=False,
