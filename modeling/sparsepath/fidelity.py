@@ -76,3 +76,7 @@ def fidelity_table(rows: "Sequence[Fidelity]") -> Table:
     for title, of_row in lines:
         table.add_row(title, *map(of_row, rows))
     return table
+
+
+def _estimated(row: "Fidelity") -> str:
+    return "-" if row.estimated_cls_error is None else f"{1 - row.estimated_cls_error:.4f}"
