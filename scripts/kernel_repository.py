@@ -45,6 +45,7 @@ _SOURCES = (
     "attention_backends.py",
     "attention_sdpa_tables.py",
     "attention_sdpa_correction.py",
+    "attention_sdpa_keys.py",
     "attention_sdpa_tiles.py",
     "attention_triton.py",
     "attention_triton_tables.py",

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from .attention_backend import LayerContext, PreparedGrid, operator_name
+from .attention_backend import PreparedGrid, operator_name
 from .token_grid import TokenGrid
 from .token_strips import TokenStrip
 
@@ -24,6 +24,7 @@ class QueryTile(NamedTuple):
         keys: (start, end) packed token indices of each run of keys: the global tokens', then those of block rows.
         block_row: of the queries; -1 where they are global tokens or a whole image, and see all of it.
         block_columns: first and last block column of the queries, where they have a block row.
+        num_block_columns: of the image.
     """
 
     image: int
@@ -31,6 +32,12 @@ class QueryTile(NamedTuple):
     keys: list[tuple[int, int]]
     block_row: int
     block_columns: tuple[int, int]
+    num_block_columns: int
+
+    @property
+    def num_keys(self) -> int:
+        """How many keys the runs hold; context tokens come on top."""
+        return sum(end - start for start, end in self.keys)
 
     @property
     def joins_blocks(self) -> bool:
@@ -38,8 +45,9 @@ class QueryTile(NamedTuple):
         return self.block_row >= 0 and self.block_columns[0] < self.block_columns[1]
 
 
-# Columns of a tile table before those of the runs: first query, end, image, block row, first and last block column.
-_NUM_TILE_COLUMNS = 6
+# Columns of a tile table before those of the runs: first query, end, image, its number of block columns, block row,
+# first and last block column.
+_NUM_TILE_COLUMNS = 7
 
 
 def prepare_tiles(grid: TokenGrid) -> PreparedGrid:
@@ -79,7 +87,7 @@ def _tile_table(
     num_global_tokens: int,
     neighbor_radius: int,
 ) -> torch.Tensor:
-    """(tiles, 6 + 2 * runs) int64 on the host, of as many tiles as there can be at most: the last ones are empty."""
+    """(tiles, 7 + 2 * runs) int64 on the host, of as many tiles as there can be at most: the last ones are empty."""
     tiles = _tiles(block_offsets, block_counts, image_offsets, num_global_tokens, neighbor_radius)
     most_tiles, columns = _table_shape(block_counts, neighbor_radius)
     return torch.tensor(tiles + [[0] * columns] * (most_tiles - len(tiles)))
@@ -107,7 +115,7 @@ def _tiles(
         rows = [offsets[entry : entry + block_columns + 1] for entry in starts]
         bounds = image_offsets[image : image + 2]
         of_image = _image_tiles(bounds, own, keys_of_globals, rows, num_global_tokens, neighbor_radius)
-        tiles += [[start, end, image, *rest] for start, end, *rest in of_image]
+        tiles += [[start, end, image, block_columns, *rest] for start, end, *rest in of_image]
     columns = _table_shape(block_counts, neighbor_radius)[1]
     return [tile + [0] * (columns - len(tile)) for tile in tiles]
 
@@ -181,10 +189,10 @@ def _near_runs(rows: list[list[int]], row: int, blocks: tuple[int, int], neighbo
 
 def query_tiles(prepared: PreparedGrid) -> Iterator[QueryTile]:
     """The tiles of a batch: per image the global queries first, then its block rows from the top."""
-    for start, end, image, block_row, first, last, *ends in prepared.tensors[0].tolist():
+    for start, end, image, num_block_columns, block_row, first, last, *ends in prepared.tensors[0].tolist():
         if start < end:
             keys = [run for run in zip(ends[::2], ends[1::2], strict=True) if run[0] < run[1]]
-            yield QueryTile(image, (start, end), keys, block_row, (first, last))
+            yield QueryTile(image, (start, end), keys, block_row, (first, last), num_block_columns)
 
 
 def near_keys(tile: QueryTile, prepared: PreparedGrid, has_mean_queries: bool) -> torch.Tensor:
@@ -193,33 +201,17 @@ def near_keys(tile: QueryTile, prepared: PreparedGrid, has_mean_queries: bool) -
     With mean queries one of each of its blocks comes after the queries, from left to right.
     """
     block_columns, (num_global_tokens, neighbor_radius) = prepared.tensors[1], prepared.numbers
-    query_columns = block_columns[slice(*tile.queries)]
+    query_columns = columns_of_queries(tile, prepared)
     if has_mean_queries:
-        query_columns = torch.cat([query_columns, _columns_of(tile, block_columns.device)])
+        of_blocks = torch.arange(tile.block_columns[0], tile.block_columns[1] + 1, device=block_columns.device)
+        query_columns = torch.cat([query_columns, of_blocks])
     is_near = query_columns[:, None] - take_runs(block_columns, tile.keys[1:])[None, :]
     return torch.nn.functional.pad(is_near.abs() <= neighbor_radius, (num_global_tokens, 0), value=True)
 
 
-def far_context(tile: QueryTile, prepared: PreparedGrid, context: LayerContext, entries: slice) -> torch.Tensor:
-    """(queries and mean queries, entries) bool, which context tokens lie outside their neighbourhood.
-
-    (1, entries) where the queries are of one block.
-    """
-    block_columns, (_, neighbor_radius) = prepared.tensors[1], prepared.numbers
-    query_columns = _columns_of(tile, block_columns.device)
-    if tile.joins_blocks:
-        query_columns = torch.cat([block_columns[slice(*tile.queries)], query_columns])
-    is_far_row = (context.block_rows[entries] - tile.block_row).abs() > neighbor_radius
-    return (query_columns[:, None] - context.block_columns[entries]).abs().gt(neighbor_radius) | is_far_row
-
-
-def blocks_of_queries(tile: QueryTile, prepared: PreparedGrid) -> torch.Tensor:
-    """(queries,) int64, of each query of a tile that joins blocks which of them it lies in, counted from the left."""
-    return prepared.tensors[1][slice(*tile.queries)] - tile.block_columns[0]
-
-
-def _columns_of(tile: QueryTile, device: torch.device) -> torch.Tensor:
-    return torch.arange(tile.block_columns[0], tile.block_columns[1] + 1, device=device)
+def columns_of_queries(tile: QueryTile, prepared: PreparedGrid) -> torch.Tensor:
+    """(queries,) int64 block column of each query of a tile that has a block row."""
+    return prepared.tensors[1][slice(*tile.queries)]
 
 
 def take_runs(states: torch.Tensor, runs: list[tuple[int, int]]) -> torch.Tensor:
