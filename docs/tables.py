@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "model_card" / "results"
-PAGES = ("README.md", "docs/benchmarks.md", "docs/evidence.md")
+PAGES = ("README.md", "docs/benchmarks.md", "docs/evidence.md", "docs/view.md")
 TITLES = {"vit-small-14-reg8": "ViT-S/14", "uni2-h": "UNI2-h's shape"}
 NOT_RUN = "not run"
 _TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
@@ -135,6 +135,24 @@ def fidelity() -> str:
     return markdown(["CLS / patches", *(f"w = {window}" for window in windows)], table)
 
 
+def fidelity_real() -> str:
+    """Variants against the dense model on pretrained weights, by size: mean and worst over images."""
+    rows, table = read("fidelity"), []
+    for size, variant in dict.fromkeys((row["size"], row["variant"]) for row in rows):
+        of = [row for row in rows if (row["size"], row["variant"]) == (size, variant)]
+        if variant == "dense":
+            continue
+        cls, patches, plain, keys = (
+            [float(row[name]) for row in of]
+            for name in ("cls_cosine", "centred_patch_cosine", "patch_cosine", "keys_per_query")
+        )
+        cells = [f"{sum(cls) / len(of):.4f} ({min(cls):.4f})", f"{sum(patches) / len(of):.3f} ({min(patches):.3f})"]
+        cells += [f"{sum(plain) / len(of):.3f}", f"{sum(keys) / len(of):,.0f}", str(len(of))]
+        table.append([f"{size} px", variant, *cells])
+    titles = ["size", "variant", "CLS mean (worst)", "patches, centred (worst)", "plain", "keys a query", "images"]
+    return markdown(titles, table)
+
+
 def probe() -> str:
     """Balanced accuracy of linear probes on osteosarcoma regions."""
     rows = read("tiny_probe")
@@ -174,10 +192,10 @@ def representatives() -> str:
     return markdown(title, _by_rule(read("stratified_pruning"), ("rule", "num_samples")))
 
 
-def draw_sizes() -> str:
-    """The best rules at larger sizes, 1,024 samples: cosines to dense."""
+def draw_definition() -> str:
+    """What was chosen between for the library, 1,024 samples: cosines to dense."""
     title = ["size in px", "rule", "keys a query", "CLS mean (worst)", "patches mean (worst)", "runs"]
-    return markdown(title, _by_rule(read("stratified_sizes"), ("size", "rule")))
+    return markdown(title, _by_rule(read("stratified_definition"), ("size", "rule")))
 
 
 def draw_layers() -> str:
@@ -207,16 +225,39 @@ def _by_rule(rows: list[Row], names: Sequence[str]) -> list[list[str]]:
     return table
 
 
+def viewer() -> str:
+    """How fast the page of `sparsepath view` answers: the last row that was measured."""
+    row = read("benchmark_viewer")[-1]
+
+    def number(name: str) -> float:
+        return float(row[name])
+
+    mebibytes = (number("peak_bytes") - number("features_bytes")) / 2**20
+    return markdown(
+        ["", f"{int(row['tokens']):,} tokens x {row['channels']} channels, {row['threads']} cores"],
+        [
+            ["opening the slide, until it is seen", f"{number('first_picture_in_browser_seconds'):.1f} s"],
+            ["a tile, median", f"{1000 * number('tile_median_seconds'):.0f} ms"],
+            ["a tile, 95th percentile", f"{1000 * number('tile_95th_seconds'):.0f} ms"],
+            ["a click, until the similar places are seen", f"{number('click_in_browser_seconds'):.2f} s"],
+            ["of that computed", f"{number('click_median_seconds'):.2f} s"],
+            ["the process at its peak, without the features", f"{mebibytes:,.0f} MiB"],
+        ],
+    )  # fmt: skip
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "models": models,
     "attention": attention,
     "gpu_models": gpu_models,
     "gpu_attention": gpu_attention,
     "fidelity": fidelity,
+    "fidelity_real": fidelity_real,
     "probe": probe,
     "nuclei": nuclei,
     "draws": draws,
-    "draw_sizes": draw_sizes,
+    "draw_definition": draw_definition,
+    "viewer": viewer,
     "draw_layers": draw_layers,
     "representatives": representatives,
 }

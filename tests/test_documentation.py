@@ -165,7 +165,7 @@ def test_studies_that_are_named_can_be_run(name):
 
 @pytest.mark.parametrize("name", PAGE_NAMES)
 def test_make_targets_that_are_named_exist(name):
-    targets = set(re.findall(r"(?m)^([a-z]+):", text_of("Makefile")))
+    targets = set(re.findall(r"(?m)^([a-z-]+):", text_of("Makefile")))
     named = {words[1] for words in commands(name) if words[0] == "make"}
     named |= {
         target for code in INLINE_CODE.findall(text_of(name)) if code.startswith("make ") for target in code.split()[1:]

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .forward import Embedding, embed_regions, embed_slide
     from .heatmap import write_heatmap
     from .inspection import Inspection, inspect_slide
+    from .polygon_features import PolygonFeatures, pool_polygon
     from .reader import Slide
     from .regions import Region, read_inputs, tissue_regions
     from .report import EmbedReport
@@ -37,6 +38,7 @@ __getattr__, __dir__ = lazy_names(
         "forward": ("Embedding", "embed_regions", "embed_slide"),
         "heatmap": ("write_heatmap",),
         "inspection": ("Inspection", "inspect_slide"),
+        "polygon_features": ("PolygonFeatures", "pool_polygon"),
         "reader": ("Slide",),
         "regions": ("Region", "read_inputs", "tissue_regions"),
         "report": ("EmbedReport",),
@@ -56,6 +58,7 @@ __all__ = [
     "Embedding",
     "EmbeddingStore",
     "Inspection",
+    "PolygonFeatures",
     "Region",
     "SimilarPlace",
     "Slide",
@@ -73,6 +76,7 @@ __all__ = [
     "estimate_for",
     "find_tissue",
     "inspect_slide",
+    "pool_polygon",
     "pool_tiles",
     "read_inputs",
     "read_token_values",

@@ -4,6 +4,7 @@
 import json
 import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -70,13 +71,23 @@ class EmbeddedSlide:
         with decoding(f"{self.path} cannot be read"), require("h5py").File(self.path, "r") as stored:
             return (rows_of(stored, name), dict(stored[name].attrs)) if name in stored else None
 
+    def blocks(self, name: str, rows: int = 8192) -> Iterator[np.ndarray]:
+        """The rows of a dataset of the file, some at a time: of what would be large in memory."""
+        with decoding(f"{self.path} cannot be read"), require("h5py").File(self.path, "r") as stored:
+            dataset = stored[name]
+            for start in range(0, len(dataset), rows):
+                yield dataset[start : start + rows]
+
     def shape_of(self, name: str) -> tuple[int, ...] | None:
         """The shape of a dataset of the file; None where there is none of that name."""
         with decoding(f"{self.path} cannot be read"), require("h5py").File(self.path, "r") as stored:
             return stored[name].shape if name in stored else None
 
-    def check(self, slide: Slide) -> None:
-        """Whether these are tokens of `slide`; one line is logged where its content has changed since.
+    def check(self, slide: Slide) -> str | None:
+        """Whether these are tokens of `slide`.
+
+        Returns:
+            Where its content has changed since, what to do about it; that is logged, too.
 
         Raises:
             SlideError: they are of a slide of another size.
@@ -87,11 +98,14 @@ class EmbeddedSlide:
                 f"{slide.path} has {slide.dimensions[0]} x {slide.dimensions[1]}: pass the slide they were embedded "
                 "from, or run `sparsepath embed` on this one."
             )
-        if self._content is not None and self._content != slide_content(slide.path):
-            logger.warning(
-                "%s has changed since it was embedded, or is another slide of the same size: what %s says may not fit. "
-                "Run `sparsepath embed --dense` again.", slide.path, self.path,
-            )  # fmt: skip
+        if self._content is None or self._content == slide_content(slide.path):
+            return None
+        notice = (
+            f"{slide.path} has changed since it was embedded, or is another slide of the same size: what {self.path} "
+            "says may not fit. Run `sparsepath embed --dense` again."
+        )
+        logger.warning("%s", notice)
+        return notice
 
     def nearest_token(self, x: float, y: float) -> int:
         """The number of the kept token whose centre is nearest to the level-0 pixel (x, y).

@@ -3,6 +3,7 @@
 
 import logging
 import os
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,6 +29,7 @@ class MappedRows:
     def __init__(self, path: str | os.PathLike[str], dataset: Any) -> None:
         self.shape: tuple[int, int] = dataset.shape
         self._norms: np.ndarray | None = None
+        self._lock = threading.Lock()
         places = _places_of_chunks(dataset)
         if places is None:
             if len(dataset):
@@ -63,12 +65,13 @@ class MappedRows:
 
     def norms(self) -> np.ndarray:
         """(rows,) float32 length of each row; computed once."""
-        if self._norms is None:
-            norms = np.empty(len(self), dtype=np.float32)
-            for first, block in self.blocks():
-                norms[first : first + len(block)] = torch.linalg.vector_norm(block, dim=1).numpy()
-            self._norms = norms
-        return self._norms
+        with self._lock:  # who comes while they are computed waits for them
+            if self._norms is None:
+                norms = np.empty(len(self), dtype=np.float32)
+                for first, block in self.blocks():
+                    norms[first : first + len(block)] = torch.linalg.vector_norm(block, dim=1).numpy()
+                self._norms = norms
+            return self._norms
 
     def product(self, vector: np.ndarray) -> np.ndarray:
         """(rows,) float32 products with a vector of (channels,).

@@ -1,6 +1,9 @@
 # Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
 """A polygon on a slide that is embedded: the mean of its tokens, its tissue, and the annotation that QuPath opens."""
 
+import csv
+import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,7 +52,7 @@ class PolygonFeatures:
         return annotation([[closed]], name, POLYGON_COLOR, measurements, origin, kind="Polygon")
 
 
-def polygon_features(slide: EmbeddedSlide, ring: np.ndarray) -> PolygonFeatures:
+def pool_polygon(slide: EmbeddedSlide, ring: np.ndarray) -> PolygonFeatures:
     """What lies in a polygon of an embedded slide.
 
     Args:
@@ -80,6 +83,19 @@ def polygon_features(slide: EmbeddedSlide, ring: np.ndarray) -> PolygonFeatures:
         tissue_area=tokens * slide.token_size[0] * slide.token_size[1] * pixel_area,
         area=_area(ring) * pixel_area,
     )
+
+
+def features_table(polygons: Sequence[PolygonFeatures]) -> str:
+    """Polygons as CSV: number from 1, areas, tokens, and the mean feature, one column a channel."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    channels = len(polygons[0].pooled) if polygons else 0
+    header = ["polygon", "tissue_area_mm2", "area_mm2", "kept_tokens"]
+    writer.writerow([*header, *(f"feature_{channel}" for channel in range(channels))])
+    for number, polygon in enumerate(polygons, start=1):
+        measured = [number, polygon.tissue_area, polygon.area, polygon.num_kept]
+        writer.writerow([*measured, *(f"{value:.6g}" for value in polygon.pooled.tolist())])
+    return text.getvalue()
 
 
 def _inside(slide: EmbeddedSlide, ring: np.ndarray, corners: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -155,24 +155,26 @@ def attention_values(slide: EmbeddedSlide, token: int | None = None, head: int |
     Raises:
         SlideError: no attention was stored, or not of this token or head.
     """
-    stored = slide.dataset("attention")
-    if stored is None:
+    shape = slide.shape_of("attention")  # (K, global tokens) or (K, global tokens, heads)
+    if shape is None:
         raise SlideError(
             f"{slide.path} holds no attention: run `sparsepath embed` again with --dense --attention mean (or heads), "
             "into a new folder."
         )
-    probabilities, name = stored[0], "attention"  # (K, global tokens) or (K, global tokens, heads)
-    for number, what, axis in ((head, "head", 2), (token, "global token", 1)):
-        sides = probabilities.shape[axis] if probabilities.ndim > axis else 1
+    name = "attention"
+    for number, what, axis in ((token, "global token", 1), (head, "head", 2)):
+        sides = shape[axis] if len(shape) > axis else 1
         if number is not None and not 0 <= number < sides:
             raise SlideError(f"{what} {number} is not stored in {slide.path}: it holds {sides}, counted from 0.")
-        if probabilities.ndim > axis:
-            probabilities = probabilities.mean(axis) if number is None else probabilities.take(number, axis)
-    for number, what in ((token, "token"), (head, "head")):
-        name += "" if number is None else f"_{what}_{number}"
+        name += "" if number is None else f"_{what.split()[-1]}_{number}"
+    tokens = slice(None) if token is None else slice(token, token + 1)
+    heads = slice(None) if head is None else slice(head, head + 1)
+    taken = (slice(None), tokens, heads)[: len(shape)]
+    means = [block[taken].reshape(len(block), -1).mean(axis=1) for block in slide.blocks("attention")]
     counts = slide.dataset("patch_counts")[0]
     # The probabilities of a region's tokens share one sum: times their number, regions of all sizes compare.
-    return of_kept(slide, name, probabilities * np.repeat(counts, counts), unit="times equal attention")
+    values = np.concatenate(means) * np.repeat(counts, counts)
+    return of_kept(slide, name, values, unit="times equal attention")
 
 
 def _numbers_of_attention(value: str) -> list[int]:

@@ -3,19 +3,21 @@
 
 import io
 import json
+import re
 import time
 
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import save_file
 from slide_files import stained_image, write_pyramid
 
 from sparsepath_vit.runtime.figures import heat_colors
-from sparsepath_vit.slides import EmbedSettings, Slide, embed_slides
-from sparsepath_vit.slides.polygon_features import polygon_features
+from sparsepath_vit.slides import EmbeddedSlide, EmbedSettings, Slide, embed_slides
+from sparsepath_vit.slides.polygon_features import pool_polygon
 
 PATCH = 16
-SECONDS = 15  # that anything on the page may take at most, on a busy machine
+SECONDS = 30  # that anything on the page may take at most, on a busy machine
 FRAME = """
 () => {
   const model = Bokeh.documents[0].get_model_by_name("slide"), view = Bokeh.index.find_one(model)
@@ -213,7 +215,7 @@ def test_similar_places_of_all_slides_are_listed_and_jumped_to(window, opened):
     labels = 'Bokeh.documents[0].get_model_by_name("thumbnails").data.label'
     until(lambda: window.page.evaluate(labels + ".length"), "the similar places")
     names = window.page.evaluate(f"Array.from({labels})")
-    assert len(names) == 10 and names[0] == "1.000 slide" and any(name.endswith("second") for name in names)
+    assert len(names) == 10 and names[0] == "1.000\nslide" and any(name.endswith("second") for name in names)
     similarities = [float(name.split()[0]) for name in names]
     assert similarities == sorted(similarities, reverse=True)
     number = next(index for index, name in enumerate(names) if name.endswith("second"))
@@ -242,7 +244,7 @@ def test_a_drawn_polygon_is_pooled_and_saved_for_qupath(window, opened):
     mouse.move(left + 100, top + 120)
     mouse.down()
     for x, y in corners[1:].tolist():
-        mouse.move(left + x, top + y, steps=4)
+        mouse.move(left + x, top + y, steps=2)
     mouse.up()
     until(lambda: "polygon 1" in window.text("polygons"), "the polygon")
     with window.page.expect_download() as download:
@@ -254,11 +256,17 @@ def test_a_drawn_polygon_is_pooled_and_saved_for_qupath(window, opened):
     assert feature["geometry"]["type"] == "Polygon" and (ring[0] == ring[-1]).all()
     for corner in corners:
         assert np.abs(ring - corner).max(axis=1).min() <= 1.5
-    expected = polygon_features(slide.embedded, ring[:-1])
+    expected = pool_polygon(slide.embedded, ring[:-1])
     measured = feature["properties"]["measurements"]
     assert measured["kept tokens"] == expected.num_kept > 20
     assert measured["tissue area mm^2"] == pytest.approx(expected.tissue_area, rel=0.05)
     assert measured["area mm^2"] == pytest.approx(0.5**2 * 1e-6 * 33000, rel=0.1)
+    with window.page.expect_download() as download:
+        window.page.get_by_role("button", name="Save their mean features as CSV").click()
+    header, row = download.value.path().read_text().splitlines()
+    assert header.startswith("polygon,tissue_area_mm2,area_mm2,kept_tokens,feature_0,feature_1")
+    pooled = np.array(row.split(",")[4:], dtype=float)
+    assert np.corrcoef(pooled, expected.pooled)[0, 1] > 0.99
     until(lambda: window.value("layer") == "similarity", "what is similar to the polygon")
     window.page.get_by_role("button", name="Remove the polygons").click()
     until(lambda: window.text("polygons") == "", "the polygon's end")
@@ -290,5 +298,54 @@ def test_a_slide_without_an_embedding_says_which_command_makes_it(chromium, embe
         window.show(50, 30)
         until(lambda: window.difference(Slide(embedded[0]), 100, 60) < 3, "the slide")
         window.click(200, 200)
+        window.page.close()
+        assert not window.errors
+
+
+def test_what_lies_under_the_mouse_is_said(window, opened):
+    slide = opened._slides[0]
+    grid = slide.values("prune score").colors()
+    until(lambda: window.overlay() is not None, "the prune scores")
+    row, column = np.argwhere(grid.present)[50]
+    x, y = grid.origin + np.array([column + 0.5, row + 0.5]) * PATCH
+    window.show(0, 0)
+    left, top, *_ = window.page.evaluate(FRAME)
+    window.page.mouse.move(left + x, top + y)
+    until(lambda: "prune_scores" in window.text("position"), "the position")
+    said = window.text("position")
+    found = [int(part) for part in re.findall(r"[xy] = (\d+)", said)]
+    assert np.abs(np.array(found) - (x, y)).max() <= 1 and f"({x * 0.0005:.3f}, {y * 0.0005:.3f} mm)" in said
+    assert float(said.split("prune_scores ")[1]) == pytest.approx(grid.values[row, column], rel=1e-3)
+
+
+def test_polygons_of_a_file_and_probabilities_are_drawn(chromium, embedded, tmp_path):
+    from sparsepath_vit.slides.view import open_viewer
+
+    ring = [[120, 140], [360, 140], [360, 300], [120, 300], [120, 140]]
+    geometry = {"type": "Polygon", "coordinates": [ring]}
+    properties = {"classification": {"name": "Tumor"}}
+    feature = {"type": "Feature", "geometry": geometry, "properties": properties}
+    (tmp_path / "pieces.geojson").write_text(json.dumps({"type": "FeatureCollection", "features": [feature]}))
+    width = EmbeddedSlide(embedded[1]).features.shape[1]
+    weight = np.random.default_rng(0).normal(size=(2, width)).astype(np.float32)
+    save_file({"weight": weight, "bias": np.zeros(2, dtype=np.float32)}, tmp_path / "probe.safetensors")
+    extra = {"polygons": [tmp_path / "pieces.geojson"], "probe": tmp_path / "probe.safetensors"}
+    with open_viewer([embedded[0]], [embedded[1]], **extra) as viewer:
+        window = Window(chromium, viewer)
+        window.show_the_slide_alone()
+        window.show(0, 0)
+        until(lambda: window.difference(viewer._slides[0].slide, 0, 0) < 3, "the slide")
+        before = window.picture().astype(int)
+        window.page.evaluate('Bokeh.documents[0].get_model_by_name("outlines").active = [2]')
+
+        def is_outlined():
+            changed = np.abs(window.picture().astype(int) - before).max(-1) > 40
+            return changed[150:290, 120].mean() > 0.9 and changed[140, 130:350].mean() > 0.9
+
+        until(is_outlined, "the polygon")
+        window.choose("layer", "probability of class 1")
+        expected = viewer._slides[0].values("probability of class 1").grid()[0]
+        until(lambda: window.overlay() is not None, "the probabilities")
+        assert np.allclose(window.overlay(), expected, atol=1e-5, equal_nan=True)
         window.page.close()
         assert not window.errors

@@ -139,6 +139,23 @@ def test_overlays_are_those_that_the_file_holds(embedded, tmp_path):
     assert (first >= (x, y)).all() and (first < (x + width, y + height)).all()
 
 
+def test_a_slide_that_changed_since_is_shown_with_a_notice(embedded, tmp_path):
+    from slide_files import stained_image, write_pyramid
+
+    changed = write_pyramid(tmp_path / "slide.tiff", stained_image(640, 512, [(0, 96, 384, 256)]))
+    slide = ViewedSlide(Slide(changed), EmbeddedSlide(embedded[1]))
+    assert "has changed since" in slide.notice and "`sparsepath embed --dense` again" in slide.notice
+    assert ViewedSlide(Slide(embedded[0]), EmbeddedSlide(embedded[1])).notice is None
+
+
+def test_without_a_resolution_places_are_pixels(tmp_path):
+    from slide_files import stained_image, write_pyramid
+
+    slide = ViewedSlide(Slide(write_pyramid(tmp_path / "s.tiff", stained_image(640, 512, []), mpp=None)))
+    assert slide.mpp is None and slide.layers == [] and slide.regions() is None
+    assert np.allclose(slide.to_page(np.array([30, 50])), [30, -50])
+
+
 def test_places_on_the_page_are_micrometres_of_the_frame(embedded):
     slide = ViewedSlide(Slide(embedded[0]), EmbeddedSlide(embedded[1]))
     points = np.array([[0, 0], [640, 512], [100, 30]])

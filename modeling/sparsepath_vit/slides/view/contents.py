@@ -19,6 +19,7 @@ from .pyramid import TilePyramid
 
 PRUNE_SCORE, KEPT, NORM, COLORS = "prune score", "kept tokens", "norm of the features", "PCA of the features"
 _MOST_CELLS = 2**22  # of an overlay, which the browser holds; tokens are merged beyond that
+_KEPT_LAYERS = 16
 _MOST_REGIONS = 20_000
 
 Values = Callable[[], TokenValues]
@@ -42,6 +43,9 @@ class Regions(NamedTuple):
 
 class ViewedSlide:
     """One slide of the page.
+
+    Attributes:
+        notice: what the user should know of the tokens before trusting them; None for nothing.
 
     Args:
         slide: the slide.
@@ -69,10 +73,11 @@ class ViewedSlide:
         self.unit = np.asarray(self.mpp or (1.0, 1.0))
         self.pyramid = TilePyramid(slide, self.unit[0] / self.unit[1])
         self.polygons: dict[str, Annotations] = {path.name: read_annotations(path) for path in polygons}
+        self.notice: str | None = None
         self._layers: dict[str, Values] = {}
         self._computed: dict[str, TokenValues] = {}
         if embedded is not None:
-            embedded.check(slide)
+            self.notice = embedded.check(slide)
             self._layers = self._layers_of(embedded, colors, files, probe)
 
     def to_page(self, points: np.ndarray) -> np.ndarray:
@@ -100,12 +105,14 @@ class ViewedSlide:
         return list(self._layers)
 
     def values(self, layer: str) -> TokenValues:
-        """The numbers of an overlay; computed once.
+        """The numbers of an overlay; the last ones are kept.
 
         Raises:
             SlideError: the file does not hold what they are made from.
         """
         if layer not in self._computed:
+            if len(self._computed) >= _KEPT_LAYERS:
+                del self._computed[next(iter(self._computed))]
             self._computed[layer] = self._layers[layer]()
         return self._computed[layer]
 

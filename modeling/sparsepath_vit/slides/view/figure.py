@@ -9,12 +9,14 @@ from collections.abc import Sequence
 
 import numpy as np
 from bokeh.models import (
+    BoxSelectTool,
     ColorBar,
     ColumnDataSource,
     CustomJS,
     Div,
     FixedTicker,
     HoverTool,
+    LassoSelectTool,
     LinearColorMapper,
     MetricLength,
     Range1d,
@@ -29,10 +31,11 @@ from ..token_values import TokenValues, bar_labels
 from .contents import Regions, ViewedSlide
 from .pyramid import TILE_SIZE
 
-_TOOLS = "pan,wheel_zoom,box_zoom,lasso_select,box_select,reset"
+_TOOLS = "pan,wheel_zoom,box_zoom,reset"
 _BAR_PLACES = (0.0, 0.25, 0.5, 0.75, 1.0)
 _PALETTE = [f"#{r:02x}{g:02x}{b:02x}" for r, g, b in heat_colors(np.linspace(0, 1, 256)).tolist()]
 _NO_PALETTE = ["#ffffff"]
+_NAME_LENGTH = 13  # letters under a thumbnail
 _BLANK = "\N{NO-BREAK SPACE}"  # as high as any label
 _EMPTY_IMAGE = {"image": [], "values": [], "x": [], "y": [], "dw": [], "dh": []}
 _SAY_POSITION = """
@@ -72,6 +75,8 @@ class SlideFigure:
             name="slide",
         )
         self.figure.toolbar.logo = None
+        # They draw polygons, and select nothing.
+        self.figure.add_tools(LassoSelectTool(renderers=[], continuous=False), BoxSelectTool(renderers=[]))
         self.figure.axis.visible = False
         self.figure.grid.visible = False
         self.position = Div(text="", name="position", height=20)
@@ -264,5 +269,8 @@ class SlideFigure:
 
 
 def place_label(place: SimilarPlace, names: Sequence[str]) -> str:
-    """What is written under a thumbnail."""
-    return f"{place.similarity:.3f}" + (f" {names[place.slide]}" if len(names) > 1 else "")
+    """What is written under a thumbnail: the similarity, and the slide where there are several."""
+    if len(names) == 1:
+        return f"{place.similarity:.3f}"
+    name = names[place.slide]
+    return f"{place.similarity:.3f}\n{name if len(name) <= _NAME_LENGTH else name[: _NAME_LENGTH - 1] + '…'}"

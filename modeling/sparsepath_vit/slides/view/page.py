@@ -29,7 +29,7 @@ from bokeh.plotting import figure
 
 from ..errors import SlideError
 from ..outlines import feature_collection, outlines
-from ..polygon_features import PolygonFeatures, polygon_features
+from ..polygon_features import PolygonFeatures, features_table, pool_polygon
 from ..similarity import SimilarPlace, similar_places, token_similarity
 from ..token_values import similarity_values
 from .contents import COLORS, KEPT, PRUNE_SCORE, ViewedSlide
@@ -44,7 +44,7 @@ _MOST_POLYGONS = 20_000
 _CONTROLS_WIDTH = 260
 _DOWNLOAD = """
 const link = document.createElement("a")
-link.href = URL.createObjectURL(new Blob([source.data.text[0]], {type: "application/geo+json"}))
+link.href = URL.createObjectURL(new Blob([source.data.text[0]], {type: source.data.kind[0]}))
 link.download = source.data.name[0]
 link.click()
 URL.revokeObjectURL(link.href)
@@ -84,7 +84,14 @@ class SlidePage:
             )
         )
         self._show_slide(0)
-        document.on_event(DocumentReady, lambda event: self.view.fit())
+        document.on_event(DocumentReady, self._opened)
+
+    def _opened(self, event: DocumentReady) -> None:
+        """The window is there: the slide fills it, and what the first click needs is computed while the user looks."""
+        self.view.fit()
+        for slide in self._slides:
+            if slide.embedded is not None:
+                self._pool.submit(slide.embedded.features.norms)
 
     @property
     def _slide(self) -> ViewedSlide:
@@ -101,13 +108,17 @@ class SlidePage:
         self.is_shown = Toggle(label="Show the colours", active=True, name="shown")
         self.is_shown.js_link("active", self.view.colors, "visible")
         self.opacity = Slider(title="Opacity", start=0, end=1, step=0.05, value=0.5, name="opacity")
+        self.opacity.width = _CONTROLS_WIDTH - 30
         self.opacity.js_link("value", self.view.colors.glyph, "global_alpha")
         self.outline_choice = CheckboxGroup(labels=[REGIONS, TISSUE, PIECES], active=[], name="outlines")
         self.message = Div(text="", name="message", width=_CONTROLS_WIDTH - 20)
         self.polygon_text = Div(text="", name="polygons", width=_CONTROLS_WIDTH - 20)
-        self._export = ColumnDataSource({"text": [""], "name": [""]})
+        self._export = ColumnDataSource({"text": [""], "name": [""], "kind": [""]})
         self.export_button = Button(label="Save the polygons as GeoJSON", disabled=True, name="export")
         self.export_button.js_on_click(CustomJS(args={"source": self._export}, code=_DOWNLOAD))
+        self._table = ColumnDataSource({"text": [""], "name": [""], "kind": [""]})
+        self.table_button = Button(label="Save their mean features as CSV", disabled=True, name="table")
+        self.table_button.js_on_click(CustomJS(args={"source": self._table}, code=_DOWNLOAD))
         self.clear_button = Button(label="Remove the polygons", disabled=True, name="clear")
         self.clear_button.on_click(self._clear_polygons)
         self.slide_choice.on_change("value", lambda _, old, new: self._show_slide(self._names.index(new)))
@@ -115,16 +126,16 @@ class SlidePage:
         self.outline_choice.on_change("active", lambda _, old, new: self._later(self._show_outlines))
         self._controls = [
             self.slide_choice, self.layer_choice, self.is_shown, self.opacity, self.outline_choice,
-            self.polygon_text, self.export_button, self.clear_button, self.message,
+            self.polygon_text, self.export_button, self.table_button, self.clear_button, self.message,
         ]  # fmt: skip
 
     def _add_places(self) -> None:
         self._thumbnails = ColumnDataSource({"image": [], "x": [], "label": []}, name="thumbnails")
         self.strip = figure(
-            height=_THUMBNAIL_PIXELS + 30,
+            height=_THUMBNAIL_PIXELS + (30 if len(self._slides) == 1 else 44),
             sizing_mode="stretch_width",
             x_range=Range1d(0, _NUM_PLACES),
-            y_range=Range1d(-0.25, 1),
+            y_range=Range1d(-0.25 if len(self._slides) == 1 else -0.38, 1),
             tools="",
             toolbar_location=None,
             name="places",
@@ -134,7 +145,7 @@ class SlidePage:
         self.strip.grid.visible = False
         pictures = self.strip.image_rgba("image", "x", 0, 0.94, 1, source=self._thumbnails, origin="top_left")
         pictures.nonselection_glyph = None
-        self.strip.text("x", -0.22, "label", source=self._thumbnails, text_font_size="12px", text_baseline="bottom")
+        self.strip.text("x", -0.03, "label", source=self._thumbnails, text_font_size="12px", text_baseline="top")
         self.strip.add_tools(TapTool(renderers=[pictures]))
         self.strip.on_event(Tap, lambda event: self._jump(int(event.x)))
 
@@ -155,6 +166,18 @@ class SlidePage:
     def _say(self, text: str) -> None:
         self.message.text = _escaped(text)
 
+    def _hint(self) -> str:
+        """What can be done here."""
+        slide = self._slide
+        if slide.notice is not None:
+            return slide.notice
+        if slide.embedded is not None:
+            return "Click on tissue: where else does it look like this? The lasso and the box draw polygons."
+        return (
+            f"Only the slide is shown. `sparsepath embed {slide.slide.path.name} --model MODEL --out dense --dense` "
+            "stores its tokens; pass its file as --embedding, or the model as --model."
+        )
+
     def _show_slide(self, number: int) -> None:
         self._number = number
         slide = self._slide
@@ -165,12 +188,7 @@ class SlidePage:
             self.layer_choice.value = chosen
         elif chosen != NOTHING:
             self._later(self._show_layer, chosen)
-        self._say(
-            "Click on tissue: where else does it look like this? The lasso and the box above the slide draw polygons."
-            if slide.embedded is not None
-            else f"Only the slide is shown. `sparsepath embed {slide.slide.path.name} --model MODEL --out dense "
-            "--dense` stores its tokens; pass its file as --embedding, or the model as --model."
-        )
+        self._say(self._hint())
         self._later(self._show_outlines)
         self._show_polygons()
 
@@ -190,6 +208,7 @@ class SlidePage:
         slide = self._slide
         if slide.embedded is None:
             return
+        self._say(self._hint())
         token = slide.embedded.nearest_token(*slide.to_slide(np.array([x, y])))
         self.view.mark(slide, slide.embedded.kept[token], slide.embedded.token_size)
         await self._show_similar(slide.embedded.features.rows(np.array([token]))[0])
@@ -274,7 +293,8 @@ class SlidePage:
     async def _take_polygon(self, ring: np.ndarray) -> None:
         """Adds a polygon of level-0 pixels, and shows what is similar to it."""
         number = self._number
-        polygon = await self._compute(polygon_features, self._slides[number].embedded, ring)
+        self._say(self._hint())
+        polygon = await self._compute(pool_polygon, self._slides[number].embedded, ring)
         self._polygons[number].append(polygon)
         self._show_polygons()
         await self._show_similar(polygon.pooled)
@@ -290,11 +310,18 @@ class SlidePage:
             for number, polygon in enumerate(polygons, start=1)
         ]
         self.polygon_text.text = "<br>".join(lines)
-        self.export_button.disabled = self.clear_button.disabled = not polygons
+        for button in (self.export_button, self.table_button, self.clear_button):
+            button.disabled = not polygons
         features = [polygon.annotation(f"polygon {number}", zero) for number, polygon in enumerate(polygons, start=1)]
         self._export.data = {
             "text": [json.dumps(feature_collection(features))],
             "name": [f"{slide.slide.name}_polygons.geojson"],
+            "kind": ["application/geo+json"],
+        }
+        self._table.data = {
+            "text": [features_table(polygons)],
+            "name": [f"{slide.slide.name}_polygons.csv"],
+            "kind": ["text/csv"],
         }
 
     def _clear_polygons(self) -> None:

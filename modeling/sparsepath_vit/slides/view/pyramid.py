@@ -15,7 +15,7 @@ TILE_SIZE = 512
 _ENLARGED_ZOOMS = 4  # beyond level 0: up to 16 screen pixels for one of the slide
 _JPEG_QUALITY = 90
 _CACHED_TILES = 512  # about 40 MB
-_OVERVIEW_SIDE = 2048
+_OVERVIEW_SIDE = 1024
 
 
 class TilePyramid:

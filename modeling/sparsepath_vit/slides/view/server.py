@@ -60,10 +60,7 @@ class SlideViewer:
         self._started.wait(_SECONDS_TO_START)
         if self._error is not None:
             raise self._error
-        for slide in self._slides:  # what the first picture and the first click need is made while the page opens
-            self._pool.submit(slide.pyramid.tile, 0, 0, 0)
-            if slide.embedded is not None:
-                self._pool.submit(slide.embedded.features.norms)
+        self._pool.submit(self._slides[0].pyramid.tile, 0, 0, 0)  # its overview is made while the page opens
 
     @property
     def url(self) -> str:
