@@ -54,7 +54,7 @@ RULES = {
     "exact and mean queries, anew": DrawRule(exact=EXACT, references=REFERENCES, layers="anew"),
     "exact and one mean query, anew": DrawRule(exact=EXACT, references=1, layers="anew"),
     "half as many exact and one mean query, anew": DrawRule(exact=EXACT // 2, references=1, layers="anew"),
-    "as the library": DrawRule(exact=EXACT - 1, references=1, layers="anew", mass_of="with mean query"),
+    "as the library": DrawRule(exact=EXACT - 1, references=1, layers="anew", mass_of="with mean query", nests=False),
     "one mean query": DrawRule(references=1),
     "mass of the layer before exact": DrawRule(exact=EXACT, mass_of="previous"),
     "half by mass": DrawRule(importance=0.5),
