@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 pytest.importorskip(
-    "trident.patch_encoder_models", reason="TRIDENT is not installed: make interop TRIDENT=FOLDER tries it"
+    "trident.patch_encoder_models", reason="TRIDENT is not installed: scripts/interop_tests.py --trident tries it"
 )
 
 from trident import load_wsi
