@@ -25,7 +25,7 @@ browser-test: $(INSTALLED)  ## the tests of `sparsepath view` in headless Chromi
 		echo "no chromium, and it cannot be installed (apt-get, as root): the tests say what they skip"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs tests/slides/view
 
-interop: $(INSTALLED)  ## the adapters against eva, LazySlide and slide2vec, each in an environment of its own; needs network
+interop: $(INSTALLED)  ## the adapters against eva, LazySlide, slide2vec and torchao, each in an environment of its own; needs network
 	$(BIN)/python scripts/interop_tests.py $(INTEROP)
 
 docs: $(INSTALLED)  ## the pages as HTML in docs/_build/html; a broken link or reference is an error

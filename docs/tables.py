@@ -135,6 +135,24 @@ def fidelity() -> str:
     return markdown(["CLS / patches", *(f"w = {window}" for window in windows)], table)
 
 
+def fidelity_real() -> str:
+    """Variants against the dense model on pretrained weights, by size: mean and worst over images."""
+    rows, table = read("fidelity"), []
+    for size, variant in dict.fromkeys((row["size"], row["variant"]) for row in rows):
+        of = [row for row in rows if (row["size"], row["variant"]) == (size, variant)]
+        if variant == "dense":
+            continue
+        cls, patches, plain, keys = (
+            [float(row[name]) for row in of]
+            for name in ("cls_cosine", "centred_patch_cosine", "patch_cosine", "keys_per_query")
+        )
+        cells = [f"{sum(cls) / len(of):.4f} ({min(cls):.4f})", f"{sum(patches) / len(of):.3f} ({min(patches):.3f})"]
+        cells += [f"{sum(plain) / len(of):.3f}", f"{sum(keys) / len(of):,.0f}", str(len(of))]
+        table.append([f"{size} px", variant, *cells])
+    titles = ["size", "variant", "CLS mean (worst)", "patches, centred (worst)", "plain", "keys a query", "images"]
+    return markdown(titles, table)
+
+
 def probe() -> str:
     """Balanced accuracy of linear probes on osteosarcoma regions."""
     rows = read("tiny_probe")
@@ -174,10 +192,10 @@ def representatives() -> str:
     return markdown(title, _by_rule(read("stratified_pruning"), ("rule", "num_samples")))
 
 
-def draw_sizes() -> str:
-    """The best rules at larger sizes, 1,024 samples: cosines to dense."""
+def draw_definition() -> str:
+    """What was chosen between for the library, 1,024 samples: cosines to dense."""
     title = ["size in px", "rule", "keys a query", "CLS mean (worst)", "patches mean (worst)", "runs"]
-    return markdown(title, _by_rule(read("stratified_sizes"), ("size", "rule")))
+    return markdown(title, _by_rule(read("stratified_definition"), ("size", "rule")))
 
 
 def draw_layers() -> str:
@@ -234,11 +252,12 @@ TABLES: dict[str, Callable[[], str]] = {
     "gpu_models": gpu_models,
     "gpu_attention": gpu_attention,
     "fidelity": fidelity,
+    "fidelity_real": fidelity_real,
     "probe": probe,
     "nuclei": nuclei,
     "draws": draws,
+    "draw_definition": draw_definition,
     "viewer": viewer,
-    "draw_sizes": draw_sizes,
     "draw_layers": draw_layers,
     "representatives": representatives,
 }

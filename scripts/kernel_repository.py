@@ -35,6 +35,7 @@ _PACKAGE_NAME = KERNEL_NAME.replace("-", "_")
 _SOURCES = (
     "stratified_sampling.py",
     "token_grid.py",
+    "token_strips.py",
     "context_tokens.py",
     "mean_query_correction.py",
     "attention_specification.py",
@@ -44,6 +45,7 @@ _SOURCES = (
     "attention_backends.py",
     "attention_sdpa_tables.py",
     "attention_sdpa_correction.py",
+    "attention_sdpa_keys.py",
     "attention_sdpa_tiles.py",
     "attention_triton.py",
     "attention_triton_tables.py",

@@ -8,7 +8,22 @@ from typing import Annotated
 
 import typer
 
-from . import console, convert, demo, doctor, embed, estimate, fidelity, heatmap, inspect, models, segment, view
+from . import (
+    console,
+    convert,
+    demo,
+    doctor,
+    embed,
+    estimate,
+    fidelity,
+    heatmap,
+    inspect,
+    models,
+    predict,
+    segment,
+    train,
+    view,
+)
 
 app = typer.Typer(
     name="sparsepath",
@@ -53,3 +68,5 @@ app.command(epilog=embed.EXAMPLES)(embed.embed)
 app.command(epilog=heatmap.EXAMPLES)(heatmap.heatmap)
 app.command(epilog=segment.EXAMPLES)(segment.segment)
 app.command(epilog=view.EXAMPLES)(view.view)
+app.command(epilog=train.EXAMPLES)(train.train)
+app.command(epilog=predict.EXAMPLES)(predict.predict)

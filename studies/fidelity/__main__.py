@@ -2,7 +2,7 @@
 # Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
 r"""Compares block-local, stratified and pruned variants of a checkpoint with the dense model, image by image.
 
-Writes OUT/fidelity.csv, row by row, and goes on where it was stopped; then OUT/fidelity.png, means against size.
+Writes OUT/fidelity.csv, row by row, and goes on where it was stopped; with --figure also a picture of means by size.
 Without --images the twelve regions of --data-dir are taken, as central squares, and without --model-name-or-path the
 weights of `studies.real_weights`. For one image `sparsepath fidelity` shows the same at once. Sizes at which dense does
 not fit in memory are refused, with the size that would fit.
@@ -63,6 +63,7 @@ def main() -> None:
     parser.add_argument("--prune-ratios", default="0,0.6", help="shares of patch tokens removed")
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--figure", type=Path, help="PNG to draw, where one is wanted")
     parser.add_argument("--out", "--output-dir", dest="output_dir", type=Path, required=True)
     run_script(run, parser.parse_args())
 
@@ -93,7 +94,8 @@ def run(arguments: argparse.Namespace) -> None:
                 table.add(key | row.row() | described)
     if not table.rows:
         raise ValueError("nothing could be compared: dense fits at none of the sizes (see above).")
-    plot_fidelity(table.rows, arguments.output_dir / "fidelity.png")
+    if arguments.figure is not None:
+        plot_fidelity(table.rows, arguments.figure)
     summarise(table)
 
 

@@ -8,9 +8,9 @@ row by row and goes on where it was stopped:
     draws     OUT/stratified_draws.csv: all rules at 700 px, w = 8
     pruning   OUT/stratified_pruning.csv: 60 % pruned, with and without representatives, at 700 px
     layers    OUT/stratified_layers.csv: where the error comes from, layer by layer, at 700 px
-    sizes     OUT/stratified_sizes.csv: the best rules at 1022 and 1400 px
+    definition OUT/stratified_definition.csv: what was chosen between for the library, at 700 and 1022 px
 
-`--summary` only prints the means of what is there. At 700 px a run takes about 3 s on one core, at 1400 px 20 s.
+`--summary` only prints the means of what is there. At 700 px a run takes about 3 s on one core, at 1022 px 6 s.
 
 Examples:
     python -m studies.real_weights
@@ -54,6 +54,7 @@ RULES = {
     "exact and mean queries, anew": DrawRule(exact=EXACT, references=REFERENCES, layers="anew"),
     "exact and one mean query, anew": DrawRule(exact=EXACT, references=1, layers="anew"),
     "half as many exact and one mean query, anew": DrawRule(exact=EXACT // 2, references=1, layers="anew"),
+    "as the library": DrawRule(exact=EXACT - 1, references=1, layers="anew", mass_of="with mean query"),
     "one mean query": DrawRule(references=1),
     "mass of the layer before exact": DrawRule(exact=EXACT, mass_of="previous"),
     "half by mass": DrawRule(importance=0.5),
@@ -61,11 +62,13 @@ RULES = {
     "paired places": DrawRule(place="paired"),
     "finer where busy": DrawRule(busy=True),
     "wide cells": DrawRule(wide=True),
-    "exact and mean queries, wide, anew": DrawRule(exact=EXACT, references=REFERENCES, wide=True, layers="anew"),
     "mean values": DrawRule(mean_values=True),
 }
 BEST = ("random", "exact and mean queries")
-AT_SIZES = (*BEST, "exact and mean queries, anew", "exact and one mean query, anew")
+CANDIDATES = (
+    *("exact and mean queries", "exact and mean queries, anew", "exact and one mean query, anew"),
+    *("half as many exact and one mean query, anew", "as the library"),
+)
 ON_ALL_IMAGES = (*BEST, "anew in each layer", "exact and mean queries, anew")
 KEYS = ("image", "size", "rule", "num_samples", "prune_ratio", "representatives", "seed")
 VALUES = ("keys", "cls_cosine", "patch_cosine", "patch_cosine_p5", "estimated_cls_error")
@@ -106,9 +109,12 @@ def passes_of(part: str) -> list[tuple[tuple[int, ...], tuple[int, ...], list[Jo
     if part == "pruning":
         jobs = [Job("dense", 0, 0.6), Job("dense", 1024, 0.6, True), Job("paper", 0, 0.6)]
         return [(every, (700,), jobs + [Job(name, 1024, 0.6, True) for name in BEST])]
-    if part == "sizes":
-        return [(SCREENED, (1022, 1400), [Job("paper"), *(Job(name, 1024) for name in AT_SIZES)])]
-    screened = [Job(name, 1024) for name in RULES if name not in ON_ALL_IMAGES] + [Job(name, 256) for name in BEST]
+    if part == "definition":
+        jobs = [Job("paper"), *(Job(name, 1024) for name in CANDIDATES)]
+        more = [Job(name, 1024, seed=seed) for name in CANDIDATES for seed in (0, 1)]
+        return [(SCREENED, (700, 1022), jobs), (SCREENED, (700,), more)]
+    screened = [Job(name, 1024) for name in RULES if name not in (*ON_ALL_IMAGES, *CANDIDATES)]
+    screened += [Job(name, 256) for name in BEST]
     return [
         (every, (700,), [Job(name, 1024) for name in BEST]),
         (every, (700,), [Job("paper"), *(Job(name, 1024) for name in ON_ALL_IMAGES[2:])]),
@@ -122,7 +128,7 @@ def main() -> None:
     parser = ScriptParser(__doc__)
     parser.add_argument("--model-name-or-path", help="converted checkpoint; that of studies.real_weights by default")
     parser.add_argument("--data-dir", type=Path, required=True, help="folder with rois/ and classification/")
-    parser.add_argument("--parts", default="draws,pruning,layers,sizes")
+    parser.add_argument("--parts", default="draws,pruning,layers,definition")
     parser.add_argument("--images", type=int, default=12, help="so many of the twelve, evenly spread")
     parser.add_argument("--summary", action="store_true", help="measure nothing, print what is there")
     parser.add_argument("--out", "--output-dir", dest="output_dir", type=Path, required=True)

@@ -55,6 +55,7 @@ class LayerState:
         mass_before: likewise in the layer before; None in the first.
         key: (heads, T, head_dim).
         value: (heads, T, head_dim).
+        mass_of_mean: (T,) attention of the image's mean query, mean over heads; None where no rule asks for it.
     """
 
     layer: int
@@ -62,6 +63,13 @@ class LayerState:
     mass_before: torch.Tensor | None
     key: torch.Tensor
     value: torch.Tensor
+    mass_of_mean: torch.Tensor | None = None
+
+    def mass_by(self, mass_of: str) -> torch.Tensor | None:
+        """(T,) what a rule calls attention mass, see `DrawRule.mass_of`."""
+        if mass_of == "with mean query":
+            return (self.mass + self.mass_of_mean) / 2
+        return self.mass if mass_of == "own" else self.mass_before
 
 
 @dataclass(frozen=True)
@@ -88,7 +96,8 @@ class DrawRule:
             (random, but the cells of each s x s group of cells of s x s tokens take all places once).
         layers: "same" draw in all layers, or "anew" in each.
         exact: tokens of the largest attention mass that stand for themselves, while the others are sampled.
-        mass_of: "own" layer, or "previous" (then the first layer has none).
+        mass_of: from CLS in the "own" layer, or the "previous" one (then the first layer has none); "with mean query",
+            the mean of that from CLS and from the image's mean query.
         importance: share of a token's chance in its cell that goes by attention mass instead of by weight.
         busy: whether the fifth of the area where keys vary most has cells of half the side, the rest of twice the side.
         wide: whether cells may be wider than high, where the bound leaves room for twice as many as square ones.
@@ -168,7 +177,7 @@ def draw(tokens: Tokens, state: LayerState, rule: DrawRule, num_samples: int, wi
         window: tokens per block side.
         seed: of the draw.
     """
-    mass = state.mass if rule.mass_of == "own" else state.mass_before
+    mass = state.mass_by(rule.mass_of)
     num_exact = rule.exact if mass is not None else 0
     side = cell_side(tokens.grid_size, num_samples - rule.exact, window)
     is_sampled = torch.ones(len(tokens.rows), dtype=torch.bool)

@@ -117,7 +117,9 @@ def _attention(
         return attend(query, key, value, added), mass_here, float(len(added))
     drawn = None
     if settings.rule is not None:
-        state = LayerState(layer, mass_here, mass, key[:, 1:], value[:, 1:])
+        _, mean_query = mean_queries(query[:, 1:], tokens, 1, max(tokens.grid_size))
+        mass_of_mean = (mean_query @ key.transpose(-1, -2) * scale + added).softmax(dim=-1)[:, 0, 1:].mean(dim=0)
+        state = LayerState(layer, mass_here, mass, key[:, 1:], value[:, 1:], mass_of_mean)
         drawn = draw(tokens, state, settings.rule, settings.num_samples, settings.window, settings.seed)
     patches, num_keys = block_attention(query, key, value, added, tokens, drawn, settings)
     return torch.cat([probabilities @ value, patches], dim=1), mass_here, num_keys

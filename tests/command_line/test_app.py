@@ -53,6 +53,9 @@ def test_convert_sets_fields_and_prints_the_parity(tmp_path, monkeypatch):
     result = runner.invoke(cli.app, arguments)
     assert result.exit_code == 0, result.output
     assert "56 x 56" in result.output
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert "## Variants against the dense model" in card and "w = 8, 1,024 context tokens" in card
+    assert "1,024 context tokens" in result.output and f"wrote {out / 'README.md'}" in result.output
     assert f"-> {out}\n" in result.output, "the report is a sentence, not the fields of an object"
     model = SparsePathViTModel.from_pretrained(out)
     assert model.config.prune_ratio == 0.6

@@ -3,7 +3,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from sparsepath_vit.conversion import architecture, known_architectures
-from sparsepath_vit.conversion.model_card import write_model_card
+from sparsepath_vit.conversion.model_card import add_section, write_model_card
 from sparsepath_vit.model.image_processing_sparsepath_vit import SparsePathViTImageProcessor
 
 
@@ -55,3 +55,16 @@ def test_card_describes_the_model(tmp_path):
 
 def test_card_leaves_no_placeholder(tmp_path):
     assert "{" not in card_of("phikon", tmp_path).content
+
+
+def test_a_section_is_added_once_and_replaced_later(tmp_path):
+    (tmp_path / "README.md").write_text("---\ntags: []\n---\n\n# Title\n\n## Model\n\ntext\n", encoding="utf-8")
+    for text in ("first", "second"):
+        add_section(tmp_path, "Measured", text)
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert card == "---\ntags: []\n---\n\n# Title\n\n## Model\n\ntext\n\n## Measured\n\nsecond\n"
+    add_section(tmp_path, "Model", "other")
+    assert (tmp_path / "README.md").read_text(encoding="utf-8").split("## ")[1:] == [
+        "Model\n\nother\n\n",
+        "Measured\n\nsecond\n",
+    ]

@@ -198,7 +198,6 @@ def test_networks_agree_module_by_module(name, tmp_path):
             pairs |= {".scale1": (block.ls1, layer.layer_scale1), ".scale2": (block.ls2, layer.layer_scale2)}
         theirs |= {f"layer {index}{part}": pair[0] for part, pair in pairs.items()}
         ours |= {f"layer {index}{part}": pair[1] for part, pair in pairs.items()}
-    model.config.chunk_size_feed_forward = 0
     wanted = record_outputs(theirs, lambda: network(image))
     found = record_outputs(ours, lambda: model(image))
     assert wanted.keys() == found.keys() == theirs.keys()

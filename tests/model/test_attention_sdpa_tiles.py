@@ -37,6 +37,6 @@ def test_the_table_lies_on_the_host_and_has_the_shape_that_torch_compile_is_told
     grid = TokenGrid.create([(33, 17), (16, 16)], num_global_tokens=5, window_size=8)
     pruned = grid.select(torch.arange(0, 800, 9), [63, 26])
     shapes = {prepared_grid(SDPA_TILES, one).tensors[0].shape for one in (grid, pruned)}
-    assert shapes == {(2 + 5 * 3 + 2 * 2, 6 + 2 * 4)}
+    assert shapes == {(2 + 5 * 3 + 2 * 2, 7 + 2 * 4)}
     meta = prepared_grid(SDPA_TILES, grid.to("meta"))
     assert [tensor.device.type for tensor in meta.tensors] == ["cpu", "meta"]

@@ -160,7 +160,7 @@ IMPOSSIBLE = [
     ("image_size", 0, "image_size=0.*at least 1"),
     ("image_size", 3, "image_size=3 is smaller than patch_size=4"),
     ("num_channels", 0, "num_channels=0.*RGB"),
-    ("chunk_size_feed_forward", -1, "chunk_size_feed_forward=-1.*0 runs"),
+    ("tokens_per_strip", -1, "tokens_per_strip=-1.*0 runs"),
     ("mlp_type", "relu", "mlp_type='relu' is unknown: choose one of 'gelu', 'swiglu'"),
     ("pooling", "mean", "pooling='mean' is unknown: choose one of 'cls', 'cls_mean'"),
     ("unprune", "gather", "unprune='gather' is unknown: use 'scatter', or None"),

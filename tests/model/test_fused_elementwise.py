@@ -10,7 +10,6 @@ from small_models import small_model
 
 from sparsepath_vit import SparsePathViTModel
 from sparsepath_vit.model import fused_elementwise
-from sparsepath_vit.model.encoder_sparsepath_vit import feed_forward_chunk_size
 
 pytest.importorskip("triton")
 
@@ -116,17 +115,17 @@ def test_the_torch_form_is_the_specification():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("chunk_size", [0, 7])
+@pytest.mark.parametrize("tokens_per_strip", [0, 7])
 @pytest.mark.parametrize("mlp_type", ["swiglu", "gelu"])
 @pytest.mark.parametrize("use_layerscale", [True, False])
-def test_a_model_computes_the_same(use_layerscale, mlp_type, chunk_size, kernels, monkeypatch):
+def test_a_model_computes_the_same(use_layerscale, mlp_type, tokens_per_strip, kernels, monkeypatch):
     model = small_model(
-        SparsePathViTModel, mlp_type=mlp_type, use_layerscale=use_layerscale, chunk_size_feed_forward=chunk_size
+        SparsePathViTModel, mlp_type=mlp_type, use_layerscale=use_layerscale, tokens_per_strip=tokens_per_strip
     )
     model = model.to(DEVICE).eval()
     pixels = torch.randn(2, 3, 24, 32, device=DEVICE)
     outputs = model(pixels, output_hidden_states=True)
-    # Once after attention, once after each chunk of the MLP, which has a SwiGLU.
+    # Once after attention, once after the MLP, which has a SwiGLU; of each strip.
     fused = len(kernels)
     assert fused >= 2 * len(model.encoder.layers)
     monkeypatch.setattr(fused_elementwise, "kernels_run_on", lambda device: False)
@@ -164,11 +163,3 @@ def test_wider_weights_strided_states_and_fake_tensors_keep_to_the_torch_form(ke
         assert not fused_elementwise.fuses(states.double())
         assert not fused_elementwise.fuses(states.to("meta"), states)
     assert not fused_elementwise.fuses(states)
-
-
-def test_chunks_of_the_mlp_are_larger_on_cuda():
-    config = small_model(SparsePathViTModel, chunk_size_feed_forward=4096).config
-    assert feed_forward_chunk_size(config, torch.device("cpu")) == 4096
-    assert feed_forward_chunk_size(config, torch.device("cuda", 1)) == 16384
-    config.chunk_size_feed_forward = 0
-    assert feed_forward_chunk_size(config, torch.device("cuda")) == 0

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sparsepath_vit import SparsePathViTModel
-from sparsepath_vit.model import attention_backends, prune_score_operator
+from sparsepath_vit.model import attention_backends, encoder_sparsepath_vit, prune_score_operator
 
 
 class NoTensorsOfTheHost(TorchDispatchMode):
@@ -32,24 +32,32 @@ def fake_cuda():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("tokens_per_strip", [0, 200], ids=["whole layers", "strips"])
 @pytest.mark.parametrize("pooling", ["cls", "cls_mean"])
 @pytest.mark.parametrize(
     "batch, image_sizes",
     [(1, None), (3, None), (2, [(60, 160), (160, 80)])],
     ids=["one large image, embedded in strips", "batch", "images of two sizes"],
 )
-def test_a_forward_with_pruning_never_waits_for_the_device(batch, image_sizes, pooling, monkeypatch):
+def test_a_forward_with_pruning_never_waits_for_the_device(batch, image_sizes, pooling, tokens_per_strip, monkeypatch):
     monkeypatch.setattr(attention_backends, "_missing", lambda name, device: None)
     monkeypatch.setattr(attention_backends, "_unwanted", lambda name, device: None)
     monkeypatch.setattr(prune_score_operator, "kernels_run_on", lambda device: True)
-    config = small_config(prune_ratio=0.5, pooling=pooling)
+    config = small_config(prune_ratio=0.5, pooling=pooling, tokens_per_strip=tokens_per_strip)
     with torch.device("meta"):
         model = SparsePathViTModel(config).eval()
+    streamed, run_in_strips = [], encoder_sparsepath_vit.run_in_strips
+    monkeypatch.setattr(
+        encoder_sparsepath_vit,
+        "run_in_strips",
+        lambda *args, **kwargs: streamed.append(1) or run_in_strips(*args, **kwargs),
+    )
     with fake_cuda():
         model.to_empty(device="cuda")
         pixel_values = torch.empty(batch, 3, 160, 168, device="cuda")
         with NoTensorsOfTheHost():
             outputs = model(pixel_values, image_sizes=image_sizes)
+    assert len(streamed) == (4 if tokens_per_strip else 0)
     assert outputs.last_hidden_state.device.type == "cuda"
     counts = [40 * 42] * batch if image_sizes is None else [15 * 40, 40 * 20]
     assert outputs.patch_positions.shape == (batch, max(counts) // 2, 2)

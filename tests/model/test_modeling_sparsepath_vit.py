@@ -283,20 +283,6 @@ class TestBackbone:
 
 class TestBoundedMemory:
     @torch.no_grad()
-    @pytest.mark.parametrize("chunk_size", [1, 7, 51, 52, 1000])
-    @pytest.mark.parametrize("mlp_type", ["gelu", "swiglu"])
-    def test_the_mlp_in_chunks_equals_the_mlp_at_once(self, chunk_size, mlp_type):
-        model = small_model(SparsePathViTModel, mlp_type=mlp_type, chunk_size_feed_forward=chunk_size)
-        widest = []
-        for layer in model.encoder.layers:
-            layer.mlp.register_forward_pre_hook(lambda module, arguments: widest.append(arguments[0].shape[-2]))
-        pixels = random_pixels(2, 4, 4)
-        in_chunks = model(pixels, image_sizes=[(16, 16), (16, 12)])[0]  # 3 + 16 and 3 + 12 tokens, packed
-        assert max(widest) == min(chunk_size, 34)
-        model.config.chunk_size_feed_forward = 0
-        assert_close(in_chunks, model(pixels, image_sizes=[(16, 16), (16, 12)])[0])
-
-    @torch.no_grad()
     def test_an_image_embedded_in_strips_gives_the_same_features(self, monkeypatch):
         model = small_model(SparsePathViTModel, prune_ratio=0.3)
         pixels = random_pixels(1, 40, 6)  # more than one strip of 32 token rows

@@ -29,6 +29,7 @@ from sparsepath_vit.model import attention_backends, attention_sdpa_tables, atte
 from sparsepath_vit.model.attention_backend import LayerContext, prepared_grid
 from sparsepath_vit.model.attention_dense import dense_stratified_attention, eager_attention_forward
 from sparsepath_vit.model.attention_registration import ATTENTION_NAME
+from sparsepath_vit.model.attention_sdpa_keys import TileKeys, TileMasks
 from sparsepath_vit.model.attention_sdpa_tables import query_tiles
 from sparsepath_vit.model.attention_sdpa_tiles import SDPA_TILES
 from sparsepath_vit.model.attention_specification import attention_bias, attention_pattern
@@ -157,11 +158,11 @@ def test_tiles_hold_each_query_once_and_add_what_the_specification_adds(case, qu
         context = LayerContext(*context, torch.zeros(len(batch.sizes), HEADS, HEAD_DIM))
     added = torch.full((grid.num_tokens, grid.num_tokens), -torch.inf, dtype=torch.float64)
     occurrences = torch.zeros(grid.num_tokens, dtype=torch.int64)
-    log_weights = attention_sdpa_tiles._log_weights(prepared, context, torch.float64)
-    indices = attention_sdpa_tiles._with_context(torch.arange(grid.num_tokens), context)
-    for tile in query_tiles(prepared):
-        keys = indices.of(tile, context)
-        mask = attention_sdpa_tiles._mask(tile, prepared, context, log_weights)
+    tiles = list(query_tiles(prepared))
+    masks = TileMasks(prepared, tiles, context, torch.float64)
+    indices = TileKeys(torch.arange(grid.num_tokens), tiles, context)
+    for tile in tiles:
+        keys, mask = indices.of(tile), masks.of(tile)
         shape = (tile.queries[1] - tile.queries[0], len(keys))
         if mask is None or mask.dtype == torch.bool:
             mask = torch.zeros(1, len(keys), dtype=torch.float64) if mask is None else mask.double().log()
@@ -181,13 +182,13 @@ def test_tiles_of_one_block_have_no_mask_over_queries():
     grid = TokenGrid.create([(48, 48)], num_global_tokens=2, window_size=8, num_context_tokens=144 + 63)
     prepared, context = prepared_grid(SDPA_TILES, grid), draw_context_tokens(grid)
     context = LayerContext(*context, torch.zeros(1, HEADS, HEAD_DIM))
-    log_weights = attention_sdpa_tiles._log_weights(prepared, context, torch.float32)
     tiles = list(query_tiles(prepared))
-    masks = [attention_sdpa_tiles._mask(tile, prepared, context, log_weights) for tile in tiles]
-    assert len(tiles) == 37 and all(len(mask) == 1 for mask in masks)
+    of_tiles = TileMasks(prepared, tiles, context, torch.float32)
+    masks = [of_tiles.of(tile) for tile in tiles]
+    assert len(tiles) == 37 and masks[0] is None and all(len(mask) == 1 for mask in masks[1:])
     places = [(tile.block_row, *tile.block_columns) for tile in tiles]
     inner = masks[places.index((2, 2, 2))]
-    assert context.counts == (144,) and (inner[0, -144:] > -torch.inf).sum() == 144 - 9 * 4
+    assert context.counts == (144,) and (inner[0, :144] > -torch.inf).sum() == 144 - 9 * 4
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -51,7 +51,7 @@ OTHER_CONFIG_VALUES = {
     "attention_dropout": 0.1,
     "drop_path_rate": 0.1,
     "initializer_range": 0.1,
-    "chunk_size_feed_forward": 16,
+    "tokens_per_strip": 16,
     "apply_layernorm": False,
     "reshape_hidden_states": False,
 }

@@ -9,8 +9,10 @@ from small_models import small_config
 from sparsepath_vit import SparsePathViTConfig, SparsePathViTModel
 from sparsepath_vit.model.image_processing_sparsepath_vit import SparsePathViTImageProcessor
 from sparsepath_vit.runtime.cost import forward_flops, token_grid_of_size
+from sparsepath_vit.runtime.measure import measured
 from sparsepath_vit.slides import EmbedSettings, Slide, TissueMask, embed_slides, find_tissue, tissue_regions
-from sparsepath_vit.slides.estimate import estimate_for, estimate_size, estimate_slide, release_unused
+from sparsepath_vit.slides.estimate import _Probe, estimate_for, estimate_size, estimate_slide, release_unused
+from sparsepath_vit.slides.forward import forward_strips
 
 PATCH = 16
 CONFIG = {"patch_size": PATCH, "image_size": 96, "window_size": 8}
@@ -81,6 +83,29 @@ def test_peak_memory_is_predicted_within_20_percent(tmp_path, whole_slide):
     assert predicted.peak_bytes == pytest.approx(report.peak_bytes, rel=0.2)
     needed = report.peak_bytes - held
     assert needed > 7e7 and predicted.peak_bytes - held == pytest.approx(needed, rel=0.5)
+
+
+@pytest.mark.parametrize("prune_ratio", [0.0, 0.6])
+def test_peak_memory_of_streamed_layers_is_predicted_within_15_percent(prune_ratio):
+    """60,000 tokens in strips of 1,600, with 44 MiB of hidden states."""
+    config = SparsePathViTConfig(
+        hidden_size=192, num_hidden_layers=2, num_attention_heads=3, intermediate_size=64, window_size=8,
+        patch_size=2, image_size=28, num_register_tokens=2, tokens_per_strip=2000, prune_after_layer=1,
+        prune_ratio=prune_ratio,
+    )  # fmt: skip
+    present = np.ones((600, 100), dtype=bool)
+    release_unused(torch.device("cpu"))
+    probe = _Probe(config, present, torch.device("cpu"), torch.float32)
+    predicted = probe.peak_bytes() - probe.idle_bytes - probe._full_weight_bytes()  # beside what is held anyway
+    model = SparsePathViTModel(config).eval()
+    strips = [torch.randn(1, 3, 40, 200) for _ in range(30)]
+    release_unused(torch.device("cpu"))
+    held = psutil.Process().memory_info().rss
+    with measured() as measurement:
+        forward_strips(model, strips, present, dense=False)
+    needed = measurement.peak_bytes - held
+    assert needed > 60_000 * 192 * 4 and predicted == pytest.approx(needed, rel=0.3)
+    assert held + predicted == pytest.approx(measurement.peak_bytes, rel=0.15)
 
 
 def test_defaults_are_those_of_embed_and_one_subject_is_asked_for(small_slide):

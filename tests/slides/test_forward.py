@@ -7,7 +7,7 @@ import pytest
 import torch
 from slide_files import stained_image, write_pyramid
 
-from sparsepath_vit.slides import Slide, SlideError
+from sparsepath_vit.slides import Slide, SlideError, forward
 from sparsepath_vit.slides.forward import Stopwatch, embed_regions, embed_slide, read_ahead, slide_strips
 from sparsepath_vit.slides.tissue import TissueMask
 
@@ -239,3 +239,37 @@ def test_stopwatch_counts_waiting_only():
     for _ in watch.watch(slow()):
         time.sleep(0.05)
     assert 0.06 <= watch.seconds < 0.15
+
+
+@pytest.mark.parametrize("tokens_per_strip", [0, 40])
+@pytest.mark.parametrize("prune_ratio", [0.0, 0.5])
+def test_one_progress_bar_counts_embeddings_layers_and_strips(
+    small_slide, model_and_processor, prune_ratio, tokens_per_strip, monkeypatch
+):
+    model, processor = model_and_processor
+    monkeypatch.setattr(model.config, "prune_ratio", prune_ratio)
+    monkeypatch.setattr(model.config, "tokens_per_strip", tokens_per_strip)
+    bars, bar_class = [], forward.tqdm
+    monkeypatch.setattr(forward, "tqdm", lambda **settings: bars.append(bar_class(**settings)) or bars[-1])
+    with Slide(small_slide) as slide:
+        embed_slide(model, processor, slide, show_progress=True)
+        embed_slide(model, processor, slide)
+    shown, hidden = bars
+    assert shown.n == shown.total > 0 and shown.desc == slide.name
+    assert hidden.n == 0
+
+
+def test_an_interrupt_ends_a_forward_between_strips(small_slide, model_and_processor, monkeypatch):
+    model, processor = model_and_processor
+    monkeypatch.setattr(model.config, "tokens_per_strip", 40)
+    updates = []
+
+    def update(bar, tokens):
+        updates.append(tokens)
+        if len(updates) == 7:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(forward.tqdm, "update", update)
+    with Slide(small_slide) as slide, pytest.raises(KeyboardInterrupt):
+        embed_slide(model, processor, slide, show_progress=True)
+    assert len(updates) == 7

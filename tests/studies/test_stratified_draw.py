@@ -1,4 +1,5 @@
 # Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
+import dataclasses
 import logging
 
 import numpy as np
@@ -43,9 +44,9 @@ def pixels():
 
 def state_of(num_tokens, layer=1):
     generator = torch.Generator().manual_seed(3)
-    mass, before = torch.rand(2, num_tokens, generator=generator) ** 4
+    mass, before, of_mean = torch.rand(3, num_tokens, generator=generator) ** 4
     key, value = torch.randn(2, 2, num_tokens, 8, generator=generator)
-    return LayerState(layer, mass, before, key, value)
+    return LayerState(layer, mass, before, key, value, of_mean)
 
 
 @pytest.mark.parametrize("prune_ratio", [0.0, 0.6])
@@ -93,14 +94,15 @@ def test_a_rule_draws_each_token_once_and_no_more_than_were_asked_for(rule):
         assert drawn.log_weights.exp().sum() == pytest.approx(1024, rel=1e-4)
     again = draw(tokens, state, rule, 256 + rule.exact, 8, seed=5)
     assert torch.equal(drawn.tokens, again.tokens)
-    layer = LayerState(2, state.mass, state.mass_before, state.key, state.value)
+    layer = dataclasses.replace(state, layer=2)
     in_next_layer = draw(tokens, layer, rule, 256 + rule.exact, 8, seed=5)
     assert torch.equal(drawn.tokens, in_next_layer.tokens) == (rule.layers == "same")
 
 
 def test_exact_tokens_are_those_of_the_largest_mass_and_stand_for_themselves():
     tokens, state = Tokens.full((32, 32)), state_of(1024)
-    for mass_of, mass in (("own", state.mass), ("previous", state.mass_before)):
+    both = state.mass + state.mass_of_mean
+    for mass_of, mass in (("own", state.mass), ("previous", state.mass_before), ("with mean query", both)):
         drawn = draw(tokens, state, DrawRule(exact=20, mass_of=mass_of), 276, 8, seed=0)
         chosen = torch.isin(drawn.tokens, mass.topk(20).indices)
         assert chosen.sum() == 20

@@ -198,6 +198,22 @@ def compare_to_dense(
     return rows
 
 
+def markdown_table(rows: Sequence[Fidelity]) -> str:
+    """Variants below each other, for a model card."""
+    titles = ["variant", "keys a query", "CLS cosine", "patch tokens, centred (5th percentile)"]
+    lines = [titles, ["---"] * len(titles)]
+    lines += [
+        [
+            row.variant,
+            f"{row.keys_per_query:,.0f}",
+            f"{row.cls_cosine:.4f}",
+            f"{row.centred_patch_cosine:.3f} ({row.centred_patch_cosine_p5:.3f})",
+        ]
+        for row in rows
+    ]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
 def _measured_run(
     model: SparsePathViTModel | SparsePathViTForImageClassification, inputs: Mapping[str, torch.Tensor]
 ) -> tuple[SparsePathViTModelOutput, Measurement]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..model.configuration_sparsepath_vit import SparsePathViTConfig
 from ..model.image_processing_sparsepath_vit import SparsePathViTImageProcessor
+from ..runtime.atomic_files import write_atomically
 from .architectures import Architecture
 
 # Licences that the Hub knows by identifier; the others are declared as "other" with their name.
@@ -107,6 +108,24 @@ def write_model_card(
     )
     path = folder / "README.md"
     path.write_text(card, encoding="utf-8")
+    return path
+
+
+def add_section(folder: Path, title: str, text: str) -> Path:
+    """Puts a section at the end of a checkpoint's card, in place of one of the same title.
+
+    Args:
+        folder: the checkpoint's folder.
+        title: of the section.
+        text: Markdown below it.
+
+    Returns:
+        `Path`: the card.
+    """
+    path, heading = folder / "README.md", f"## {title}\n"
+    before, _, rest = path.read_text(encoding="utf-8").partition(f"\n{heading}")
+    _, next_heading, after = rest.partition("\n## ")
+    write_atomically(path, f"{before.rstrip()}\n\n{heading}\n{text.strip()}\n{next_heading}{after}")
     return path
 
 

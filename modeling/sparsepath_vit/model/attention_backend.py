@@ -67,6 +67,11 @@ class AttentionBackend:
         backward: takes the gradient of the output, query, key, value, output, log-sum-exp and the rest as in the
             forward, the generator seeded alike. Returns the gradients of query, key and value, and with context tokens
             of the mean queries.
+        forward_strip: as the forward, for what `prepare` made of a `TokenStrip`. Takes the query of the global tokens
+            and the strip's own patch tokens, (G + S, heads, head_dim), key and value of all of its M tokens, the
+            prepared strip and the scale. Returns the output, (G + S, heads, head_dim), in which a global token has
+            attended to the strip's part of its keys, and the natural log-sum-exp of the global tokens' logits, (heads,
+            G), of at least float32.
         has_dropout: whether it can drop probabilities; if not, another backend runs where some are to be dropped.
         takes_key_weights: whether keys may have weights, and context tokens be keys; if not, another backend runs
             where they do.
@@ -81,6 +86,7 @@ class AttentionBackend:
     prepare: Callable[[TokenGrid], PreparedGrid]
     forward: Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
     backward: Callable[..., tuple[torch.Tensor, ...]]
+    forward_strip: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     has_dropout: bool
     takes_key_weights: bool
     returns_logsumexp: bool

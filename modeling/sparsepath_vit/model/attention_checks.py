@@ -5,6 +5,7 @@ import torch
 
 from .context_tokens import ContextTokens
 from .token_grid import TokenGrid
+from .token_strips import TokenStrip
 
 
 def check_states(
@@ -22,6 +23,50 @@ def check_states(
     for name, states in (("key", key), ("value", value)):
         if states.shape != query.shape:
             raise ValueError(f"{name} has shape {tuple(states.shape)}: it takes the query's, {tuple(query.shape)}.")
+    _check_kinds(query, key, value, grid)
+    if (query.shape[0], query.shape[2]) != grid.batch_shape:
+        raise ValueError(
+            f"grid describes (batch, tokens) = {grid.batch_shape}, but query has shape {tuple(query.shape)}, that is "
+            f"{(query.shape[0], query.shape[2])}: pass the grid these tokens were made with."
+        )
+    if len(grid.rows) != sum(grid.counts):
+        raise ValueError(
+            f"grid has {len(grid.rows)} patch tokens, but its counts {grid.counts} add up to {sum(grid.counts)}: pass "
+            "TokenGrid.select the counts of the tokens it keeps."
+        )
+    return _checked_scale(query, scale)
+
+
+def check_strip_states(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, strip: TokenStrip, scale: float | None
+) -> float:
+    """Raises a ValueError where states do not fit each other or the strip; returns the scale to use.
+
+    Args:
+        query: (heads, G + S, head_dim).
+        key, value: (heads, M, head_dim).
+        strip: where the tokens are.
+        scale: factor on the logits, head_dim ** -0.5 by default.
+    """
+    if query.ndim != 3:
+        raise ValueError(f"query has shape {tuple(query.shape)}: it takes (heads, G + S, head_dim) of one strip.")
+    heads, _, head_dim = query.shape
+    for name, states, tokens in (
+        *(("query", query, strip.num_queries), ("key", key, strip.num_tokens)),
+        ("value", value, strip.num_tokens),
+    ):
+        if states.shape != (heads, tokens, head_dim):
+            raise ValueError(
+                f"{name} has shape {tuple(states.shape)}: of this strip it takes {(heads, tokens, head_dim)}. Queries "
+                "are those of the global and the own patch tokens, keys and values those of all."
+            )
+    _check_kinds(query, key, value, strip)
+    return _checked_scale(query, scale)
+
+
+def _check_kinds(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, grid: TokenGrid) -> None:
+    """Dtypes, devices and strides."""
+    for name, states in (("key", key), ("value", value)):
         if states.dtype != query.dtype:
             raise ValueError(f"{name} is {states.dtype}: it takes the query's dtype, {query.dtype}.")
         if states.device != query.device:
@@ -36,16 +81,9 @@ def check_states(
         raise ValueError(f"query is {query.dtype}: it takes a floating point dtype.")
     if grid.device != query.device:
         raise ValueError(f"grid is on {grid.device}: it takes the query's device, {query.device}.")
-    if (query.shape[0], query.shape[2]) != grid.batch_shape:
-        raise ValueError(
-            f"grid describes (batch, tokens) = {grid.batch_shape}, but query has shape {tuple(query.shape)}, that is "
-            f"{(query.shape[0], query.shape[2])}: pass the grid these tokens were made with."
-        )
-    if len(grid.rows) != sum(grid.counts):
-        raise ValueError(
-            f"grid has {len(grid.rows)} patch tokens, but its counts {grid.counts} add up to {sum(grid.counts)}: pass "
-            "TokenGrid.select the counts of the tokens it keeps."
-        )
+
+
+def _checked_scale(query: torch.Tensor, scale: float | None) -> float:
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if not scale > 0.0:
         raise ValueError(f"scale={scale!r} is not possible: it takes a positive number.")

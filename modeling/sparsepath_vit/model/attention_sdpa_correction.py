@@ -8,7 +8,7 @@ tile it attends once for each of the tile's blocks, to the keys of that block.
 import torch
 
 from .attention_backend import LayerContext, PreparedGrid
-from .attention_sdpa_tables import QueryTile, blocks_of_queries
+from .attention_sdpa_tables import QueryTile, columns_of_queries
 
 
 class MeanQueryCorrection:
@@ -39,7 +39,7 @@ class MeanQueryCorrection:
             return attended
         correction = self.of_all - of_mean
         if tile.joins_blocks:
-            correction = correction[blocks_of_queries(tile, self.prepared)]
+            correction = correction[self._blocks_of_queries(tile)]
         return attended + correction
 
     def gradient(self, tile: QueryTile, grad_output: torch.Tensor) -> torch.Tensor:
@@ -57,4 +57,8 @@ class MeanQueryCorrection:
         if not tile.joins_blocks:
             return -of_queries.sum(dim=0, keepdim=True, dtype=dtype)
         of_blocks = torch.zeros_like(self.queries(tile), dtype=dtype)
-        return of_blocks.index_add_(0, blocks_of_queries(tile, self.prepared), of_queries.to(dtype), alpha=-1)
+        return of_blocks.index_add_(0, self._blocks_of_queries(tile), of_queries.to(dtype), alpha=-1)
+
+    def _blocks_of_queries(self, tile: QueryTile) -> torch.Tensor:
+        """(queries,) int64, in which of the tile's blocks each query lies, counted from the left."""
+        return columns_of_queries(tile, self.prepared) - tile.block_columns[0]

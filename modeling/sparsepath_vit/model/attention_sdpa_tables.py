@@ -6,8 +6,9 @@ from typing import NamedTuple
 
 import torch
 
-from .attention_backend import LayerContext, PreparedGrid, operator_name
+from .attention_backend import PreparedGrid, operator_name
 from .token_grid import TokenGrid
+from .token_strips import TokenStrip
 
 # Blocks are joined until a tile has this many queries: below it the cost of a call outweighs its arithmetic, above it
 # the tile computes logits of keys that most of its queries do not see (measured with blocks of 4 to 64 tokens).
@@ -23,6 +24,7 @@ class QueryTile(NamedTuple):
         keys: (start, end) packed token indices of each run of keys: the global tokens', then those of block rows.
         block_row: of the queries; -1 where they are global tokens or a whole image, and see all of it.
         block_columns: first and last block column of the queries, where they have a block row.
+        num_block_columns: of the image.
     """
 
     image: int
@@ -30,6 +32,12 @@ class QueryTile(NamedTuple):
     keys: list[tuple[int, int]]
     block_row: int
     block_columns: tuple[int, int]
+    num_block_columns: int
+
+    @property
+    def num_keys(self) -> int:
+        """How many keys the runs hold; context tokens come on top."""
+        return sum(end - start for start, end in self.keys)
 
     @property
     def joins_blocks(self) -> bool:
@@ -37,8 +45,9 @@ class QueryTile(NamedTuple):
         return self.block_row >= 0 and self.block_columns[0] < self.block_columns[1]
 
 
-# Columns of a tile table before those of the runs: first query, end, image, block row, first and last block column.
-_NUM_TILE_COLUMNS = 6
+# Columns of a tile table before those of the runs: first query, end, image, its number of block columns, block row,
+# first and last block column.
+_NUM_TILE_COLUMNS = 7
 
 
 def prepare_tiles(grid: TokenGrid) -> PreparedGrid:
@@ -48,7 +57,10 @@ def prepare_tiles(grid: TokenGrid) -> PreparedGrid:
     """
     block_counts = [count for counts in grid.block_counts for count in counts]
     numbers = [grid.num_global_tokens, grid.neighbor_radius]
-    table = _tile_table(grid.block_offsets, block_counts, list(grid.image_offsets), *numbers)
+    layout = (grid.block_offsets, block_counts, list(grid.image_offsets), *numbers)
+    # torch.compile, which needs a table of known size, never sees strips.
+    is_strip = isinstance(grid, TokenStrip)
+    table = torch.tensor(_tiles(*layout, grid.own, grid.global_keys)) if is_strip else _tile_table(*layout)
     window = max(grid.canvas_size) if grid.window_size is None else grid.window_size
     patch_indices = grid.patch_indices()
 
@@ -75,7 +87,26 @@ def _tile_table(
     num_global_tokens: int,
     neighbor_radius: int,
 ) -> torch.Tensor:
-    """(tiles, 6 + 2 * runs) int64 on the host, of as many tiles as there can be at most: the last ones are empty."""
+    """(tiles, 7 + 2 * runs) int64 on the host, of as many tiles as there can be at most: the last ones are empty."""
+    tiles = _tiles(block_offsets, block_counts, image_offsets, num_global_tokens, neighbor_radius)
+    most_tiles, columns = _table_shape(block_counts, neighbor_radius)
+    return torch.tensor(tiles + [[0] * columns] * (most_tiles - len(tiles)))
+
+
+def _tiles(
+    block_offsets: torch.Tensor,
+    block_counts: list[int],
+    image_offsets: list[int],
+    num_global_tokens: int,
+    neighbor_radius: int,
+    own: tuple[int, int] | None = None,
+    keys_of_globals: tuple[int, int] | None = None,
+) -> list[list[int]]:
+    """The rows of the table.
+
+    `own` is (start, end) of the patch tokens that are queries, and `keys_of_globals` of what global tokens see; `None`
+    where that is all.
+    """
     offsets, first_entry, tiles = block_offsets.tolist(), 0, []
     for image, block_rows in enumerate(block_counts[::2]):
         block_columns = block_counts[2 * image + 1]
@@ -83,11 +114,10 @@ def _tile_table(
         first_entry = starts.stop
         rows = [offsets[entry : entry + block_columns + 1] for entry in starts]
         bounds = image_offsets[image : image + 2]
-        of_image = _image_tiles(bounds, rows, num_global_tokens, neighbor_radius)
-        tiles += [[start, end, image, *rest] for start, end, *rest in of_image]
-    most_tiles, columns = _table_shape(block_counts, neighbor_radius)
-    tiles += [[]] * (most_tiles - len(tiles))
-    return torch.tensor([tile + [0] * (columns - len(tile)) for tile in tiles])
+        of_image = _image_tiles(bounds, own, keys_of_globals, rows, num_global_tokens, neighbor_radius)
+        tiles += [[start, end, image, block_columns, *rest] for start, end, *rest in of_image]
+    columns = _table_shape(block_counts, neighbor_radius)[1]
+    return [tile + [0] * (columns - len(tile)) for tile in tiles]
 
 
 @_tile_table.register_fake
@@ -109,26 +139,37 @@ def _table_shape(block_counts: list[int], neighbor_radius: int) -> tuple[int, in
 
 
 def _image_tiles(
-    bounds: list[int], rows: list[list[int]], num_global_tokens: int, neighbor_radius: int
+    bounds: list[int],
+    own: tuple[int, int] | None,
+    keys_of_globals: tuple[int, int] | None,
+    rows: list[list[int]],
+    num_global_tokens: int,
+    neighbor_radius: int,
 ) -> Iterator[list[int]]:
     """Queries, block row, first and last block column, and runs of keys of the tiles of one image.
 
-    `bounds` are those of its packed tokens; `rows` holds where the blocks of each block row start.
+    `bounds` are those of its packed tokens, `own` and `keys_of_globals` as in `_tiles`; `rows` holds where the blocks
+    of each block row start.
     """
     global_keys = [bounds[0], bounds[0] + num_global_tokens]
-    if max(len(rows), len(rows[0]) - 1) - 1 <= neighbor_radius:
+    is_dense = max(len(rows), len(rows[0]) - 1) - 1 <= neighbor_radius
+    if is_dense and own is None:
         yield [*bounds, -1, 0, 0, *bounds]
         return
-    yield [*global_keys, -1, 0, 0, *bounds]
+    yield [*global_keys, -1, 0, 0, *(bounds if own is None else keys_of_globals)]
+    if is_dense:
+        yield [*own, -1, 0, 0, *bounds]
+        return
     for row, offsets in enumerate(rows):
-        for queries, blocks in _block_row_tiles(offsets):
+        query_offsets = offsets if own is None else [min(max(offset, own[0]), own[1]) for offset in offsets]
+        for queries, blocks in _block_row_tiles(query_offsets):
             yield [*queries, row, *blocks, *global_keys, *_near_runs(rows, row, blocks, neighbor_radius)]
 
 
 def _block_row_tiles(offsets: list[int]) -> Iterator[tuple[list[int], tuple[int, int]]]:
     """Queries, and first and last block, of the tiles of one block row, whose blocks start at `offsets`."""
     num_block_columns = len(offsets) - 1
-    first = 0
+    first = num_block_columns if offsets[0] == offsets[-1] else 0
     while first < num_block_columns:
         last = first
         while last + 1 < num_block_columns and offsets[last + 1] - offsets[first] < MIN_QUERIES_PER_TILE:
@@ -148,10 +189,10 @@ def _near_runs(rows: list[list[int]], row: int, blocks: tuple[int, int], neighbo
 
 def query_tiles(prepared: PreparedGrid) -> Iterator[QueryTile]:
     """The tiles of a batch: per image the global queries first, then its block rows from the top."""
-    for start, end, image, block_row, first, last, *ends in prepared.tensors[0].tolist():
+    for start, end, image, num_block_columns, block_row, first, last, *ends in prepared.tensors[0].tolist():
         if start < end:
             keys = [run for run in zip(ends[::2], ends[1::2], strict=True) if run[0] < run[1]]
-            yield QueryTile(image, (start, end), keys, block_row, (first, last))
+            yield QueryTile(image, (start, end), keys, block_row, (first, last), num_block_columns)
 
 
 def near_keys(tile: QueryTile, prepared: PreparedGrid, has_mean_queries: bool) -> torch.Tensor:
@@ -160,33 +201,17 @@ def near_keys(tile: QueryTile, prepared: PreparedGrid, has_mean_queries: bool) -
     With mean queries one of each of its blocks comes after the queries, from left to right.
     """
     block_columns, (num_global_tokens, neighbor_radius) = prepared.tensors[1], prepared.numbers
-    query_columns = block_columns[slice(*tile.queries)]
+    query_columns = columns_of_queries(tile, prepared)
     if has_mean_queries:
-        query_columns = torch.cat([query_columns, _columns_of(tile, block_columns.device)])
+        of_blocks = torch.arange(tile.block_columns[0], tile.block_columns[1] + 1, device=block_columns.device)
+        query_columns = torch.cat([query_columns, of_blocks])
     is_near = query_columns[:, None] - take_runs(block_columns, tile.keys[1:])[None, :]
     return torch.nn.functional.pad(is_near.abs() <= neighbor_radius, (num_global_tokens, 0), value=True)
 
 
-def far_context(tile: QueryTile, prepared: PreparedGrid, context: LayerContext, entries: slice) -> torch.Tensor:
-    """(queries and mean queries, entries) bool, which context tokens lie outside their neighbourhood.
-
-    (1, entries) where the queries are of one block.
-    """
-    block_columns, (_, neighbor_radius) = prepared.tensors[1], prepared.numbers
-    query_columns = _columns_of(tile, block_columns.device)
-    if tile.joins_blocks:
-        query_columns = torch.cat([block_columns[slice(*tile.queries)], query_columns])
-    is_far_row = (context.block_rows[entries] - tile.block_row).abs() > neighbor_radius
-    return (query_columns[:, None] - context.block_columns[entries]).abs().gt(neighbor_radius) | is_far_row
-
-
-def blocks_of_queries(tile: QueryTile, prepared: PreparedGrid) -> torch.Tensor:
-    """(queries,) int64, of each query of a tile that joins blocks which of them it lies in, counted from the left."""
-    return prepared.tensors[1][slice(*tile.queries)] - tile.block_columns[0]
-
-
-def _columns_of(tile: QueryTile, device: torch.device) -> torch.Tensor:
-    return torch.arange(tile.block_columns[0], tile.block_columns[1] + 1, device=device)
+def columns_of_queries(tile: QueryTile, prepared: PreparedGrid) -> torch.Tensor:
+    """(queries,) int64 block column of each query of a tile that has a block row."""
+    return prepared.tensors[1][slice(*tile.queries)]
 
 
 def take_runs(states: torch.Tensor, runs: list[tuple[int, int]]) -> torch.Tensor:

@@ -10,85 +10,18 @@ in at least float32: autocast has no say in it.
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 
 from .attention_backend import AttentionBackend, LayerContext, PreparedGrid
 from .attention_precision import without_autocast
 from .attention_sdpa_correction import MeanQueryCorrection
-from .attention_sdpa_tables import QueryTile, far_context, near_keys, own_weights, prepare_tiles, query_tiles
+from .attention_sdpa_keys import KeyGradients, TileKeys, TileMasks
+from .attention_sdpa_tables import QueryTile, prepare_tiles, query_tiles
 
 # Where probabilities are kept, of this many queries at a time: those of a large block do not fit the cache, nor at
 # 60,000 keys the memory (measured with 32 to 4,900 queries).
 MAX_QUERIES_AT_ONCE = 128
-
-
-class _Keys(NamedTuple):
-    """Where the tiles take from what they need of each key: states, gradients or the logarithms of weights.
-
-    Attributes:
-        packed: (M, ...) of the packed tokens.
-        context: (entries, ...) of the context tokens; `None` where there are none.
-    """
-
-    packed: torch.Tensor
-    context: torch.Tensor | None
-
-    def of(self, tile: QueryTile, context: LayerContext | None) -> torch.Tensor:
-        """(keys, ...) of one tile; a view where its keys are one run."""
-        parts = [source[start:end] for source, start, end in self._runs(tile, context)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    def add(self, tile: QueryTile, context: LayerContext | None, additions: torch.Tensor) -> None:
-        """Adds (heads, keys, head_dim) to the (tokens, heads, head_dim) that a tile's keys were taken from."""
-        position = 0
-        for source, start, end in self._runs(tile, context):
-            source[start:end] += additions[:, position : position + end - start].transpose(0, 1)
-            position += end - start
-
-    def _runs(self, tile: QueryTile, context: LayerContext | None) -> list[tuple[torch.Tensor, int, int]]:
-        runs = [(self.packed, *run) for run in tile.keys]
-        if context is not None and tile.block_row >= 0:
-            entries = context.entries_of(tile.image)
-            runs.append((self.context, entries.start, entries.stop))
-        return runs
-
-
-def _with_context(states: torch.Tensor, context: LayerContext | None) -> _Keys:
-    """(M, heads, head_dim) and what of it belongs to context tokens: taken once, not by every tile."""
-    return _Keys(states, None if context is None else states[context.tokens])
-
-
-def _log_weights(prepared: PreparedGrid, context: LayerContext | None, dtype: torch.dtype) -> _Keys | None:
-    """What is added to the logits of each key; `None` where that is nothing."""
-    own, of_context = own_weights(prepared), None
-    if own is None and context is None:
-        return None
-    dtype = torch.promote_types(dtype, torch.float32)
-    if context is not None:
-        of_context = context.weights.to(dtype).log()
-    if own is None:
-        own = torch.ones_like(prepared.tensors[1])
-    return _Keys(own.to(dtype).log(), of_context)
-
-
-def _mask(
-    tile: QueryTile, prepared: PreparedGrid, context: LayerContext | None, log_weights: _Keys | None
-) -> torch.Tensor | None:
-    """(queries, keys) bool where queries see different keys; what is added to logits where keys have weights.
-
-    That is (1, keys) where all queries see the same keys; with context tokens the last rows are of mean queries.
-    """
-    is_seen = near_keys(tile, prepared, context is not None) if tile.joins_blocks else None
-    if log_weights is None:
-        return is_seen
-    added = log_weights.of(tile, context)[None]  # (1, keys)
-    if context is not None and tile.block_row >= 0:
-        is_far = far_context(tile, prepared, context, context.entries_of(tile.image))
-        is_near = is_far.new_ones(1, added.shape[1] - is_far.shape[1]) if is_seen is None else is_seen
-        is_seen = torch.cat([is_near, is_far], dim=1)
-    return added if is_seen is None else torch.where(is_seen, added, -torch.inf)
 
 
 def _attend(
@@ -125,12 +58,17 @@ def _heads_first(states: torch.Tensor) -> torch.Tensor:
 
 def _probabilities(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
     """(heads, queries, keys) attention probabilities of (heads, tokens, head_dim) queries and keys."""
+    return torch.softmax(_logits(query, key, mask, scale), dim=-1)
+
+
+def _logits(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
+    """(heads, queries, keys) of (heads, tokens, head_dim) queries and keys."""
     logits = (query * scale) @ key.mT
     if mask is not None and mask.dtype == torch.bool:
         logits.masked_fill_(~mask, -torch.inf)
     elif mask is not None:
         logits += mask
-    return torch.softmax(logits, dim=-1)
+    return logits
 
 
 def _dropout_factors(probabilities: torch.Tensor, dropout: float, generator: torch.Generator | None) -> torch.Tensor:
@@ -163,13 +101,12 @@ def tiled_block_attention(
         (M, heads, head_dim), and `None`: the backward computes the log-sum-exps anew.
     """
     output = query.new_empty(query.shape)
-    keys, values = (_with_context(states, context) for states in (key, value))
-    log_weights = _log_weights(prepared, context, query.dtype)
-    correction = MeanQueryCorrection(prepared, context)
+    tiles = list(query_tiles(prepared))
+    keys, values = (TileKeys(states, tiles, context) for states in (key, value))
+    masks, correction = TileMasks(prepared, tiles, context, query.dtype), MeanQueryCorrection(prepared, context)
     with without_autocast(query.device.type):
-        for tile in query_tiles(prepared):
-            of_tile = keys.of(tile, context), values.of(tile, context)
-            mask = _mask(tile, prepared, context, log_weights)
+        for tile in tiles:
+            of_tile, mask = (keys.of(tile), values.of(tile)), masks.of(tile)
             mean_queries, queries = correction.queries(tile), slice(*tile.queries)
             if dropout == 0.0:
                 rows = torch.cat([query[queries], mean_queries]) if len(mean_queries) else query[queries]
@@ -203,6 +140,39 @@ def _attend_with_dropout(
     return torch.cat(attended)
 
 
+def tiled_strip_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, prepared: PreparedGrid, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Block-local attention of one strip, tile by tile.
+
+    Args:
+        query: (G + S, heads, head_dim) of the global tokens and the strip's own patch tokens.
+        key, value: (M, heads, head_dim) of all tokens of the strip.
+        prepared: where they are, see `prepare_tiles`.
+        scale: factor on the logits.
+
+    Returns:
+        (G + S, heads, head_dim), and the log-sum-exp of the global tokens' logits, (heads, G).
+    """
+    output = query.new_empty(query.shape)
+    tiles = list(query_tiles(prepared))
+    keys, values = TileKeys(key, tiles), TileKeys(value, tiles)
+    masks, num_globals = TileMasks(prepared, tiles, None, query.dtype), prepared.numbers[0]
+    with without_autocast(query.device.type):
+        of_globals, *of_patches = tiles
+        global_states = (_heads_first(query[:num_globals]), _heads_first(keys.of(of_globals)))
+        logits = _logits(*global_states, masks.of(of_globals), scale)
+        logsumexp = logits.logsumexp(dim=-1)  # (heads, G)
+        probabilities = logits.sub_(logsumexp[..., None]).exp_()
+        output[:num_globals] = (probabilities @ _heads_first(values.of(of_globals))).transpose(0, 1)
+        position = num_globals
+        for tile in of_patches:
+            queries = slice(position, position + tile.queries[1] - tile.queries[0])
+            output[queries] = _attend(query[queries], keys.of(tile), values.of(tile), masks.of(tile), scale)
+            position = queries.stop
+    return output, logsumexp
+
+
 def tiled_block_attention_backward(
     grad_output: torch.Tensor,
     query: torch.Tensor,
@@ -225,15 +195,14 @@ def tiled_block_attention_backward(
         to the mean queries, (images, heads, head_dim).
     """
     grad_query = query.new_empty(query.shape)
-    keys, values = (_with_context(states, context) for states in (key, value))
-    grad_keys, grad_values = (_zeros_like(states) for states in (keys, values))
-    log_weights = _log_weights(prepared, context, query.dtype)
-    correction = MeanQueryCorrection(prepared, context)
-    grad_means = () if context is None else (torch.zeros_like(context.mean_query, dtype=grad_keys.packed.dtype),)
+    tiles = list(query_tiles(prepared))
+    keys, values = (TileKeys(states, tiles, context) for states in (key, value))
+    grad_key, grad_value = (KeyGradients(states, context) for states in (key, value))
+    masks, correction = TileMasks(prepared, tiles, context, query.dtype), MeanQueryCorrection(prepared, context)
+    grad_means = () if context is None else (torch.zeros_like(context.mean_query, dtype=grad_key.packed.dtype),)
     with without_autocast(query.device.type):
-        for tile in query_tiles(prepared):
-            gradients = _TileGradients(keys.of(tile, context), values.of(tile, context), scale)
-            mask = _mask(tile, prepared, context, log_weights)
+        for tile in tiles:
+            gradients, mask = _TileGradients(keys.of(tile), values.of(tile), scale), masks.of(tile)
             for queries, part_mask in _query_parts(tile, mask):
                 grad_query[queries] = gradients.of(query[queries], grad_output[queries], part_mask, dropout, generator)
             mean_queries = correction.queries(tile)
@@ -241,11 +210,9 @@ def tiled_block_attention_backward(
                 mean_mask = _rows(mask, slice(-len(mean_queries), None))
                 of_mean = gradients.of(mean_queries, correction.gradient(tile, grad_output), mean_mask, 0.0, None)
                 grad_means[0][tile.image] += of_mean.sum(dim=0)
-            grad_keys.add(tile, context, gradients.key)
-            grad_values.add(tile, context, gradients.value)
-    grad_key, grad_value = (_joined(gradient, context) for gradient in (grad_keys, grad_values))
-    grad_means = tuple(gradient.to(query.dtype) for gradient in grad_means)
-    return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), *grad_means
+            grad_key.add(tile, gradients.key)
+            grad_value.add(tile, gradients.value)
+    return grad_query, grad_key.total(), grad_value.total(), *(gradient.to(query.dtype) for gradient in grad_means)
 
 
 class _TileGradients:
@@ -279,20 +246,6 @@ class _TileGradients:
         return (grad_logits @ self.tile_key).mul_(self.scale).transpose(0, 1)
 
 
-def _zeros_like(keys: _Keys) -> _Keys:
-    """Zeros of the same shapes, in at least float32."""
-    dtype = torch.promote_types(keys.packed.dtype, torch.float32)
-    return _Keys(*(None if states is None else torch.zeros_like(states, dtype=dtype) for states in keys))
-
-
-def _joined(gradients: _Keys, context: LayerContext | None) -> torch.Tensor:
-    """(M, heads, head_dim): what context tokens received goes to the packed tokens that they are."""
-    if context is None:
-        return gradients.packed
-    # Each token is at most one context token; cells without one share a place and received nothing.
-    return gradients.packed.index_add_(0, context.tokens, gradients.context)
-
-
 SDPA_TILES = AttentionBackend(
     name="sdpa_tiles",
     description="tiles of SDPA calls",
@@ -302,6 +255,7 @@ SDPA_TILES = AttentionBackend(
     prepare=prepare_tiles,
     forward=tiled_block_attention,
     backward=tiled_block_attention_backward,
+    forward_strip=tiled_strip_attention,
     has_dropout=True,
     takes_key_weights=True,
     returns_logsumexp=False,

@@ -5,6 +5,7 @@ This file does without Triton. The kernels are imported when they are first laun
 """
 
 import importlib.util
+import math
 import os
 
 import torch
@@ -86,6 +87,14 @@ def _forward(
     return launch_block_attention(query, key, value, tiles, scale)
 
 
+def _forward_strip(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, prepared: PreparedGrid, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    tiles = AttentionTiles(*prepared.tensors, *prepared.numbers)
+    output, logsumexp = _forward(query, key, value, prepared, scale, 0.0, None)
+    return output, logsumexp[:, : tiles.num_global_tokens] * math.log(2.0)
+
+
 def _backward(
     grad_output: torch.Tensor,
     query: torch.Tensor,
@@ -113,6 +122,7 @@ TRITON = AttentionBackend(
     prepare=_prepare,
     forward=_forward,
     backward=_backward,
+    forward_strip=_forward_strip,
     has_dropout=False,
     takes_key_weights=False,
     returns_logsumexp=True,

@@ -76,15 +76,22 @@ def _attend(
     return state
 
 
-@triton.jit(do_not_specialize=["num_tokens", "first_program", "num_splits", "num_split_programs"])
+@triton.jit(
+    do_not_specialize=[
+        *("num_tokens", "first_program", "num_splits", "num_split_programs", "query_shift", "global_shift")
+    ]
+)
 def forward_kernel(
     query_ptr, key_ptr, value_ptr, output_ptr, logsumexp_ptr, table_ptr, image_ptr, partial_output_ptr, partial_max_ptr,
     partial_sum_ptr, query_stride, query_head_stride, key_stride, key_head_stride, value_stride, value_head_stride,
-    num_tokens, first_program, num_splits, num_split_programs, logit_scale, NUM_GLOBALS: tl.constexpr,
-    NUM_RUNS: tl.constexpr, HEAD_DIM: tl.constexpr, PARTS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    num_tokens, first_program, num_splits, num_split_programs, logit_scale, query_shift, global_shift,
+    NUM_GLOBALS: tl.constexpr, NUM_RUNS: tl.constexpr, HEAD_DIM: tl.constexpr, PARTS: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """First the global queries, whose programs wait for memory while others compute, then the tiles; grid y: heads."""
+    """First the global queries, whose programs wait for memory while others compute, then the tiles; grid y: heads.
+
+    Keys are addressed by packed index, queries by their place: of a strip it is smaller by the shifts.
+    """
     program, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     query_states = (query_ptr + head * query_head_stride, query_stride)
     key_states = (key_ptr + head * key_head_stride, key_stride)
@@ -92,7 +99,7 @@ def forward_kernel(
     if program < num_split_programs:
         image_start, queries, first, length, row = load_split(image_ptr, program, num_splits, NUM_GLOBALS, BLOCK_G)
         is_query = queries < NUM_GLOBALS
-        query = load_rows(query_states, image_start + queries, is_query, HEAD_DIM, True)
+        query = load_rows(query_states, image_start - global_shift + queries, is_query, HEAD_DIM, True)
         whole, num_whole, rest, num_rest = split_runs(first, length, BLOCK_N)
         output, row_max, row_sum = _attend(
             query, key_states, value_states, logit_scale, whole, num_whole, rest, num_rest, 1, 1, HEAD_DIM, BLOCK_N
@@ -104,8 +111,8 @@ def forward_kernel(
         tile_program = first_program + program - num_split_programs
         start, end, tile_ptr = load_tile(table_ptr, tile_program, NUM_RUNS, PARTS, BLOCK_M)
         if start < end:
-            queries = start + tl.arange(0, BLOCK_M)
-            is_query = queries < end
+            queries = start - query_shift + tl.arange(0, BLOCK_M)
+            is_query = queries < end - query_shift
             query = load_rows(query_states, queries, is_query, HEAD_DIM, True)
             whole, num_whole, rest, num_rest = load_runs(tile_ptr, NUM_GLOBALS, NUM_RUNS, BLOCK_N)
             output, row_max, row_sum = _attend(
@@ -118,10 +125,10 @@ def forward_kernel(
             tl.store(logsumexp_ptr + queries, row_max + tl.log2(row_sum), mask=is_query)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_splits"])
+@triton.jit(do_not_specialize=["num_tokens", "num_splits", "global_shift"])
 def forward_reduce_kernel(
     output_ptr, logsumexp_ptr, image_ptr, partial_output_ptr, partial_max_ptr, partial_sum_ptr, num_tokens, num_splits,
-    NUM_GLOBALS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_S: tl.constexpr,
+    global_shift, NUM_GLOBALS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """Joins the splits of one global query; grid (images * globals, heads)."""
     image, index = tl.program_id(0) // NUM_GLOBALS, tl.program_id(0) % NUM_GLOBALS
@@ -136,7 +143,7 @@ def forward_reduce_kernel(
     total = tl.sum(weights * row_sum, axis=0)
     partial_output = load_rows((partial_output_ptr, HEAD_DIM), rows, is_split, HEAD_DIM, True)
     output = tl.sum(partial_output * weights[:, None], axis=0) / total
-    token = tl.load(image_ptr + image).to(tl.int64) + index
+    token = tl.load(image_ptr + image).to(tl.int64) - global_shift + index
     dims = tl.arange(0, triton.next_power_of_2(HEAD_DIM))
     output_ptr += (token * num_heads + head) * HEAD_DIM
     tl.store(output_ptr + dims, output.to(output_ptr.dtype.element_ty), mask=dims < HEAD_DIM)

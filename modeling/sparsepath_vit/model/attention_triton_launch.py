@@ -111,15 +111,15 @@ def _launch(
     states: tuple[torch.Tensor, ...],
     tensors: tuple[torch.Tensor, ...],
     tiles: AttentionTiles,
-    scales: tuple[float, ...],
+    numbers: tuple[float, ...],
 ) -> None:
     """Launches one of the three kernels that work on tiles, once for each width of them.
 
     `states` are read with their strides.
     """
-    num_tokens, num_heads, head_dim = states[0].shape
+    num_tokens, num_heads, head_dim = states[0].shape  # of queries: a strip has fewer of them than of keys
     capability = torch.cuda.get_device_capability()[0] if states[0].is_cuda else 0
-    programs = _programs(tiles, num_tokens)
+    programs = _programs(tiles, len(states[1]))
     num_split_programs = programs.num_split_programs
     for tile_size, first, count in tiles.widths():
         shape = launch_shape(name, head_dim, states[0].dtype, tile_size, capability)
@@ -132,7 +132,7 @@ def _launch(
             first * parts,
             programs.num_splits,
             num_split_programs,
-            *scales,
+            *numbers,
             NUM_GLOBALS=tiles.num_global_tokens,
             NUM_RUNS=2 * tiles.neighbor_radius + 1,
             HEAD_DIM=head_dim,
@@ -149,18 +149,19 @@ def _launch(
 def launch_block_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tiles: AttentionTiles, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Block-local attention of packed tokens, read in place.
+    """Block-local attention of packed tokens, or of a strip of them, read in place.
 
     Args:
-        query, key, value: (M, heads, head_dim), views of a fused projection or not; contiguous in the last dimension.
+        query: (M, heads, head_dim), of a strip (G + S, heads, head_dim); contiguous in the last dimension.
+        key, value: (M, heads, head_dim), views of a fused projection or not, as the query.
         tiles: where the tokens are.
         scale: positive factor on the logits.
 
     Returns:
-        The output (M, heads, head_dim), and the base-2 log-sum-exp (heads, M) of each query's logits, float32.
+        The output in the query's shape, and the base-2 log-sum-exp (heads, queries) of each query's logits, float32.
     """
     num_tokens, num_heads, head_dim = query.shape
-    num_images, num_splits, *_ = _programs(tiles, num_tokens)
+    num_images, num_splits, *_ = _programs(tiles, len(key))
     output = query.new_empty(query.shape)
     logsumexp = query.new_empty((num_heads, num_tokens), dtype=torch.float32)
     partial = logsumexp.new_empty((num_images, num_heads, num_splits, tiles.num_global_tokens, head_dim))
@@ -174,7 +175,7 @@ def launch_block_attention(
             (query, key, value),
             (*tensors, partial, partial_max, partial_sum),
             tiles,
-            (scale * math.log2(math.e),),
+            (scale * math.log2(math.e), tiles.query_shift, tiles.global_shift),
         )
         forward_reduce_kernel[(num_images * tiles.num_global_tokens, num_heads)](
             output,
@@ -185,6 +186,7 @@ def launch_block_attention(
             partial_sum,
             num_tokens,
             num_splits,
+            tiles.global_shift,
             NUM_GLOBALS=tiles.num_global_tokens,
             HEAD_DIM=head_dim,
             BLOCK_S=_MAX_SPLITS,  # not of their number, which would compile for each

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 
 from .token_grid import TokenGrid, per_image
+from .token_strips import TokenStrip
 
 # Columns of `AttentionTiles.table` before those of the runs.
 NUM_TILE_COLUMNS = 3
@@ -38,6 +39,10 @@ class AttentionTiles(NamedTuple):
         num_wide: how many tiles of the table are wide.
         num_medium: how many are medium.
         num_narrow: how many are narrow.
+        query_shift: of a strip, by how much the packed index of an own patch token exceeds its place among the queries;
+            0 where all tokens are queries.
+        global_shift: of a strip, its first key of the global tokens, `image_offsets` being where these keys start and
+            end; 0 where all tokens are queries.
     """
 
     table: torch.Tensor
@@ -48,6 +53,8 @@ class AttentionTiles(NamedTuple):
     num_wide: int
     num_medium: int
     num_narrow: int
+    query_shift: int = 0
+    global_shift: int = 0
 
     def widths(self) -> list[tuple[int, int, int]]:
         """(patch tokens a tile takes, first tile, tiles) of each width that there are tiles of."""
@@ -72,14 +79,12 @@ def attention_tiles(grid: TokenGrid) -> AttentionTiles:
     tile_size = attention_tile_size(grid.window_size)
     counts = _most_tiles(grid, tile_size)
     image_offsets = _starts([count + grid.num_global_tokens for count in grid.counts], grid.device)
-    return AttentionTiles(
-        _sorted_by_size(_pieces(grid, image_offsets, tile_size), tile_sizes(tile_size), counts).to(torch.int32),
-        image_offsets.to(torch.int32),
-        grid.num_global_tokens,
-        grid.neighbor_radius,
-        tile_size,
-        *counts,
-    )
+    table = _sorted_by_size(_pieces(grid, image_offsets, tile_size), tile_sizes(tile_size), counts).to(torch.int32)
+    shifts = (0, 0)
+    if isinstance(grid, TokenStrip):
+        image_offsets, shifts = per_image(grid.global_keys, grid.device), (grid.query_shift, grid.global_keys[0])
+    numbers = (grid.num_global_tokens, grid.neighbor_radius, tile_size, *counts, *shifts)
+    return AttentionTiles(table, image_offsets.to(torch.int32), *numbers)
 
 
 def _pieces(grid: TokenGrid, image_offsets: torch.Tensor, tile_size: int) -> torch.Tensor:
@@ -105,6 +110,8 @@ def _pieces(grid: TokenGrid, image_offsets: torch.Tensor, tile_size: int) -> tor
     first = torch.arange(0, _pieces_of_a_block(grid, tile_size) * tile_size, tile_size, device=device)
     start = torch.minimum(offsets[:, None] + first, end[:, None])  # (entries, pieces)
     end = torch.minimum(start + tile_size, end[:, None])
+    if isinstance(grid, TokenStrip):  # the others only answer
+        start, end = start.clamp(*grid.own), end.clamp(*grid.own)
     keys = [column[:, None].expand_as(start) for column in (image_start.expand_as(entry), *runs)]
     return torch.stack([start, end, *keys], dim=2).flatten(0, 1)
 
@@ -153,15 +160,17 @@ def _most_tiles(grid: TokenGrid, tile_size: int) -> tuple[int, ...]:
     A width with few tiles is not used: they join those that are wider. Sums and whole divisions only, and hardly a
     comparison, so that a compiled graph serves every image size.
     """
-    num_present = sum(grid.counts)
-    is_full = num_present == sum(rows * columns for rows, columns in grid.grid_sizes)
+    num_present, sizes = sum(grid.counts), grid.grid_sizes
+    if isinstance(grid, TokenStrip):
+        num_present, sizes = grid.own[1] - grid.own[0], [(grid.num_token_rows, grid.grid_sizes[0][1])]
+    is_full = num_present == sum(rows * columns for rows, columns in sizes)
     # Of the window, not of the image: else a small image would have the kernel compiled anew.
     largest = tile_size if grid.window_size is None else min(grid.window_size**2, tile_size)
     counts, least = dict.fromkeys(tile_sizes(tile_size), 0), 0
     for size in reversed(tile_sizes(tile_size)):
-        most = _pieces_above(grid, tile_size, least)
+        most = _pieces_above(sizes, grid.window_size, tile_size, least)
         if size < largest and is_full:
-            most -= _pieces_above(grid, tile_size, size)
+            most -= _pieces_above(sizes, grid.window_size, tile_size, size)
         most = min(most, num_present // (least + 1))
         if size >= largest:
             counts[size] = most
@@ -171,11 +180,10 @@ def _most_tiles(grid: TokenGrid, tile_size: int) -> tuple[int, ...]:
     return tuple(counts.values())
 
 
-def _pieces_above(grid: TokenGrid, tile_size: int, least: int) -> int:
-    """How many pieces of more than `least` tokens, which is less than `tile_size`, the full grid is cut into."""
+def _pieces_above(sizes: Sequence[tuple[int, int]], window: int | None, tile_size: int, least: int) -> int:
+    """How many pieces of more than `least` tokens, which is less than `tile_size`, full grids are cut into."""
     pieces = 0
-    window = grid.window_size
-    for size in grid.grid_sizes:
+    for size in sizes:
         # Of blocks that are whole and of those that the image's border cuts: (tokens along a side, how many)
         sides = [[(side, 1)] if window is None else [(window, side // window), (side % window, 1)] for side in size]
         for (height, num_high), (width, num_broad) in itertools.product(*sides):

@@ -71,6 +71,14 @@ def _check_window_size(name: str, value: Any) -> None:
         )
 
 
+def _check_tokens_per_strip(name: str, value: Any) -> None:
+    if value is not None and value < 0:
+        raise ValueError(
+            f"{name}={value!r} is not possible: it is at least 1. 0 runs all tokens at once, and None (the default) is "
+            "what is fastest on the device."
+        )
+
+
 def _check_prune_ratio(name: str, value: Any) -> None:
     if not 0 <= value < 1:
         raise ValueError(
@@ -93,7 +101,7 @@ _FIELD_CHECKS: dict[str, Callable[[str, Any], None]] = {
     "num_context_tokens": _at_least(0, "0 (the default) is the pattern of the paper, 1024 comes close to dense."),
     "num_representatives": _at_least(0, "0 (the default) is the pruning of the paper, 1024 comes close to none."),
     "prune_after_layer": _at_least(1, "Layers count from 1; the method prunes after layer 4."),
-    "chunk_size_feed_forward": _at_least(0, "0 runs the MLP on all tokens at once."),
+    "tokens_per_strip": _check_tokens_per_strip,
     "mlp_type": _one_of(MLP_TYPES),
     "pooling": _one_of(POOLINGS),
     "prune_score": _one_of(PRUNE_SCORES),
@@ -164,8 +172,10 @@ class SparsePathViTConfig(ConfigRemoteCodeMixin, BackboneConfigMixin, PreTrained
             with pruning off. Pooled features do not change.
         hidden_dropout, attention_dropout, drop_path_rate (`float`): regularisation in training.
         initializer_range (`float`): standard deviation of the weight initialisation.
-        chunk_size_feed_forward (`int`): tokens per MLP chunk at inference, on CUDA four times as many; 0 runs all at
-            once. Bounds the peak memory by the hidden states instead of the wide MLP activation.
+        tokens_per_strip (`int` or `None`): patch tokens that a layer works on at once at inference, or one row of
+            blocks where that has more. It bounds the peak memory by the hidden states: queries, keys, values and the
+            wide MLP activation exist for one strip at a time. `None` (the default) is what is fastest on the device,
+            4,096 on a CPU and 16,384 on CUDA; 0 runs all tokens at once. The numbers are the same.
         apply_layernorm (`bool`): whether the backbone normalises its feature maps.
         reshape_hidden_states (`bool`): whether the backbone's feature maps are maps; else they are sequences of the CLS
             token and all patch tokens, (batch, 1 + rows * columns, hidden_size), as DPT takes them.
@@ -216,7 +226,7 @@ class SparsePathViTConfig(ConfigRemoteCodeMixin, BackboneConfigMixin, PreTrained
     attention_dropout: float | int = 0.0
     drop_path_rate: float | int = 0.0
     initializer_range: float = 0.02
-    chunk_size_feed_forward: int = 4096
+    tokens_per_strip: int | None = None
     apply_layernorm: bool = True
     reshape_hidden_states: bool = True
     _out_features: list[str] | None = None

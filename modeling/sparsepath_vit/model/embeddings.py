@@ -1,7 +1,7 @@
 # Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
 """From pixels to tokens: patches, resampled position embeddings, CLS and register tokens, in the grid's order."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,10 @@ from .token_grid import TokenGrid, per_image
 # At inference a larger image is embedded in strips of this many token rows, so that neither its patches nor its
 # position map are in memory at once beside the tokens themselves.
 ROWS_PER_STRIP = 32
+_CHECKED_PIXEL_ROWS = 512
+
+# Called as a forward proceeds, with the number of patch tokens that the embeddings or a layer have just finished.
+OnTokens = Callable[[int], None]
 
 
 def token_grid_of_sizes(
@@ -137,7 +141,9 @@ class SparsePathViTPatchEmbeddings(nn.Module):
             )
         # On an accelerator reading the answer would stall the queue, and capturing a graph would fail.
         is_checked = pixel_values.device.type == "cpu" and not torch.compiler.is_compiling()
-        if is_checked and not torch.isfinite(pixel_values).all():
+        # In parts: the check makes copies of what it checks.
+        parts = pixel_values.split(_CHECKED_PIXEL_ROWS, dim=2) if is_checked else ()
+        if not all(torch.isfinite(part).all() for part in parts):
             raise ValueError(
                 "pixel_values holds NaN or infinite numbers, which would spread to every token: check the image and "
                 "its normalisation."
@@ -192,12 +198,13 @@ class SparsePathViTEmbeddings(nn.Module):
         present = None if patch_mask is None else patch_mask.to(pixel_values.device)
         return token_grid_of_sizes(self.config, grid_sizes, present, pixel_values.device)
 
-    def forward(self, pixel_values: torch.Tensor, grid: TokenGrid) -> torch.Tensor:
+    def forward(self, pixel_values: torch.Tensor, grid: TokenGrid, on_tokens: OnTokens | None = None) -> torch.Tensor:
         """Embeds the present tokens of a batch.
 
         Args:
             pixel_values: (batch, channels, height, width).
             grid: which patch tokens are present, and their order.
+            on_tokens: called as it proceeds, with the number of patch tokens just embedded.
 
         Returns:
             (*grid.batch_shape, hidden_size).
@@ -205,28 +212,35 @@ class SparsePathViTEmbeddings(nn.Module):
         Raises:
             ValueError: a grid of other images.
         """
-        rows = pixel_values.shape[-2] // self.config.patch_size
+        patch_size, rows = self.config.patch_size, pixel_values.shape[-2] // self.config.patch_size
         # Compiling is asked first: comparing the rows would bind the graph to images of this size.
         if not torch.compiler.is_compiling():
-            _check_grid(grid, pixel_values.shape[0], (rows, pixel_values.shape[-1] // self.config.patch_size))
-        may_use_strips = not torch.compiler.is_compiling() and not torch.is_grad_enabled() and grid.batch_size == 1
-        if may_use_strips and rows > ROWS_PER_STRIP:
-            height, width = (side * self.config.patch_size for side in grid.grid_sizes[0])  # the canvas may be larger
-            strips = pixel_values[:, :, :height, :width].split(ROWS_PER_STRIP * self.config.patch_size, dim=2)
-            return self.embed_strips(strips, grid)
+            _check_grid(grid, pixel_values.shape[0], (rows, pixel_values.shape[-1] // patch_size))
+        if not torch.compiler.is_compiling() and not torch.is_grad_enabled() and rows > ROWS_PER_STRIP:
+            # The canvas may be larger than an image.
+            images = [
+                image[:, :, : height * patch_size, : width * patch_size].split(ROWS_PER_STRIP * patch_size, dim=2)
+                for image, (height, width) in zip(pixel_values.split(1), grid.grid_sizes, strict=True)
+            ]
+            return self._embed_in_strips(images, grid, on_tokens)
         patches = self.patch_embeddings(pixel_values)  # (batch, canvas rows, canvas columns, hidden_size)
         canvas_rows, canvas_columns = patches.shape[1:3]
         canvas_indices = (grid.images() * canvas_rows + grid.rows) * canvas_columns + grid.columns
         patch_tokens = patches.flatten(0, 2)[canvas_indices] + self._positions_of_batch(grid)
+        if on_tokens is not None:
+            on_tokens(sum(grid.counts))
         return self.dropout(self._with_global_tokens(patch_tokens, grid))
 
-    def embed_strips(self, strips: Iterable[torch.Tensor], grid: TokenGrid) -> torch.Tensor:
+    def embed_strips(
+        self, strips: Iterable[torch.Tensor], grid: TokenGrid, on_tokens: OnTokens | None = None
+    ) -> torch.Tensor:
         """Embeds one image that arrives in strips, so that its pixels need never be in memory at once.
 
         Args:
             strips: (1, channels, height, width) pixels from the top of the image down, each a whole number of patches
                 high and as wide as the grid.
             grid: the present patch tokens of that one image.
+            on_tokens: as in `forward`.
 
         Returns:
             (1, G + N, hidden_size).
@@ -236,14 +250,39 @@ class SparsePathViTEmbeddings(nn.Module):
         """
         if grid.batch_size != 1:
             raise ValueError(f"grid holds {grid.batch_size} images: strips are those of one image.")
-        size = grid.grid_sizes[0]
-        num_tokens = grid.counts[0]
-        # Where the patch of each row and column goes; absent ones share a last place, which is dropped in the end:
-        # asking the device which are present would stall it.
-        places = torch.full(size, num_tokens, device=grid.device)
-        places[grid.rows, grid.columns] = torch.arange(num_tokens, device=grid.device)
-        patch_tokens = self.cls_token.new_empty(num_tokens + 1, self.config.hidden_size)
-        first_row = 0
+        return self._embed_in_strips([strips], grid, on_tokens)
+
+    def _embed_in_strips(
+        self, images: Sequence[Iterable[torch.Tensor]], grid: TokenGrid, on_tokens: OnTokens | None
+    ) -> torch.Tensor:
+        """Each image's strips into one buffer: there is nothing else of the size of the tokens."""
+        num_tokens, num_globals = grid.num_tokens, grid.num_global_tokens
+        # Absent patches share a last place beyond the tokens: asking the device which are present would stall it.
+        tokens = self.cls_token.new_empty(num_tokens + 1, self.config.hidden_size)
+        first_patch = 0
+        for strips, size, count, start in zip(
+            images, grid.grid_sizes, grid.counts, grid.image_offsets[:-1], strict=True
+        ):
+            tokens[start : start + num_globals] = self._global_tokens()
+            patches = slice(first_patch, first_patch + count)
+            places = torch.full(size, num_tokens, device=grid.device)  # where the patch of each row and column goes
+            places[grid.rows[patches], grid.columns[patches]] = torch.arange(
+                start + num_globals, start + num_globals + count, device=grid.device
+            )
+            for share in self._embed_image(strips, places, tokens):
+                if on_tokens is not None:  # of background there may be more in one strip than in another
+                    on_tokens(int(count * share[1]) - int(count * share[0]))
+            first_patch += count
+        return self.dropout(tokens[:num_tokens].view(*grid.batch_shape, -1))
+
+    def _embed_image(
+        self, strips: Iterable[torch.Tensor], places: torch.Tensor, tokens: torch.Tensor
+    ) -> Iterator[tuple[float, float]]:
+        """Writes the patch tokens of one image to their places, (rows, columns) indices of (tokens, hidden_size).
+
+        Yields what share of the image was done before each strip and after it.
+        """
+        size, first_row = tuple(places.shape), 0
         for strip in strips:
             self.patch_embeddings.check(strip)
             patches = self.patch_embeddings(strip)[0]  # (rows, columns, hidden_size)
@@ -253,11 +292,12 @@ class SparsePathViTEmbeddings(nn.Module):
                     f"rows: the grid has {size[1]} columns and {size[0]} rows."
                 )
             patches = patches + self._position_map(size, first_row, patches.shape[0])
-            patch_tokens[places[first_row : first_row + patches.shape[0]]] = patches
-            first_row += patches.shape[0]
+            end_row = first_row + patches.shape[0]
+            tokens[places[first_row:end_row]] = patches
+            yield first_row / size[0], end_row / size[0]
+            first_row = end_row
         if first_row != size[0]:
             raise ValueError(f"strips hold {first_row} token rows: the grid has {size[0]}.")
-        return self.dropout(self._with_global_tokens(patch_tokens[:num_tokens], grid))
 
     def _position_map(self, size: tuple[int, int], first_row: int, num_rows: int) -> torch.Tensor:
         """Position embeddings of some rows of a grid, resampled bicubically: (num_rows, columns, hidden_size)."""
@@ -295,6 +335,15 @@ class SparsePathViTEmbeddings(nn.Module):
 
     def _with_global_tokens(self, patch_tokens: torch.Tensor, grid: TokenGrid) -> torch.Tensor:
         """Puts each image's global tokens before its patch tokens: (T, hidden_size) -> (*batch_shape, hidden_size)."""
+        global_tokens = self._global_tokens()
+        if grid.is_uniform:
+            patch_tokens = patch_tokens.view(grid.batch_size, grid.counts[0], -1)
+            return torch.cat([global_tokens.expand(grid.batch_size, -1, -1), patch_tokens], dim=1)
+        images = patch_tokens.split(grid.counts)
+        return torch.cat([tokens for image in images for tokens in (global_tokens, image)])[None]
+
+    def _global_tokens(self) -> torch.Tensor:
+        """CLS and register tokens with their position embeddings: (G, hidden_size)."""
         global_tokens = self.cls_token[0]
         if self.config.num_register_tokens:
             global_tokens = torch.cat([global_tokens, self.register_tokens[0]])
@@ -302,11 +351,7 @@ class SparsePathViTEmbeddings(nn.Module):
         if num_prefix:
             prefix_positions = self.position_embeddings[0, :num_prefix]
             global_tokens = torch.cat([global_tokens[:num_prefix] + prefix_positions, global_tokens[num_prefix:]])
-        if grid.is_uniform:
-            patch_tokens = patch_tokens.view(grid.batch_size, grid.counts[0], -1)
-            return torch.cat([global_tokens.expand(grid.batch_size, -1, -1), patch_tokens], dim=1)
-        images = patch_tokens.split(grid.counts)
-        return torch.cat([tokens for image in images for tokens in (global_tokens, image)])[None]
+        return global_tokens
 
 
 def _check_grid(grid: TokenGrid, batch: int, canvas: tuple[int, int]) -> None:

@@ -13,8 +13,10 @@ from .attention_dense import dense_attention_mask, dense_stratified_attention, e
 from .attention_registration import ATTENTION_NAME
 from .configuration_sparsepath_vit import SparsePathViTConfig
 from .context_tokens import ContextTokens, draw_context_tokens, exact_tokens
+from .embeddings import OnTokens
 from .fused_elementwise import add_scaled_, add_scaled_and_normalise, fuses_layer, gated_silu
 from .mean_query_correction import mean_queries
+from .streamed_layers import run_in_strips, streams
 from .token_grid import TokenGrid, per_image
 from .token_pruning import EncodedTokens, attention_received, prune, prune_scores
 
@@ -131,16 +133,6 @@ class SparsePathViTMLP(nn.Module):
         return self.fc2(nn.functional.gelu(hidden_states))
 
 
-def feed_forward_chunk_size(config: SparsePathViTConfig, device: torch.device) -> int:
-    """Tokens per chunk of the MLP at inference on a device; 0 is all at once.
-
-    On CUDA four times `config.chunk_size_feed_forward`, 16,384 by default. In tiles of 128 x 256, `fc2` of UNI2-h has
-    192 programs for 4,096 tokens, 1.45 rounds on the 132 multiprocessors of an H100, so that the second is half empty;
-    for 16,384 tokens it has 5.8 rounds. Their wide activation, 16,384 x 8,192 in bfloat16, is 268 MB.
-    """
-    return config.chunk_size_feed_forward * (4 if device.type == "cuda" else 1)
-
-
 class SparsePathViTLayer(GradientCheckpointingLayer):
     """Pre-norm attention and MLP, each scaled by LayerScale and added to the residual stream."""
 
@@ -163,46 +155,37 @@ class SparsePathViTLayer(GradientCheckpointingLayer):
         """Returns the tokens, the attention probabilities (eager only) and the prune scores (where asked for)."""
         branch, weights, scores = self.attention(self.norm1(hidden_states), grid, attention_mask, score_tokens)
         if not self.training and fuses_layer(hidden_states, branch, *self._between_products()):
-            return self._fused_feed_forward(hidden_states, branch), weights, scores
+            return self.add_branches(hidden_states, branch), weights, scores
         if self.config.use_layerscale:
             branch = self.layer_scale1(branch)
         hidden_states = hidden_states + self.drop_path(self.dropout(branch), grid)
-        branch = self._feed_forward(hidden_states)
+        branch = self.mlp(self.norm2(hidden_states))
+        if self.config.use_layerscale:
+            branch = self.layer_scale2(branch)
         return hidden_states + self.drop_path(self.dropout(branch), grid), weights, scores
 
-    def _feed_forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """The MLP branch, at inference in chunks of tokens: the wide activation exists for one chunk only."""
-
-        def branch(tokens: torch.Tensor) -> torch.Tensor:
-            tokens = self.mlp(self.norm2(tokens))
-            return self.layer_scale2(tokens) if self.config.use_layerscale else tokens
-
-        chunk_size = feed_forward_chunk_size(self.config, hidden_states.device)
-        if not chunk_size or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return branch(hidden_states)
-        tokens = hidden_states.flatten(0, 1)  # (batch, tokens, hidden_size) -> (batch * tokens, hidden_size)
-        output = torch.empty_like(tokens)
-        for start in range(0, tokens.shape[0], chunk_size):
-            output[start : start + chunk_size] = branch(tokens[start : start + chunk_size])
-        return output.view(hidden_states.shape)
-
     def _between_products(self) -> tuple[nn.Module, ...]:
-        """The modules whose work `_fused_feed_forward` does without calling them."""
+        """The modules whose work `add_branches` does without calling them."""
         scales = (self.layer_scale1, self.layer_scale2) if self.config.use_layerscale else ()
         return (*scales, self.norm2, self.dropout, self.drop_path)
 
-    def _fused_feed_forward(self, hidden_states: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
-        """The layer from its attention branch on, each elementwise step in one pass over the tokens."""
+    def add_branches(
+        self, hidden_states: torch.Tensor, branch: torch.Tensor, output: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """At inference, the layer from its attention branch on, each elementwise step in one pass over the tokens.
+
+        Args:
+            hidden_states: (..., tokens, hidden_size), what the layer got.
+            branch: (..., tokens, hidden_size), what its attention made of it.
+            output: takes the result, and may be `hidden_states` itself; `None` for a new tensor.
+
+        Returns:
+            (..., tokens, hidden_size).
+        """
         scale1 = self.layer_scale1.lambda1 if self.config.use_layerscale else None
         scale2 = self.layer_scale2.lambda1 if self.config.use_layerscale else None
-        hidden_states, normalised = add_scaled_and_normalise(hidden_states, branch, scale1, self.norm2)
-        # (batch, tokens, hidden_size) -> (batch * tokens, hidden_size); the new tokens are nobody else's yet
-        tokens, normalised = hidden_states.flatten(0, 1), normalised.flatten(0, 1)
-        chunk_size = feed_forward_chunk_size(self.config, tokens.device) or len(tokens)
-        for start in range(0, len(tokens), chunk_size):
-            chunk = slice(start, start + chunk_size)
-            add_scaled_(tokens[chunk], self.mlp(normalised[chunk]), scale2)
-        return hidden_states
+        hidden_states, normalised = add_scaled_and_normalise(hidden_states, branch, scale1, self.norm2, output)
+        return add_scaled_(hidden_states, self.mlp(normalised), scale2)
 
 
 class EncoderOutput(NamedTuple):
@@ -237,31 +220,37 @@ class SparsePathViTEncoder(nn.Module):
 
     def forward(
         self,
-        tokens: EncodedTokens,
+        embed: Callable[[], EncodedTokens],
         output_hidden_states: bool = False,
         output_attentions: bool = False,
         after_layer: AfterLayer | None = None,
         may_prune: bool = True,
+        on_tokens: OnTokens | None = None,
     ) -> EncoderOutput:
         """Runs all layers.
 
         Args:
-            tokens: the embedded tokens.
+            embed: makes the embedded tokens. A function, so that nobody else holds them: at inference layers write over
+                them, strip by strip (unless `output_hidden_states` or `after_layer` keep them), and what pruning
+                removes leaves the memory.
             output_hidden_states: whether to keep the tokens after each layer.
             output_attentions: whether to keep the attention probabilities.
             after_layer: reads or changes the tokens before the first layer and after each, before any pruning there;
                 it may also bring global tokens in.
             may_prune: `False` keeps all tokens, whatever the config says.
+            on_tokens: called as a layer proceeds, with the number of patch tokens that it has just finished.
         """
+        tokens = embed()
         if after_layer is not None:
             tokens = after_layer(0, tokens)
         states, attentions = [tokens] if output_hidden_states else [], []
         # Where all states are kept anyway, those before pruning cost nothing.
         keeps_removed = output_hidden_states or self.config.unprune is not None
+        overwrites = not output_hidden_states and after_layer is None
         mask = self._attention_mask(tokens)
         for number, layer in enumerate(self.layers, start=1):
             prunes_here = may_prune and self.config.prunes and number == self.config.prune_after_layer
-            tokens, weights, scores = _run(layer, tokens, mask, prunes_here)
+            tokens, weights, scores = _run(layer, tokens, mask, prunes_here, overwrites, on_tokens)
             if output_attentions:
                 attentions.append((weights, tokens.grid))
             if output_hidden_states:
@@ -285,9 +274,26 @@ class SparsePathViTEncoder(nn.Module):
 
 
 def _run(
-    layer: SparsePathViTLayer, tokens: EncodedTokens, mask: Any, score_tokens: bool
+    layer: SparsePathViTLayer,
+    tokens: EncodedTokens,
+    mask: Any,
+    score_tokens: bool,
+    overwrites: bool,
+    on_tokens: OnTokens | None,
 ) -> tuple[EncodedTokens, torch.Tensor | None, torch.Tensor | None]:
     """One layer; a name for its bare output in the caller would keep removed tokens alive."""
+    if streams(layer, tokens.hidden_states, tokens.grid):
+        hidden_states, scores = run_in_strips(
+            layer,
+            tokens.hidden_states,
+            tokens.grid,
+            overwrites=overwrites,
+            score_tokens=score_tokens,
+            on_tokens=on_tokens,
+        )
+        return tokens._replace(hidden_states=hidden_states), None, scores
     hidden_states, weights, scores = layer(tokens.hidden_states, tokens.grid, mask, score_tokens)
+    if on_tokens is not None:
+        on_tokens(sum(tokens.grid.counts))
     grid = tokens.grid.to(hidden_states.device)  # the layers may lie on several devices
     return tokens._replace(hidden_states=hidden_states, grid=grid), weights, scores

@@ -65,7 +65,11 @@ def _fuses_sum(residual: torch.Tensor, branch: torch.Tensor, *weights: torch.Ten
 
 
 def add_scaled_and_normalise(
-    residual: torch.Tensor, branch: torch.Tensor, scale: torch.Tensor | None, norm: nn.LayerNorm
+    residual: torch.Tensor,
+    branch: torch.Tensor,
+    scale: torch.Tensor | None,
+    norm: nn.LayerNorm,
+    total: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The sum residual + branch * scale, and its LayerNorm.
 
@@ -73,16 +77,17 @@ def add_scaled_and_normalise(
         residual, branch: (..., width).
         scale: (width,) LayerScale, `None` for 1.
         norm: over the width.
+        total: takes the sum, and may be the residual itself; `None` for a new tensor.
 
     Returns:
-        The sum and the normalised sum, each (..., width), both new tensors.
+        The sum and the normalised sum, each (..., width).
     """
     if _fuses_sum(residual, branch, scale, norm.weight, norm.bias):
         from .fused_elementwise_triton import launch_add_scaled
 
-        total = torch.empty_like(residual)
+        total = torch.empty_like(residual) if total is None else total
         return total, launch_add_scaled(residual, branch, scale, total, norm)
-    total = residual + (branch if scale is None else branch * scale)
+    total = torch.add(residual, branch if scale is None else branch * scale, out=total)
     return total, norm(total)
 
 

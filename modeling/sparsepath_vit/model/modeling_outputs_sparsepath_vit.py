@@ -9,6 +9,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClass
 
 from .encoder_sparsepath_vit import EncoderOutput
 from .token_grid import TokenGrid, per_image
+from .token_strips import block_row_ends
+
+# At inference the final norm and the way back to raster order, or pooling, take about so many tokens at a time.
+_TOKENS_AT_ONCE = 4_096
 
 
 @dataclasses.dataclass
@@ -87,6 +91,52 @@ class SparsePathViTImageClassifierOutput(ImageClassifierOutput):
     patch_weights: torch.Tensor | None = None
 
 
+def normalised_in_raster(
+    norm: nn.LayerNorm, tokens: torch.Tensor, grid: TokenGrid, may_overwrite: bool = False
+) -> torch.Tensor:
+    """The final norm, and the way back to raster order.
+
+    At inference it works on a part of the tokens at a time. Block-major and raster order differ only within each row of
+    blocks, so the result can take the place of the tokens, where they all are of equally many tokens an image.
+
+    Args:
+        norm: the final norm.
+        tokens: (*grid.batch_shape, hidden_size).
+        grid: where they are.
+        may_overwrite: whether nobody needs the tokens afterwards.
+
+    Returns:
+        (batch, G + K, hidden_size), K the largest count; images with fewer tokens end in zeros.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not grid.is_uniform:
+        return grid.to_raster(norm(tokens))
+    permutation, ends = grid.raster_permutation(), _ends_of_parts(grid)
+    may_overwrite = may_overwrite and ends is not None
+    packed = tokens.flatten(0, 1)
+    output = packed if may_overwrite else torch.empty_like(packed)
+    if ends is None:
+        ends = [*range(_TOKENS_AT_ONCE, grid.num_tokens, _TOKENS_AT_ONCE), grid.num_tokens]
+    for start, end in zip([0, *ends[:-1]], ends, strict=True):
+        output[start:end] = norm(packed[permutation[start:end]])
+    return output.view(tokens.shape)
+
+
+def _ends_of_parts(grid: TokenGrid) -> list[int] | None:
+    """Packed indices that part the tokens between rows of blocks; `None` where only the device knows these."""
+    ends = []
+    for image, start in enumerate(grid.image_offsets[:-1]):
+        of_image = block_row_ends(grid, image)
+        if of_image is None:
+            return None
+        ends += [start + grid.num_global_tokens + end for end in of_image[1:]]
+    # Short rows of blocks join the part before them.
+    parts = [0]
+    for end, following in zip(ends, [*ends[1:], None], strict=True):
+        if following is None or following - parts[-1] > _TOKENS_AT_ONCE:
+            parts.append(end)
+    return parts[1:]
+
+
 def pooled_features(last_hidden_state: torch.Tensor, grid: TokenGrid, pooling: str) -> torch.Tensor:
     """What stands for a whole image.
 
@@ -102,13 +152,14 @@ def pooled_features(last_hidden_state: torch.Tensor, grid: TokenGrid, pooling: s
     cls_token = last_hidden_state[:, 0].clone()
     if pooling == "cls":
         return cls_token
-    patch_tokens = last_hidden_state[:, grid.num_global_tokens :].float()
+    parts = last_hidden_state[:, grid.num_global_tokens :].split(_TOKENS_AT_ONCE, dim=1)
     weights = weights_in_raster(grid)
     if weights is None:
-        mean = patch_tokens.sum(dim=1) / per_image(grid.counts, cls_token.device)[:, None]
+        total = sum(part.float().sum(dim=1) for part in parts)
+        mean = total / per_image(grid.counts, cls_token.device)[:, None]
     else:
-        shares = weights / weights.sum(dim=1, keepdim=True)
-        mean = (shares[:, :, None] * patch_tokens).sum(dim=1)
+        shares = (weights / weights.sum(dim=1, keepdim=True)).split(_TOKENS_AT_ONCE, dim=1)
+        mean = sum((share[:, :, None] * part.float()).sum(dim=1) for share, part in zip(shares, parts, strict=True))
     return torch.cat([cls_token, mean.to(cls_token.dtype)], dim=-1)
 
 

@@ -15,7 +15,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .attention_registration import ATTENTION_NAME
 from .configuration_sparsepath_vit import SparsePathViTConfig, failure_signatures
-from .embeddings import SparsePathViTEmbeddings, token_grid_of_sizes
+from .embeddings import OnTokens, SparsePathViTEmbeddings, token_grid_of_sizes
 from .encoder_sparsepath_vit import AfterLayer, EncoderOutput, SparsePathViTEncoder, SparsePathViTLayerScale
 from .lora_targets import LoraTargetsMixin
 from .modeling_outputs_sparsepath_vit import (
@@ -23,6 +23,7 @@ from .modeling_outputs_sparsepath_vit import (
     SparsePathViTModelOutput,
     attentions_in_raster,
     hidden_states_in_raster,
+    normalised_in_raster,
     pooled_features,
     positions_in_raster,
     sizes_of_grids,
@@ -120,6 +121,7 @@ class SparsePathViTPreTrainedModel(ModelRemoteCodeMixin, LoraTargetsMixin, PreTr
         output_attentions: bool = False,
         after_layer: AfterLayer | None = None,
         may_prune: bool = True,
+        on_tokens: OnTokens | None = None,
     ) -> EncoderOutput:
         """Embeds the present patch tokens and runs all layers on them.
 
@@ -133,6 +135,9 @@ class SparsePathViTPreTrainedModel(ModelRemoteCodeMixin, LoraTargetsMixin, PreTr
             after_layer: called before the first layer and after each with the number of layers run so far and the
                 tokens; returns the tokens the next layer takes.
             may_prune: `False` keeps all tokens, whatever the config says.
+            on_tokens: called as the forward proceeds, with the number of patch tokens that the embeddings or a layer
+                have just finished, so that a long forward can show where it is and be interrupted. With N patch tokens
+                and L layers the numbers add up to (1 + L) N, or (1 + n) N + (L - n) K where layer n prunes to K.
 
         Returns:
             The tokens in the grid's order, before the final norm. What pruning removed is kept beside them where
@@ -151,8 +156,8 @@ class SparsePathViTPreTrainedModel(ModelRemoteCodeMixin, LoraTargetsMixin, PreTr
             )
         embeddings, encoder = self.base_model.embeddings, self.base_model.encoder
         embed = embeddings if isinstance(pixel_values, torch.Tensor) else embeddings.embed_strips
-        tokens = EncodedTokens(embed(pixel_values, grid), grid)
-        return encoder(tokens, output_hidden_states, output_attentions, after_layer, may_prune)
+        settings = (output_hidden_states, output_attentions, after_layer, may_prune, on_tokens)
+        return encoder(lambda: EncodedTokens(embed(pixel_values, grid, on_tokens), grid), *settings)
 
     def feature_map(self, encoded: EncoderOutput, layer: int) -> torch.Tensor:
         """The tokens after a layer as a map, of a model with a final norm.
@@ -235,24 +240,26 @@ class SparsePathViTModel(SparsePathViTPreTrainedModel):
             output_hidden_states=keeps_states,
             output_attentions=keeps_attentions,
         )
-        return self.finish(encoded)
+        return self.finish(encoded, may_overwrite=not keeps_states)
 
-    def finish(self, encoded: EncoderOutput) -> SparsePathViTModelOutput:
+    def finish(self, encoded: EncoderOutput, *, may_overwrite: bool = False) -> SparsePathViTModelOutput:
         """From encoded tokens to what the model returns: final norm, raster order, pooling, removed tokens.
 
         Args:
             encoded: what `encode` returned.
+            may_overwrite: whether nobody needs `encoded` afterwards, so that its memory may be used at inference.
 
         Raises:
             ValueError: `config.unprune` was set after encoding.
         """
         tokens = encoded.last
-        last_hidden_state = tokens.grid.to_raster(self.norm(tokens.hidden_states))
+        comes_back = self.config.unprune is not None and tokens.pruning is not None
+        last_hidden_state = normalised_in_raster(self.norm, *tokens[:2], may_overwrite and not comes_back)
         # Of the kept tokens, whether the others come back or not.
         pooler_output = pooled_features(last_hidden_state, tokens.grid, self.config.pooling)
-        if self.config.unprune is not None and tokens.pruning is not None:
+        if comes_back:
             tokens = tokens.restored()
-            last_hidden_state = tokens.grid.to_raster(self.norm(tokens.hidden_states))
+            last_hidden_state = normalised_in_raster(self.norm, *tokens[:2], may_overwrite=True)
         return SparsePathViTModelOutput(
             last_hidden_state=last_hidden_state,
             pooler_output=pooler_output,

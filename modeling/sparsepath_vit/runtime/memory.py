@@ -7,9 +7,10 @@ import torch
 
 from ..model.configuration_sparsepath_vit import SparsePathViTConfig
 from ..model.device_memory import available_memory
+from ..model.streamed_layers import tokens_per_strip
 
-# Tensors of (tokens, hidden_size) at the peak of a layer: residual stream, norm, fused qkv, its three parts laid out
-# anew, attended tokens, projection, and the output in raster order.
+# Tensors of (tokens, hidden_size) at the peak of a layer that runs as a whole: residual stream, norm, fused qkv, its
+# three parts laid out anew, attended tokens, projection, and the output in raster order. In strips it needs far less.
 _TOKEN_TENSORS = 14
 
 
@@ -26,8 +27,8 @@ def forward_bytes(config: SparsePathViTConfig, size: tuple[int, int], dtype: tor
     tokens = patches + config.num_global_tokens
     pixels = 2 * 4 * config.num_channels * math.prod(size)  # the image, and its patches
     states = _TOKEN_TENSORS * tokens * config.hidden_size * dtype.itemsize
-    chunk = min(tokens, config.chunk_size_feed_forward or tokens)
-    wide = 3 * chunk * config.intermediate_size * dtype.itemsize
+    in_strips = tokens_per_strip(config, torch.device("cpu")) or tokens
+    wide = 3 * min(tokens, in_strips) * config.intermediate_size * dtype.itemsize
     per_pair = 0
     if config._attn_implementation == "eager":
         per_pair = config.num_attention_heads * (dtype.itemsize + 4)  # logits, and their float32 softmax

@@ -24,18 +24,19 @@ if TYPE_CHECKING:
 NUMERICS_REVISION = 1
 
 # What a forward in evaluation mode does not depend on: training, initial weights (those there are count themselves),
-# how many tokens the MLP takes at once, and what follows from the number of layers.
+# how many tokens a layer takes at once, and what follows from the number of layers.
 HARMLESS_CONFIG_FIELDS = frozenset(
     {
         "attention_dropout",
         "auto_map",
-        "chunk_size_feed_forward",
+        "chunk_size_feed_forward",  # of checkpoints from before `tokens_per_strip`
         "drop_path_rate",
         "hidden_dropout",
         "initializer_range",
         "layerscale_value",
         "reshape_hidden_states",
         "stage_names",
+        "tokens_per_strip",
     }
 )
 # What only refuses images, names classes, or moves the same numbers elsewhere.

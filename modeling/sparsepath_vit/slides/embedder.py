@@ -296,7 +296,7 @@ class SlideEmbedder:
         dense, attention, reading = self.settings.dense, self.settings.attention, Stopwatch()
         start = time.perf_counter()
         if self.settings.whole_slide:
-            slide_options = (tissue, dense, reading, self.tiles, attention)
+            slide_options = (tissue, dense, reading, self.tiles, attention, self.show_progress)
             embedding = embed_slide(self.model, self.processor, slide, self.mpp, *slide_options)
             self.report.reading_seconds += reading.seconds
             self.report.model_seconds += time.perf_counter() - start - reading.seconds

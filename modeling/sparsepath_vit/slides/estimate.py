@@ -14,8 +14,9 @@ from transformers import AutoModel
 
 from ..model.configuration_sparsepath_vit import SparsePathViTConfig
 from ..model.embeddings import token_grid_of_sizes
-from ..model.encoder_sparsepath_vit import feed_forward_chunk_size
+from ..model.streamed_layers import may_stream, tokens_per_strip
 from ..model.token_grid import TokenGrid
+from ..model.token_strips import StripRange, strip_ranges
 from ..runtime.compute import torch_device, weight_dtype
 from ..runtime.cost import forward_flops, tokens_after_pruning
 from ..runtime.measure import measured
@@ -28,7 +29,9 @@ from .tissue import TissueMask, find_tissue
 PROBE_LAYERS = 2
 # Hidden states of this many numbers make the activations of the probe large against what the process holds anyway.
 _PROBE_NUMBERS = 6 * 2**20
-_SMALL_CHUNK = 256
+# Bytes a token that a grid, its tables and its order take beside the hidden states, and those that ranking takes.
+_GRID_BYTES = 64
+_RANKING_BYTES = 96
 _SLIDE_CACHE_BYTES = 64 * 2**20
 
 
@@ -173,15 +176,15 @@ def _estimate(
         tissue_share=tissue_share,
         flops=flops,
         seconds=flops * probe.seconds_per_flop(),
-        peak_bytes=round(probe.peak_bytes(int(largest.sum())) + pixel_bytes),
+        peak_bytes=round(probe.peak_bytes() + pixel_bytes),
     )
 
 
 class _Probe:
     """A model of two layers of the same width, run on a part of the tokens.
 
-    Activations do not depend on the depth, and time and memory grow in proportion to the tokens. The part takes whole
-    token rows, so that the strips, which set the memory of the embeddings, have their real width.
+    Activations do not depend on the depth, and time grows in proportion to the tokens. The part takes whole token rows,
+    so that the strips, which set the memory beside the hidden states, have their real width.
     """
 
     def __init__(
@@ -195,6 +198,7 @@ class _Probe:
         shallow._attn_implementation = config._attn_implementation
         self.model = AutoModel.from_config(shallow, dtype=dtype).to(device).eval()
         self.weight_bytes = _weight_bytes(self.model)
+        self.present = present
         self.part = _rows_with_tokens(present, max(1024, _PROBE_NUMBERS // config.hidden_size))
 
     def seconds_per_flop(self) -> float:
@@ -204,27 +208,44 @@ class _Probe:
                 self._run(self.part)
         return measurement.seconds / forward_flops(self.model.config, _token_grid(self.model.config, self.part))
 
-    def peak_bytes(self, tokens: int) -> float:
-        """Peak memory of the full model on `tokens` tissue tokens, weights included.
+    def peak_bytes(self) -> float:
+        """Peak memory of the full model on all tokens, weights included."""
+        grid = _token_grid(self.model.config, self.present)
+        in_strips = may_stream(self.model.config, grid, self.device)
+        activations = self._bytes_in_strips(grid) if in_strips else self._bytes_of_whole_layers(grid.counts[0])
+        return self.idle_bytes + self._full_weight_bytes() + activations
 
-        The largest of three moments: embedding a strip, attention (measured on two sizes, since it grows with the
-        tokens), and one chunk of the MLP beside four copies of the hidden states.
+    def _bytes_in_strips(self, grid: TokenGrid) -> float:
+        """The largest of three moments: a strip beside all tokens, the kept ones gathered beside them, their copies.
+
+        What a strip takes is measured on a part that has as many rows of blocks as a strip and its surroundings.
         """
-        config, itemsize = self.config, self.dtype.itemsize
-        row = config.hidden_size * itemsize
-        chunk_size = self.model.config.chunk_size_feed_forward
-        self.model.config.chunk_size_feed_forward = _SMALL_CHUNK  # so that attention is the peak of the measured runs
+        config, tokens = self.config, grid.counts[0]
+        row = config.hidden_size * self.dtype.itemsize
+        largest = max(strip.around[1] - strip.around[0] for strip in self._strip_ranges(grid))
+        part = _rows_with_tokens(self.present, largest + 1)
+        tokens_of_part = int(part.sum())
+        strip = self._activation_bytes(part) - tokens_of_part * row
+        held = tokens * (row + _GRID_BYTES)
+        moments = [held + strip]
+        if config.prunes:
+            queries = 1 if config.prune_score == "cls_attention" else config.num_global_tokens
+            moments[0] += 4 * tokens * queries * config.num_attention_heads  # the logits of the global tokens
+            kept = sum(tokens_after_pruning(config, _token_grid(config, self.present)))
+            moments.append(held + kept * row + tokens * _RANKING_BYTES)
+        return max(moments)
+
+    def _strip_ranges(self, grid: TokenGrid) -> list[StripRange]:
+        return strip_ranges(grid, 0, tokens_per_strip(self.model.config, self.device))
+
+    def _bytes_of_whole_layers(self, tokens: int) -> float:
+        """Measured on two sizes, since it grows with the tokens."""
         half = _rows_with_tokens(self.part, max(1, int(self.part.sum()) // 2))
         sizes = [int(part.sum()) for part in (half, self.part)]
         extra = [self._activation_bytes(part) for part in (half, self.part)]
-        self.model.config.chunk_size_feed_forward = chunk_size
+        row = self.config.hidden_size * self.dtype.itemsize
         slope = max((extra[1] - extra[0]) / max(1, sizes[1] - sizes[0]), 4 * row)
-        attention = extra[1] + slope * (tokens - sizes[1])
-        embedding = extra[1] + row * (tokens - sizes[1])
-        widths = (4 if config.mlp_type == "swiglu" else 2) * config.intermediate_size + 3 * config.hidden_size
-        chunk = min(tokens, feed_forward_chunk_size(self.model.config, self.device) or tokens)
-        mlp = 4 * tokens * row + chunk * widths * itemsize
-        return self.idle_bytes + self._full_weight_bytes() + max(attention, embedding, mlp)
+        return extra[1] + slope * (tokens - sizes[1])
 
     def _full_weight_bytes(self) -> int:
         layer = _weight_bytes(self.model.encoder.layers[0])
@@ -252,7 +273,7 @@ _ARCHITECTURE = (
     *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "mlp_type", "qkv_bias"),
     *("use_layerscale", "num_register_tokens", "patch_size", "image_size", "num_channels"),
     *("num_prefix_position_embeddings", "pooling", "window_size", "neighbor_radius", "num_context_tokens"),
-    *("prune_ratio", "chunk_size_feed_forward"),
+    *("prune_ratio", "tokens_per_strip"),
 )
 
 

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
+from ..runtime.cost import tokens_after_pruning
 from ..runtime.pixels import prepare
 from ..runtime.short_repr import ShortRepr
 from .backends import SlideError
@@ -24,6 +26,7 @@ from .tiles import TileFeatures, Tiles, pool_tiles
 from .tissue import TissueMask, find_tissue
 
 if TYPE_CHECKING:
+    from ..model.configuration_sparsepath_vit import SparsePathViTConfig
     from ..model.encoder_sparsepath_vit import EncoderOutput
     from ..model.image_processing_sparsepath_vit import SparsePathViTImageProcessor
     from ..model.modeling_outputs_sparsepath_vit import SparsePathViTModelOutput
@@ -35,6 +38,7 @@ Result = TypeVar("Result")
 
 _STRIP_PIXELS = 8 * 2**20  # a strip's pixels, patches and positions exist beside the tokens of the whole slide
 _STRIP_ROWS = 32
+_SECONDS_UNTIL_PROGRESS = 2.0
 _GAP_TOKENS = 16  # shorter background between tissue is read along: seeking costs more
 
 
@@ -138,6 +142,7 @@ def embed_slide(
     reading: Stopwatch | None = None,
     tiles: Tiles | None = None,
     attention: str | None = None,
+    show_progress: bool = False,
 ) -> Embedding:
     """Embeds all tissue of a slide as one sparse token grid in one forward.
 
@@ -154,6 +159,7 @@ def embed_slide(
         reading: counts the time spent waiting for pixels.
         tiles: over which tiles to average the patch tokens, from the slide's top left corner.
         attention: whether to return that of the global tokens; see `embed_regions`.
+        show_progress: whether to draw a progress bar over the layers and their strips.
 
     Raises:
         SlideError: the slide cannot be read, or has no tissue.
@@ -181,7 +187,8 @@ def embed_slide(
     with closing(slide_strips(slide, present, patch_size, mpp)) as strips:
         waited_for = strips if reading is None else reading.watch(strips)
         pixels = (prepare(processor, [strip], model.device)["pixel_values"] for strip in waited_for)
-        return forward_strips(model, pixels, present, dense, tiles, attention)
+        title = slide.name if show_progress else None
+        return forward_strips(model, pixels, present, dense, tiles, attention, title)
 
 
 @torch.no_grad()
@@ -192,6 +199,7 @@ def forward_strips(
     dense: bool,
     tiles: Tiles | None = None,
     attention: str | None = None,
+    progress: str | None = None,
 ) -> Embedding:
     """The model on one image that arrives in strips.
 
@@ -203,9 +211,12 @@ def forward_strips(
         dense: whether to return the features of the patch tokens.
         tiles: over which tiles to average them.
         attention: whether to return that of the global tokens; see `embed_regions`.
+        progress: the title of a progress bar over the layers and their strips; `None` for no bar.
     """
     patch_mask = torch.from_numpy(present).to(model.device)
-    encoded, outputs, listener = _encode(model, strips, model.token_grid_of_image(patch_mask), attention)
+    grid = model.token_grid_of_image(patch_mask)
+    with _progress_bar(model.config, grid, progress) as bar:
+        encoded, outputs, listener = _encode(model, strips, grid, attention, bar.update)
     embedding = _embedding(outputs, 0, patch_mask, present.shape, dense, model.config.leaves_representatives, tiles)
     return _with_attention(embedding, encoded, listener, 0)
 
@@ -215,11 +226,12 @@ def _encode(
     pixels: torch.Tensor | Iterable[torch.Tensor],
     grid: "TokenGrid",
     attention: str | None,
+    on_tokens: Callable[[int], object] | None = None,
 ) -> tuple["EncoderOutput", "SparsePathViTModelOutput", GlobalAttention | None]:
     """The forward of the model, and what listened to it where attention is asked for."""
     listener = None if attention is None else GlobalAttention(model, attention)
-    encoded = model.encode(pixels, grid, after_layer=listener)
-    return encoded, model.finish(encoded), listener
+    encoded = model.encode(pixels, grid, after_layer=listener, on_tokens=on_tokens)
+    return encoded, model.finish(encoded, may_overwrite=True), listener
 
 
 def _with_attention(
@@ -236,6 +248,24 @@ def _with_attention(
         everywhere[np.searchsorted(shown, seen)] = probabilities
         probabilities = everywhere
     return replace(embedding, attention=probabilities)
+
+
+def _progress_bar(config: "SparsePathViTConfig", grid: "TokenGrid", title: str | None) -> tqdm:
+    """One bar for a whole forward: each patch token counts once for the embeddings and once for each layer."""
+    layers_before = (
+        min(config.prune_after_layer, config.num_hidden_layers) if config.prunes else config.num_hidden_layers
+    )
+    tokens, kept = sum(grid.counts), sum(tokens_after_pruning(config, grid))
+    total = (1 + layers_before) * tokens + (config.num_hidden_layers - layers_before) * kept
+    return tqdm(
+        total=total,
+        desc=title,
+        unit="token",
+        unit_scale=True,
+        leave=False,
+        delay=_SECONDS_UNTIL_PROGRESS,
+        disable=title is None,
+    )
 
 
 def strip_rows(columns: int, patch_size: int) -> int:

@@ -64,7 +64,7 @@ class EmbeddingStore:
             there = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise StoreError(f"{path} is damaged ({error}): remove it, or choose another folder.") from error
-        if keys := _differing(there, self.settings):
+        if keys := differing_settings(there, self.settings):
             differences = "; ".join(f"{key}: {there.get(key)!r} there, {self.settings.get(key)!r} now" for key in keys)
             raise StoreError(
                 f"{self.folder} holds embeddings made with other settings ({differences}). Files of both would be "
@@ -92,7 +92,7 @@ class EmbeddingStore:
         except (OSError, ValueError) as error:
             logger.warning("%s cannot be read (%s) and is made again.", path, error)
             return False
-        if _differing(settings or {}, self.settings):
+        if differing_settings(settings or {}, self.settings):
             raise StoreError(
                 f"{path} was not made with the settings of this folder: remove it, or choose another folder."
             )
@@ -203,10 +203,23 @@ class EmbeddingStore:
             path.unlink()
 
 
-def _differing(there: dict[str, Any], now: dict[str, Any]) -> list[str]:
+def differing_settings(there: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """The settings that differ; one that an earlier version did not know was off there."""
     differing = [key for key in sorted({*there, *now}) if there.get(key) != now.get(key)]
     return [key for key in differing if (key in there and key in now) or there.get(key) or now.get(key)]
+
+
+def read_settings(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """What the embeddings in a folder were made with.
+
+    Raises:
+        ValueError: its `settings.json` is missing or damaged.
+    """
+    path = Path(folder) / SETTINGS_FILE
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read ({error}): {folder} is no folder that embed has written.") from error
 
 
 class SlideWriter:

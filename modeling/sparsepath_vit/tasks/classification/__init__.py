@@ -13,6 +13,14 @@ if TYPE_CHECKING:
     from .metrics import evaluate_predictions
     from .roi_files import load_labelled_rois, load_roi_dataset, save_roi_dataset
     from .rois import Roi, RoiDataset
+    from .slide_bags import SlideBags, read_bags, read_labelled_bags
+    from .slide_classifier import (
+        SlideClassifier,
+        load_slide_classifier,
+        predict_slides,
+        save_slide_classifier,
+        train_slide_classifier,
+    )
 
 __getattr__, __dir__ = lazy_names(
     __name__,
@@ -24,6 +32,14 @@ __getattr__, __dir__ = lazy_names(
         "metrics": ("evaluate_predictions",),
         "roi_files": ("load_labelled_rois", "load_roi_dataset", "save_roi_dataset"),
         "rois": ("Roi", "RoiDataset"),
+        "slide_bags": ("SlideBags", "read_bags", "read_labelled_bags"),
+        "slide_classifier": (
+            "SlideClassifier",
+            "load_slide_classifier",
+            "predict_slides",
+            "save_slide_classifier",
+            "train_slide_classifier",
+        ),
     },
 )
 
@@ -38,14 +54,22 @@ __all__ = [
     "RoiDataset",
     "RoiImages",
     "RoiTrainer",
+    "SlideBags",
+    "SlideClassifier",
     "compute_features",
     "embed_rois",
     "evaluate_predictions",
     "load_labelled_rois",
     "load_roi_dataset",
+    "load_slide_classifier",
     "merge_head",
+    "predict_slides",
     "probe",
+    "read_bags",
     "read_image_folder",
+    "read_labelled_bags",
     "save_roi_dataset",
+    "save_slide_classifier",
+    "train_slide_classifier",
     "with_lora",
 ]

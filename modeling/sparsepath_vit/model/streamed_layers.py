@@ -1,0 +1,200 @@
+# Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
+"""Layers at inference, strip by strip: what exists at once is the hidden states and one strip of everything else.
+
+A strip needs queries, keys and values of its own tokens and keys and values of the block rows around it, all made from
+the layer's input. So the strips of an image are worked through from the top, each written over its own input as soon as
+it is done: the rows below have been read by then, and of the rows above the keys and values are kept. The global tokens
+are read first and written last, when they have attended to every strip.
+
+A layer is a `SparsePathViTLayer`; the encoder, which defines it, is built on this file.
+"""
+
+import torch
+from torch import nn
+
+from .attention_registration import ATTENTION_NAME
+from .attention_strips import MergedAttention, prepare_strips, strip_attention
+from .configuration_sparsepath_vit import SparsePathViTConfig
+from .embeddings import OnTokens
+from .streamed_prune_scores import PruneLogits
+from .token_grid import TokenGrid
+from .token_strips import TokenStrip, strips_of
+
+# Patch tokens of a strip. On a CPU 2,048 to 8,192 took the same time, within noise, and larger ones more (ViT-S/14 and
+# UNI2-h's shape, 1400 and 3430 px). On CUDA matrix products have to fill the card: in tiles of 128 x 256, `fc2` of
+# UNI2-h has 192 programs for 4,096 tokens, 1.45 rounds on the 132 multiprocessors of an H100, so that the second is
+# half empty; for 16,384 tokens it has 5.8 rounds.
+TOKENS_PER_STRIP = {"cuda": 16_384}
+TOKENS_PER_STRIP_ELSEWHERE = 4_096
+
+
+def tokens_per_strip(config: SparsePathViTConfig, device: torch.device) -> int:
+    """`config.tokens_per_strip`, or what is best on a device where that is `None`; 0 for no strips."""
+    if config.tokens_per_strip is not None:
+        return config.tokens_per_strip
+    return TOKENS_PER_STRIP.get(device.type, TOKENS_PER_STRIP_ELSEWHERE)
+
+
+def may_stream(config: SparsePathViTConfig, grid: TokenGrid, device: torch.device) -> bool:
+    """Whether a model's layers run strip by strip on the tokens of a grid, where nothing of `streams` is against it."""
+    most_tokens = tokens_per_strip(config, device)
+    if not most_tokens or max(grid.counts) <= most_tokens or config._attn_implementation != ATTENTION_NAME:
+        return False
+    return not grid.has_context
+
+
+def streams(layer: nn.Module, hidden_states: torch.Tensor, grid: TokenGrid) -> bool:
+    """Whether a layer runs strip by strip on these tokens.
+
+    It does at inference, where an image has more tokens than a strip. It does not where somebody wants to see the whole
+    layer at work: autograd, torch.compile, a hook on it or on a part of it, a dense attention implementation; nor with
+    context tokens, which are keys from all over the image.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing() or layer.training:
+        return False
+    if not may_stream(layer.config, grid, hidden_states.device):
+        return False
+    if any(parameter.dtype != hidden_states.dtype for parameter in layer.parameters()):
+        return False
+    return not any(
+        module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module) for module in layer.modules()
+    )
+
+
+def run_in_strips(
+    layer: nn.Module,
+    hidden_states: torch.Tensor,
+    grid: TokenGrid,
+    *,
+    overwrites: bool,
+    score_tokens: bool = False,
+    on_tokens: OnTokens | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """One layer, strip by strip; the numbers of `layer(hidden_states, grid)`.
+
+    Args:
+        layer: in evaluation mode, one that `streams`.
+        hidden_states: (*grid.batch_shape, hidden_size).
+        grid: where the tokens are.
+        overwrites: whether the result is written over `hidden_states`.
+        score_tokens: whether prune scores are wanted.
+        on_tokens: called after each strip.
+
+    Returns:
+        (*grid.batch_shape, hidden_size), and the prune scores, (T,) float32 in the grid's order, or `None`.
+    """
+    output = hidden_states if overwrites else torch.empty_like(hidden_states)
+    packed, packed_output = hidden_states.flatten(0, 1), output.flatten(0, 1)  # (M, hidden_size), views
+    most_tokens = tokens_per_strip(layer.config, hidden_states.device)
+    scores, all_strips = [], strips_of(grid, most_tokens)
+    for strips in all_strips:
+        prepare_strips(strips, packed.new_empty(0, layer.attention.head_dim))
+    for strips in all_strips:
+        logits = PruneLogits(layer.attention.scaling, layer.config.prune_score) if score_tokens else None
+        _run_image(layer, packed, packed_output, strips, logits, on_tokens)
+        if logits is not None:
+            scores.append(logits.scores())
+    return output, torch.cat(scores) if score_tokens else None
+
+
+def _run_image(
+    layer: nn.Module,
+    hidden_states: torch.Tensor,
+    output: torch.Tensor,
+    strips: list[TokenStrip],
+    logits: PruneLogits | None,
+    on_tokens: OnTokens | None,
+) -> None:
+    """One image of a batch: reads its part of (M, hidden_size) hidden states and writes that of the output."""
+    num_globals, attention = strips[0].num_global_tokens, MergedAttention()
+    global_tokens = slice(strips[0].image_start, strips[0].image_start + num_globals)
+    window = _Window(layer, hidden_states, strips)
+    for strip in strips:
+        query, key, value = window.states_of(strip)
+        attended, logsumexp = strip_attention(query, key, value, strip, scale=layer.attention.scaling)
+        attention.add(attended[:, :num_globals], logsumexp)
+        if logits is not None:
+            logits.add(query[:, :num_globals], key, value, strip)
+        own = slice(*strip.own_in_batch)
+        _finish(layer, hidden_states[own], attended[:, num_globals:], output[own])
+        if on_tokens is not None:
+            on_tokens(own.stop - own.start)
+    attended = attention.merged().to(hidden_states.dtype)
+    _finish(layer, hidden_states[global_tokens], attended, output[global_tokens])
+
+
+def _finish(layer: nn.Module, hidden_states: torch.Tensor, attended: torch.Tensor, output: torch.Tensor) -> None:
+    """The layer after attention: (tokens, hidden_size), with (heads, tokens, head_dim) attended, to the output."""
+    branch = layer.attention.projection(attended.transpose(0, 1).flatten(1))
+    layer.add_branches(hidden_states, branch, output)
+
+
+class _Window:
+    """Queries, keys and values around the strip in work: made once for each token, kept as long as they are needed.
+
+    Args:
+        layer: makes them.
+        hidden_states: (M, hidden_size) of the batch.
+        strips: of the image, in which order they will be asked for.
+    """
+
+    def __init__(self, layer: nn.Module, hidden_states: torch.Tensor, strips: list[TokenStrip]) -> None:
+        self._layer, self._hidden_states = layer, hidden_states
+        self._end = strips[0].image_start  # packed index of the first token that none are made of yet
+        num_globals, first = strips[0].num_global_tokens, strips[0].own_in_batch[0]
+        # Rows below a strip are made with it: their queries wait.
+        most_queries = max(strip.around_in_batch[1] - strip.own_in_batch[0] for strip in strips)
+        most_keys = max(strip.num_tokens for strip in strips) - num_globals
+        self._queries = _Kept(num_globals + most_queries, num_globals, first)
+        self._keys_values = _Kept(num_globals + most_keys, num_globals, first)
+
+    def states_of(self, strip: TokenStrip) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Query (heads, G + S, head_dim), key and value (heads, M, head_dim) of a strip, the next one of the image."""
+        attention, width = self._layer.attention, self._hidden_states.shape[1]
+        first_key, end = strip.around_in_batch
+        self._queries.forget(strip.own_in_batch[0])
+        self._keys_values.forget(first_key)
+        if end > self._end:  # else the strip before has seen all
+            qkv = attention.qkv(self._layer.norm1(self._hidden_states[self._end : end]))  # (tokens, 3 * width)
+            self._queries.append(qkv[:, :width])
+            self._keys_values.append(qkv[:, width:])
+            self._end = end
+        states = (self._queries.states()[: strip.num_queries], *self._keys_values.states().split(width, dim=1))
+        return tuple(state.unflatten(1, (attention.num_heads, attention.head_dim)).transpose(0, 1) for state in states)
+
+
+class _Kept:
+    """Something of the global tokens and of consecutive patch tokens, the first of which are forgotten as others come.
+
+    Args:
+        most_tokens: at most so many are kept at once.
+        num_globals: how many global tokens come first.
+        first: packed index of the first patch token.
+    """
+
+    def __init__(self, most_tokens: int, num_globals: int, first: int) -> None:
+        self._most_tokens, self._num_globals, self._first = most_tokens, num_globals, first
+        self._buffer: torch.Tensor | None = None  # (most_tokens, features)
+        self._length = 0
+
+    def states(self) -> torch.Tensor:
+        """(G + tokens, features) of what is kept."""
+        return self._buffer[: self._length]
+
+    def append(self, states: torch.Tensor) -> None:
+        """Keeps those of the next tokens, (tokens, features)."""
+        if self._buffer is None:
+            self._buffer = states.new_empty(self._most_tokens, states.shape[1])
+        self._buffer[self._length : self._length + len(states)] = states
+        self._length += len(states)
+
+    def forget(self, first: int) -> None:
+        """Forgets the patch tokens before a packed index."""
+        passed, start = first - self._first, self._num_globals
+        if passed == 0:
+            return
+        # In pieces as long as the way they go, so that none is written over before it is read.
+        for piece in range(start, self._length - passed, passed):
+            end = min(piece + passed, self._length - passed)
+            self._buffer[piece:end] = self._buffer[piece + passed : end + passed]
+        self._first, self._length = first, self._length - passed
