@@ -6,7 +6,7 @@ import pytest
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # while it lives no other test of this process could run an event loop
 def chromium():
     """A headless Chromium of this machine; skips without one, or without its driver."""
     driver = pytest.importorskip("playwright.sync_api", reason="needs playwright (the extra dev)")

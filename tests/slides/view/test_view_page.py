@@ -65,6 +65,11 @@ class Window:
         slide = viewer._slides[0]
         self.page.wait_for_function(FITTED, arg=np.abs(slide.to_page(np.array(slide.slide.dimensions))).tolist())
 
+    def shows(self, slide, x, y):
+        """Whether the frame holds the slide from level-0 pixel (x, y) on; it is moved there."""
+        self.show(x / 2, y / 2)
+        return self.difference(slide, x, y) < 3
+
     def show(self, x, y, scale=0.5):
         """Shows the micrometre (x, y) in the frame's top left corner, `scale` micrometres per screen pixel."""
         self.page.evaluate(SHOW, [x, y, scale])
@@ -144,8 +149,7 @@ def window(chromium, opened):
 def test_the_page_shows_the_slide_at_its_place_and_asks_no_other_host(window, opened, embedded):
     window.show_the_slide_alone()
     slide = Slide(embedded[0])
-    window.show(50, 30)
-    until(lambda: window.difference(slide, 100, 60) < 3, "the slide")
+    until(lambda: window.shows(slide, 100, 60), "the slide")
     for x, y in ((96, 60), (104, 60), (100, 56), (100, 64)):
         assert window.difference(slide, x, y) > 4.5
     assert window.page.title() == "slide: SparsePathViT"
@@ -274,9 +278,7 @@ def test_a_drawn_polygon_is_pooled_and_saved_for_qupath(window, opened):
 
 def test_outlines_of_regions_and_tissue_are_drawn(window, opened):
     window.show_the_slide_alone()
-    window.show(0, 0)
-    slide = opened._slides[0].slide
-    until(lambda: window.difference(slide, 0, 0) < 3, "the slide alone")
+    until(lambda: window.shows(opened._slides[0].slide, 0, 0), "the slide alone")
     before = window.picture().astype(int)
     window.page.evaluate('Bokeh.documents[0].get_model_by_name("outlines").active = [0, 1]')
     region = opened._slides[0].regions().boxes[0].astype(int)
@@ -295,8 +297,7 @@ def test_a_slide_without_an_embedding_says_which_command_makes_it(chromium, embe
     with open_viewer([embedded[0]]) as viewer:
         window = Window(chromium, viewer)
         assert "sparsepath embed slide.tiff --model MODEL --out dense --dense" in window.text("message")
-        window.show(50, 30)
-        until(lambda: window.difference(Slide(embedded[0]), 100, 60) < 3, "the slide")
+        until(lambda: window.shows(Slide(embedded[0]), 100, 60), "the slide")
         window.click(200, 200)
         window.page.close()
         assert not window.errors
@@ -333,8 +334,7 @@ def test_polygons_of_a_file_and_probabilities_are_drawn(chromium, embedded, tmp_
     with open_viewer([embedded[0]], [embedded[1]], **extra) as viewer:
         window = Window(chromium, viewer)
         window.show_the_slide_alone()
-        window.show(0, 0)
-        until(lambda: window.difference(viewer._slides[0].slide, 0, 0) < 3, "the slide")
+        until(lambda: window.shows(viewer._slides[0].slide, 0, 0), "the slide")
         before = window.picture().astype(int)
         window.page.evaluate('Bokeh.documents[0].get_model_by_name("outlines").active = [2]')
 

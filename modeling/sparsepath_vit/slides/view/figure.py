@@ -36,7 +36,7 @@ _BAR_PLACES = (0.0, 0.25, 0.5, 0.75, 1.0)
 _PALETTE = [f"#{r:02x}{g:02x}{b:02x}" for r, g, b in heat_colors(np.linspace(0, 1, 256)).tolist()]
 _NO_PALETTE = ["#ffffff"]
 _NAME_LENGTH = 13  # letters under a thumbnail
-_BLANK = "\N{NO-BREAK SPACE}"  # as high as any label
+_INVISIBLE = 1 / 512  # an alpha of 0 takes the text's place away, too
 _EMPTY_IMAGE = {"image": [], "values": [], "x": [], "y": [], "dw": [], "dh": []}
 _SAY_POSITION = """
 const {x, y} = cb_obj
@@ -167,17 +167,20 @@ class SlideFigure:
         else:
             self._label_bar(values.unit or values.name, bar_labels(grid[present], values.limits))
 
-    def _label_bar(self, title: str, labels: list[float] | None) -> None:
-        """What the colours mean; without numbers the bar is empty, so that the slide keeps its place."""
-        texts = [_BLANK] * len(_BAR_PLACES) if labels is None else [f"{label:.3g}" for label in labels]
-        self.color_bar.title = title
-        self.color_bar.color_mapper.palette = _NO_PALETTE if labels is None else _PALETTE
-        self.color_bar.major_label_overrides = dict(zip(_BAR_PLACES, texts, strict=True))
+    def _label_bar(self, title: str | None, labels: list[float] | None) -> None:
+        """What the colours mean; what there is not is written invisibly, so that the slide keeps its place."""
+        bar, has_numbers = self.color_bar, labels is not None
+        bar.title, bar.title_text_alpha = title or "colours", _INVISIBLE if title is None else 1.0
+        bar.color_mapper.palette = _PALETTE if has_numbers else _NO_PALETTE
+        bar.major_label_text_alpha = 1.0 if has_numbers else _INVISIBLE
+        if has_numbers:
+            texts = [f"{label:.3g}" for label in labels]
+            bar.major_label_overrides = dict(zip(_BAR_PLACES, texts, strict=True))
 
     def clear_overlay(self) -> None:
         """Takes the colours away."""
         self.overlay.data = dict(_EMPTY_IMAGE)
-        self._label_bar(_BLANK, None)
+        self._label_bar(None, None)
 
     def mark(self, slide: ViewedSlide, corner: np.ndarray, size: tuple[float, float]) -> None:
         """Draws a frame around the token whose top left corner is this level-0 pixel."""
@@ -240,6 +243,7 @@ class SlideFigure:
         self.color_bar = ColorBar(
             color_mapper=LinearColorMapper(palette=_NO_PALETTE, low=0, high=1),
             ticker=FixedTicker(ticks=list(_BAR_PLACES)),
+            title="colours",
             orientation="horizontal",
             location="center",
             width=320,
