@@ -111,8 +111,7 @@ def passes_of(part: str) -> list[tuple[tuple[int, ...], tuple[int, ...], list[Jo
         return [(every, (700,), jobs + [Job(name, 1024, 0.6, True) for name in BEST])]
     if part == "definition":
         jobs = [Job("paper"), *(Job(name, 1024) for name in CANDIDATES)]
-        more = [Job(name, 1024, seed=seed) for name in CANDIDATES for seed in (0, 1)]
-        return [(SCREENED, (700, 1022), jobs), (SCREENED, (700,), more)]
+        return [(SCREENED, (700, 1022), jobs)]
     screened = [Job(name, 1024) for name in RULES if name not in (*ON_ALL_IMAGES, *CANDIDATES)]
     screened += [Job(name, 256) for name in BEST]
     return [
