@@ -58,7 +58,7 @@ def cross_validated(
         folds = StratifiedGroupKFold(num_folds, shuffle=True, random_state=seed)
         for train, held_out in folds.split(features, labels, of_item):
             penalty = chosen_penalty(features[train], labels[train], of_item[train], num_classes)
-            head = fit_head(features[train], labels[train], num_classes, ProbeSettings(), penalty)
+            head = balanced_head(features[train], labels[train], num_classes, penalty)
             probabilities[seed, held_out] = softmax(head, features[held_out])
     return Probe(probabilities, labels, of_item)
 
@@ -72,12 +72,23 @@ def chosen_penalty(features: np.ndarray, labels: np.ndarray, groups: np.ndarray,
         for train, held_out in folds:
             if len(np.unique(labels[train])) < 2:
                 continue
-            head = fit_head(features[train], labels[train], num_classes, ProbeSettings(), penalty)
+            head = balanced_head(features[train], labels[train], num_classes, penalty)
             of_label = softmax(head, features[held_out])[np.arange(len(held_out)), labels[held_out]]
             total -= np.log(of_label).sum()
         return total
 
     return min(reversed(PENALTIES), key=loss)
+
+
+def balanced_head(features: np.ndarray, labels: np.ndarray, num_classes: int, penalty: float) -> LinearHead:
+    """A head for classes that are equally frequent: the shares of the training labels are taken out of its bias.
+
+    With few items a class that is rare in the training folds is frequent in the one held out: a head that knows the
+    shares, and under a strong penalty little else, would be worse than chance.
+    """
+    head = fit_head(features, labels, num_classes, ProbeSettings(), penalty)
+    shares = np.bincount(labels, minlength=num_classes) / len(labels)
+    return LinearHead(head.weight, head.bias - np.log(np.where(shares > 0, shares, 1.0)))
 
 
 def softmax(head: LinearHead, features: np.ndarray) -> np.ndarray:

@@ -12,10 +12,12 @@ from studies.against_tiles import features
 from studies.against_tiles.datasets import cells_of_three_kinds, nuclei
 from studies.against_tiles.probes import (
     PENALTIES,
+    balanced_head,
     chosen_penalty,
     cross_validated,
     difference_with_interval,
     score_with_interval,
+    softmax,
 )
 
 
@@ -155,3 +157,17 @@ def test_without_weights_the_way_to_them_is_named(tmp_path, run_script, monkeypa
         run_script(against_tiles, "--data-dir", str(tmp_path))
     with pytest.raises(SystemExit, match="--parts slides unknown"):
         run_script(against_tiles, "--data-dir", str(tmp_path), "--parts", "slides")
+
+
+def test_shares_of_the_training_labels_say_nothing():
+    """Heads of features that say nothing were worse than chance: the held-out class is rare where it is held out."""
+    generator = np.random.default_rng(0)
+    labels, groups = np.repeat([0, 1, 2], 11), np.repeat(np.arange(11), 3)
+    head = balanced_head(generator.standard_normal((30, 5)), labels[:30], 3, 1e6)
+    probabilities = softmax(head, generator.standard_normal((4, 5)))
+    np.testing.assert_allclose(probabilities, 1 / 3, atol=1e-3)
+    accuracies = []
+    for seed in range(8):
+        features = np.random.default_rng(seed).standard_normal((33, 8))
+        accuracies.append(score_with_interval(cross_validated(features, labels, groups, num_seeds=1)))
+    assert np.mean([found["balanced_accuracy"] for found in accuracies]) > 0.27
