@@ -17,12 +17,9 @@ CONTEXT_SEED, REPRESENTATIVE_SEED, STEP_OF_DRAWS = 0x5EED, 0xCE11, 0x9E3779B9
 MOST_EXACT = 63
 
 
-def cell_side(rows, columns, number, window_size):
-    """The smallest s that gives at most `number` cells, then the next divisor or multiple of the window."""
-    smallest = next(s for s in itertools.count(1) if math.ceil(rows / s) * math.ceil(columns / s) <= number)
-    if window_size is None:
-        return smallest
-    return next(s for s in itertools.count(smallest) if window_size % s == 0 or s % window_size == 0)
+def cell_side(rows, columns, number):
+    """The smallest s that gives at most `number` cells."""
+    return next(s for s in itertools.count(1) if math.ceil(rows / s) * math.ceil(columns / s) <= number)
 
 
 def mixed(value):
@@ -65,7 +62,7 @@ def context_of(batch, image, weights, scores, draw_number=0):
     num_samples, exact = batch.num_context_tokens, exact_of(batch, image, scores)
     if math.prod(batch.sizes[image]) > num_samples:
         num_samples -= min(MOST_EXACT, num_samples // 2)
-    side = cell_side(*batch.sizes[image], num_samples, batch.window_size)
+    side = cell_side(*batch.sizes[image], num_samples)
     others = {token: weight for token, weight in weights.items() if token not in exact}
     drawn = dict(draw(others, side, CONTEXT_SEED + STEP_OF_DRAWS * (draw_number + 1)).values())
     return drawn | {token: weights[token] for token in exact}

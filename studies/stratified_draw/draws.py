@@ -102,6 +102,7 @@ class DrawRule:
         busy: whether the fifth of the area where keys vary most has cells of half the side, the rest of twice the side.
         wide: whether cells may be wider than high, where the bound leaves room for twice as many as square ones.
         mean_values: whether a drawn key carries the mean value of its cell.
+        nests: whether the side of cells divides that of blocks or is a multiple of it.
         references: most regions of blocks whose mean query corrects what its blocks have in common; 0 for none.
     """
 
@@ -113,6 +114,7 @@ class DrawRule:
     busy: bool = False
     wide: bool = False
     mean_values: bool = False
+    nests: bool = True
     references: int = 0
 
 
@@ -179,7 +181,7 @@ def draw(tokens: Tokens, state: LayerState, rule: DrawRule, num_samples: int, wi
     """
     mass = state.mass_by(rule.mass_of)
     num_exact = rule.exact if mass is not None else 0
-    side = cell_side(tokens.grid_size, num_samples - rule.exact, window)
+    side = cell_side(tokens.grid_size, num_samples - rule.exact, window if rule.nests else 1)
     is_sampled = torch.ones(len(tokens.rows), dtype=torch.bool)
     if num_exact:
         is_sampled[mass.topk(min(num_exact, len(is_sampled))).indices] = False

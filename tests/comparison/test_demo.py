@@ -27,9 +27,10 @@ def region(tmp_path):
 def test_the_demo_compares_sparse_and_pruned_with_dense(tmp_path, checkpoint, region):
     report = demo.run_demo(tmp_path / "out", image_file=region, model_source=str(checkpoint), size=80, device="cpu")
     rows = {row.variant: row for row in report.rows}
-    assert [row.size for row in report.rows] == [(80, 80)] * 3
+    assert [row.size for row in report.rows] == [(80, 80)] * 4
     assert rows["dense"].cosine == pytest.approx(1.0)
     assert rows["sparse"].cosine < 0.99999  # large weights: another pattern gives other features
+    assert rows["sparse, whole layers"].cosine == pytest.approx(rows["sparse"].cosine, abs=1e-4)
     assert rows["sparse + pruned"].tokens == (400, 160)
     assert rows["sparse"].keys_per_query < rows["dense"].keys_per_query
     features = load_file(tmp_path / "out" / "features.safetensors")
@@ -46,7 +47,7 @@ def test_a_dense_run_that_would_take_too_long_is_predicted_not_run(tmp_path, che
     assert skipped.variant == "dense"
     assert not skipped.was_run
     assert skipped.seconds > 16 * demo.CROP_SECONDS
-    assert len(report.rows) == 6
+    assert len(report.rows) == 7
     assert pruned_crop.size == (40, 40) or pruned_crop.size == (36, 36)  # a sixteenth of the time: half the side
     assert pruned_crop.cosine is not None
 

@@ -1,9 +1,12 @@
 # Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
 """Each adapter against the toolkit itself. `make interop` runs these files, each in an environment of its own."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
+from places import ROOT
 
 from sparsepath_vit.plugins import FeatureExtractor
 from sparsepath_vit.slides import Slide
@@ -40,3 +43,17 @@ def assert_agree():
         assert np.abs(found - expected).max() <= tolerance * np.abs(expected).max()
 
     return check
+
+
+@pytest.fixture
+def run_snippet(tissue_slide, tmp_path, monkeypatch):
+    """Runs the block of docs/interop.md that needs a toolkit, in a folder that holds `slide.tiff`."""
+
+    def run(toolkit):
+        page = (ROOT / "docs/interop.md").read_text(encoding="utf-8")
+        (code,) = re.findall(rf"<!-- not run: needs {toolkit}, [^\n]*-->\n```python\n(.*?)```", page, re.DOTALL)
+        tissue_slide.rename(tmp_path / "slide.tiff")
+        monkeypatch.chdir(tmp_path)
+        exec(compile(code, "docs/interop.md", "exec"), {"__name__": "reader"})
+
+    return run

@@ -29,3 +29,7 @@ def test_maps_of_layers_for_segmentation(model_folder, assert_agree):
     chosen = ModelFromRegistry("pathology/sparsepath_vit", {**arguments, "out_indices": (0, 3)})(pixels)
     assert_agree(chosen[1], last_two[1])
     assert_agree(last_two[1], FeatureExtractor(model_folder, prune_ratio=0.0).tokens(pixels)[1])
+
+
+def test_the_snippet_of_the_page_runs(run_snippet):
+    run_snippet("eva")

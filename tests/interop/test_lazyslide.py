@@ -84,3 +84,7 @@ def test_our_tables_lie_on_its_tiles(tissue_slide, model_folder, tmp_path, table
     wsi.tables["ours_tiles"] = table
     found = wsi.fetch.features_anndata("ours", tile_graph=False)
     assert np.array_equal(found.X, table.X) and np.array_equal(found.obsm["spatial"], corners)
+
+
+def test_the_snippet_of_the_page_runs(run_snippet):
+    run_snippet("lazyslide")

@@ -75,3 +75,7 @@ def test_a_folder_that_is_none_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv(CHECKPOINTS_VARIABLE, str(tmp_path / "none"))
     with pytest.raises(ValueError, match="is no folder"):
         register_slide2vec_encoders()
+
+
+def test_the_snippet_of_the_page_runs(run_snippet):
+    run_snippet("slide2vec")

@@ -26,3 +26,7 @@ def test_int8_through_from_pretrained_stays_close(name):
         expected, found = model(pixels).pooler_output, quantized(pixels).pooler_output
     similarity = torch.nn.functional.cosine_similarity(expected, found).item()
     assert similarity > 0.999 and not torch.equal(expected, found)
+
+
+def test_the_snippet_of_the_page_runs(run_snippet):
+    run_snippet("torchao")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 pytest.importorskip(
-    "trident.patch_encoder_models", reason="TRIDENT is not installed: make interop TRIDENT=FOLDER tries it"
+    "trident.patch_encoder_models", reason="TRIDENT is not installed: scripts/interop_tests.py --trident tries it"
 )
 
 from trident import load_wsi
@@ -61,3 +61,7 @@ def test_it_reads_our_tiles_as_coordinates_and_as_features(wsi, tissue_slide, mo
     pooled = wsi.extract_slide_features(path, Mean(), str(tmp_path / "slides"), device="cpu")
     with h5py.File(pooled) as file, h5py.File(path) as own:
         assert np.allclose(file["features"][:], own["features"][:].mean(axis=0), atol=1e-5)
+
+
+def test_the_snippet_of_the_page_runs(run_snippet):
+    run_snippet("trident")

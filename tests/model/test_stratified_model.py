@@ -46,7 +46,7 @@ def test_pruning_leaves_the_kept_tokens_and_a_removed_one_a_cell(batch, seed, pr
     left, expected = pruned.grid, {}
     places = list(zip(*(part[kept].tolist() for part in (grid.images(), grid.rows, grid.columns)), strict=True))
     for image in range(len(batch.sizes)):
-        side = cell_side(*batch.sizes[image], number, batch.window_size)
+        side = cell_side(*batch.sizes[image], number)
         chosen = {(row, column) for one, row, column in places if one == image}
         assert len(chosen) == counts[image]
         for token, weight in left_after_pruning(weights[image], chosen, side).items():

@@ -27,19 +27,16 @@ from sparsepath_vit.model.stratified_sampling import cell_side, draw_from_cells
 NUMBERS = st.sampled_from([1, 3, 5, 9, 20, 1000])
 
 
-@given(st.integers(1, 90), st.integers(1, 90), st.integers(1, 2000), st.sampled_from([None, 1, 3, 8, 12]))
-def test_cells_are_the_smallest_that_suffice_and_nest_with_blocks(rows, columns, number, window_size):
-    side = cell_side((rows, columns), number, window_size)
-    assert side == side_by_definition(rows, columns, number, window_size)
+@given(st.integers(1, 90), st.integers(1, 90), st.integers(1, 2000))
+def test_cells_are_the_smallest_that_suffice(rows, columns, number):
+    side = cell_side((rows, columns), number)
+    assert side == side_by_definition(rows, columns, number)
     assert math.ceil(rows / side) * math.ceil(columns / side) <= number
 
 
-@pytest.mark.parametrize(
-    "rows, number, window_size, side",
-    [(50, 1024, 8, 2), (50, 2500, 8, 1), (50, 64, 8, 8), (50, 36, 8, 16), (245, 1024, 8, 8), (50, 300, None, 3)],
-)
-def test_sides_below_equal_to_and_above_the_block(rows, number, window_size, side):
-    assert cell_side((rows, rows), number, window_size) == side
+@pytest.mark.parametrize("rows, number, side", [(50, 961, 2), (50, 2500, 1), (73, 961, 3), (245, 961, 8)])
+def test_sides_of_square_grids(rows, number, side):
+    assert cell_side((rows, rows), number) == side
 
 
 def places_and_weights(grid, context, image):
@@ -133,7 +130,7 @@ def test_each_token_of_a_cell_is_drawn_as_often_as_its_share_of_the_weight():
     assert abs(statistic - 15) < 4 * math.sqrt(2 * 15)
 
 
-@pytest.mark.parametrize("number", [144 + 63, 2 * 36, 2 * 9], ids=["cells below", "equal to", "above the block"])
+@pytest.mark.parametrize("number", [144 + 63, 2 * 36, 2 * 9], ids=["cells of 2 x 2", "4 x 4", "8 x 8"])
 @pytest.mark.parametrize("is_weighted", [False, True])
 def test_numerator_and_denominator_of_a_query_are_unbiased(number, is_weighted):
     """Over 2,000 draws the mean of both sums is that over all keys, within 4 standard errors."""
@@ -163,7 +160,7 @@ def test_numerator_and_denominator_of_a_query_are_unbiased(number, is_weighted):
 
 def test_cells_without_a_sample_are_refused():
     with pytest.raises(ValueError, match=r"num_samples=0 is not possible: it must be at least 1"):
-        cell_side((3, 3), 0, 2)
+        cell_side((3, 3), 0)
 
 
 def test_a_negative_number_is_refused():

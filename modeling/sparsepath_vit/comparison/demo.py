@@ -36,7 +36,7 @@ class DemoRow:
 
     Attributes:
         size: (height, width) in pixels.
-        variant: "dense", "sparse" or "sparse + pruned".
+        variant: "dense", "sparse" or "sparse + pruned"; "sparse, whole layers" where no layer ran strip by strip.
         tokens: patch tokens before the first and after the last layer.
         keys_per_query: on average, before pruning.
         seconds: measured, or predicted where `was_run` is False.
@@ -81,6 +81,8 @@ def run_demo(
 ) -> DemoReport:
     """Runs one region dense (only where it finishes within the budget), sparse, and sparse with pruning.
 
+    Layers run strip by strip; beside it stands a run of whole layers, for its peak memory.
+
     Args:
         output_dir: where features and pictures go.
         image_file: any image Pillow reads, cropped to `size` around its centre; scikit-image's bundled
@@ -95,14 +97,18 @@ def run_demo(
     model, processor, name = _load(model_source, device)
     image = _load_region(image_file, size)
     output_dir.mkdir(parents=True, exist_ok=True)
-    sparse_settings = {"window_size": model.config.window_size or 8, "prune_ratio": 0.0}
+    strips = {"tokens_per_strip": model.config.tokens_per_strip}
+    sparse_settings = {"window_size": model.config.window_size or 8, "prune_ratio": 0.0, **strips}
     pruned_settings = {**sparse_settings, "prune_ratio": model.config.prune_ratio or RECOMMENDED_PRUNE_RATIO}
-    with tqdm(total=3, desc="demo", unit="run") as progress:
+    whole_settings = {**sparse_settings, "tokens_per_strip": 0}
+    with tqdm(total=4, desc="demo", unit="run") as progress:
         inputs = _process(processor, image, device)
         sparse_row, sparse = _run(model, inputs, image, "sparse", sparse_settings, progress)
         pruned_row, pruned = _run(model, inputs, image, "sparse + pruned", pruned_settings, progress)
+        whole_row, whole = _run(model, inputs, image, "sparse, whole layers", whole_settings, progress)
         dense_row, dense = _dense_if_affordable(model, inputs, image, sparse_row, dense_budget, progress)
-        rows = _with_cosines([dense_row, sparse_row, pruned_row], [dense, sparse, pruned])
+        rows = [dense_row, sparse_row, whole_row, pruned_row]
+        rows = _with_cosines(rows, [dense, sparse, whole, pruned])
         if dense is None:
             crop = _crop_center(image, _affordable_size(dense_row, model.config.patch_size))
             progress.total += 3

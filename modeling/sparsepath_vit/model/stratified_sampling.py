@@ -31,14 +31,12 @@ class CellSample(NamedTuple):
     weights: torch.Tensor
 
 
-def cell_side(grid_size: tuple[int, int], num_samples: int, window_size: int | None) -> int:
+def cell_side(grid_size: tuple[int, int], num_samples: int) -> int:
     """Tokens per side of the square cells that give at most `num_samples` samples of a grid.
 
     Args:
         grid_size: (rows, columns) of the token grid.
         num_samples: how many samples are asked for, at least 1.
-        window_size: tokens per block side. The cells are enlarged to the next side that divides it or is a multiple of
-            it, so that cells and blocks nest; `None` leaves them as they are.
 
     Raises:
         ValueError: no sample is asked for.
@@ -48,9 +46,6 @@ def cell_side(grid_size: tuple[int, int], num_samples: int, window_size: int | N
     side = 1
     while math.prod(cell_counts(grid_size, side)) > num_samples:
         side += 1
-    if window_size is not None:
-        while window_size % side and side % window_size:
-            side += 1
     return side
 
 

@@ -20,10 +20,10 @@ from .streamed_prune_scores import PruneLogits
 from .token_grid import TokenGrid
 from .token_strips import TokenStrip, strips_of
 
-# Patch tokens of a strip. On a CPU 2,048 to 8,192 took the same time, within noise, and larger ones more (ViT-S/14 and
-# UNI2-h's shape, 1400 and 3430 px). On CUDA matrix products have to fill the card: in tiles of 128 x 256, `fc2` of
-# UNI2-h has 192 programs for 4,096 tokens, 1.45 rounds on the 132 multiprocessors of an H100, so that the second is
-# half empty; for 16,384 tokens it has 5.8 rounds.
+# Patch tokens of a strip. On a CPU strips of 2,048, 4,096 and 8,192 took 0.92, 0.92 and 0.96 of the time of whole
+# layers (ViT-S/14, 1400 px, float32, one thread). On CUDA, where nothing was timed, matrix products have to fill the
+# card: in tiles of 128 x 256, `fc2` of UNI2-h has 192 programs for 4,096 tokens, 1.45 rounds on the 132
+# multiprocessors of an H100, so that the second is half empty; for 16,384 tokens it has 5.8 rounds.
 TOKENS_PER_STRIP = {"cuda": 16_384}
 TOKENS_PER_STRIP_ELSEWHERE = 4_096
 

@@ -2,8 +2,9 @@
 """The prune scores of an image whose keys exist one strip at a time: `prune_scores` of `token_pruning.py`, in parts.
 
 A probability needs the logits of all keys. So the logits of the global queries are kept until the last strip: heads x G
-float32 a token, less than what the kept tokens take that are gathered afterwards. Making the keys a second time would
-cost an eighth of the layer's matrix products.
+float32 a token, 864 bytes for UNI2-h, whose hidden states have 3,072 in bfloat16. The kept tokens, which are gathered
+afterwards, take more at a prune ratio of 0.6. Making the keys a second time would cost a twelfth of the layer's matrix
+products.
 """
 
 import torch

@@ -242,7 +242,7 @@ class TokenGrid:
             host integers.
         """
         numbers = [num_samples] * self.batch_size if isinstance(num_samples, int) else num_samples
-        sides = [cell_side(*of_image, self.window_size) for of_image in zip(self.grid_sizes, numbers, strict=True)]
+        sides = [cell_side(*of_image) for of_image in zip(self.grid_sizes, numbers, strict=True)]
         counts = [cell_counts(size, side) for size, side in zip(self.grid_sizes, sides, strict=True)]
         num_cells = tuple(cell_rows * cell_columns for cell_rows, cell_columns in counts)
         first_cells = [sum(num_cells[:index]) for index in range(self.batch_size)]

@@ -1,5 +1,5 @@
 # Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
-"""eva (kaiko-eva): a backbone by the name `pathology/sparsepath_vit`.
+"""A backbone of eva (kaiko-eva), by the name `pathology/sparsepath_vit`.
 
 Import this module, or name `sparsepath_vit.plugins.eva_backbone` as `path` of `ModelFromFunction`.
 """

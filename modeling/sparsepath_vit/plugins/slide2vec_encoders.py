@@ -1,5 +1,5 @@
 # Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
-"""slide2vec: encoders that it finds by its entry point `slide2vec.encoders`, one for each converted checkpoint.
+"""Encoders of slide2vec, which finds them by its entry point `slide2vec.encoders`: one for each converted checkpoint.
 
 slide2vec names encoders, not files. `sparsepath-tiny` is always there; the environment variable
 `SPARSEPATH_CHECKPOINTS` names a folder, of which every subfolder NAME that holds a checkpoint is `sparsepath-NAME`.
