@@ -192,3 +192,9 @@ def test_without_its_extra_a_command_ends_with_the_line_that_installs_it(
     said = run_bare(code, arguments, tmp_path, ("sparsepath", "__editable__", *EXTRAS))
     assert f'pip install "sparsepath-vit[{extra}]"' in said.replace("\n", " ")
     assert "Traceback" not in said
+
+
+def test_reading_slides_and_looking_at_them_imports_no_model():
+    """The page of a slide took 260 MB more since what tells the free memory imported the model's layers."""
+    code = "import sys, sparsepath_vit.slides.reader, sparsepath_vit.slides.token_values; print(*sys.modules)"
+    assert not {"torchvision", "torch._dynamo", "transformers.modeling_utils"} & set(run_python(code))

@@ -7,7 +7,6 @@ import torch
 
 from ..model.configuration_sparsepath_vit import SparsePathViTConfig
 from ..model.device_memory import available_memory
-from ..model.streamed_layers import tokens_per_strip
 
 # Tensors of (tokens, hidden_size) at the peak of a layer that runs as a whole: residual stream, norm, fused qkv, its
 # three parts laid out anew, attended tokens, projection, and the output in raster order. In strips it needs far less.
@@ -23,6 +22,8 @@ def forward_bytes(config: SparsePathViTConfig, size: tuple[int, int], dtype: tor
         dtype: of the weights.
         batch_size: images.
     """
+    from ..model.streamed_layers import tokens_per_strip  # imports the model: not for who asks what is free
+
     patches = math.prod(math.ceil(side / config.patch_size) for side in size)
     tokens = patches + config.num_global_tokens
     pixels = 2 * 4 * config.num_channels * math.prod(size)  # the image, and its patches

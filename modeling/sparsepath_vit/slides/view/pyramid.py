@@ -14,7 +14,7 @@ from ..reader import Slide
 TILE_SIZE = 512
 _ENLARGED_ZOOMS = 4  # beyond level 0: up to 16 screen pixels for one of the slide
 _JPEG_QUALITY = 90
-_CACHED_TILES = 512  # about 40 MB
+_CACHED_TILES = 256  # about 20 MB
 _OVERVIEW_SIDE = 1024
 
 
