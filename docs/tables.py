@@ -16,6 +16,8 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "model_card" / "results"
 PAGES = ("README.md", "docs/benchmarks.md", "docs/evidence.md", "docs/view.md")
 TITLES = {"vit-small-14-reg8": "ViT-S/14", "uni2-h": "UNI2-h's shape"}
+SHORT_DTYPES = {"bfloat16": "bf16", "float32": "fp32"}
+BESIDE_TILES = {"tiles": "224 px tiles", "sparse": "w = 8", "pruned": "w = 8, 60 % pruned", "timm": "dense (timm)"}
 NOT_RUN = "not run"
 _TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
@@ -48,37 +50,45 @@ def interval(row: Row, name: str) -> str:
 
 
 def models() -> str:
-    """Seconds of a whole forward pass, by architecture and size."""
-    rows = [row for row in read("benchmark_model") if (row["dtype"], row["threads"]) == ("bfloat16", "2")]
-    cases = sorted(
-        {(row["architecture"] != "vit-small-14-reg8", row["architecture"], int(row["size"])) for row in rows}
-    )
+    """Seconds of a whole forward pass on a CPU, beside averaged 224 px tiles of the same pixels."""
+    rows = [row for row in read("benchmark_model") if row["threads"] == "2"]
+    cases = sorted({(row["architecture"], int(row["size"]), row["dtype"]) for row in rows}, key=_order_of_cases)
     table = []
-    for _, architecture, size in cases:
-        of = {row["model"]: row for row in rows if (row["architecture"], row["size"]) == (architecture, str(size))}
-        tokens = int(next(iter(of.values()))["tokens"])
-        speedup = f"{float(of['pruned']['speedup_over_fastest_dense_peer']):.1f} x" if "timm" in of else "-"
-        title = f"{TITLES[architecture]}, {size:,} px ({tokens:,} tokens)"
-        table.append([title, *(seconds(of.get(name)) for name in ("timm", "sparse", "pruned")), speedup])
-    return markdown(
-        ["bf16, two CPU cores", "dense (timm)", "w = 8", "w = 8, 60 % pruned", "pruned against dense"], table
-    )
+    for architecture, size, dtype in cases:
+        key = (architecture, str(size), dtype)
+        of = {row["model"]: row for row in rows if (row["architecture"], row["size"], row["dtype"]) == key}
+        tiles = [of[name] for name in ("tiles_timm", "tiles_transformers") if name in of]
+        if tiles:
+            of["tiles"] = min(tiles, key=lambda row: float(row["seconds_median"]))
+        (tokens,) = {row["tokens"] for name, row in of.items() if not name.startswith("tiles")}
+        title = f"{TITLES[architecture]}, {size:,} px ({int(tokens):,} tokens), {SHORT_DTYPES[dtype]}"
+        table.append([title, *_beside_tiles(of)])
+    return markdown(["two CPU cores", *BESIDE_TILES.values()], table)
+
+
+def _order_of_cases(case: tuple[str, int, str]) -> tuple[bool, int, str]:
+    architecture, size, dtype = case
+    return architecture != "vit-small-14-reg8", size, dtype
 
 
 def gpu_models() -> str:
     """Seconds of a whole forward pass on a GPU, beside averaged 224 px tiles of the same pixels."""
     rows = read("gpu_model")
-    names = {"tiles": "224 px tiles (timm)", "sparse": "w = 8", "pruned": "w = 8, 60 % pruned", "timm": "dense (timm)"}
     table = []
     for size in sorted({int(row["size"]) for row in rows}):
         of = {row["model"]: row for row in rows if row["size"] == str(size)}
-        cells = [seconds(of.get(name)) for name in names]
-        for place, name in enumerate(names):
-            if name in of and of[name]["times_tiles"]:
-                cells[place] += f" ({float(of[name]['times_tiles']):.2f} x)"
-        table.append([f"{size:,} px ({int(of['sparse']['tokens']):,} tokens)", *cells])
-    titles = ["UNI2-h's shape, bf16, one " + rows[0]["machine"].split(" 80GB")[0], *names.values()]
-    return markdown(titles, table)
+        table.append([f"{size:,} px ({int(of['sparse']['tokens']):,} tokens)", *_beside_tiles(of)])
+    machine = rows[0]["machine"].split(" 80GB")[0]
+    return markdown([f"UNI2-h's shape, bf16, one {machine}", *BESIDE_TILES.values()], table)
+
+
+def _beside_tiles(of: dict[str, Row]) -> list[str]:
+    """A cell for each of `BESIDE_TILES`: the seconds, and in brackets times those of tiles."""
+    cells = [seconds(of.get(name)) for name in BESIDE_TILES]
+    for place, name in enumerate(BESIDE_TILES):
+        if name in of and name != "tiles" and of[name].get("times_tiles"):
+            cells[place] += f" ({float(of[name]['times_tiles']):.2f} x)"
+    return cells
 
 
 def gpu_attention() -> str:

@@ -153,7 +153,12 @@ def test_public_names_are_those_that_type_checkers_see(package):
     assert seen and seen.keys() == set(module.__all__) - {"__version__"}
     assert set(module.__all__) <= set(dir(module))
     for name, defined_in in seen.items():
-        assert getattr(module, name) is getattr(importlib.import_module(defined_in), name)
+        try:
+            public = getattr(module, name)
+        except ImportError as error:  # an adapter without the toolkit it is for
+            assert package == "sparsepath_vit.plugins" and "is not installed, and this adapter is for" in str(error)
+            continue
+        assert public is getattr(importlib.import_module(defined_in), name)
     with pytest.raises(AttributeError, match="no_such_name"):
         module.no_such_name  # noqa: B018
 

@@ -15,6 +15,7 @@ EXTRAS = ("datasets", "evaluate", "matplotlib", "peft", "scipy", "skimage", "skl
 EXTRAS += ("h5py", "imagecodecs", "onnx", "openslide", "tifffile", "timm")
 NEEDS_NO_EXTRA = {"studies.stratified_draw", "gpu_acceptance", "kernel_repository", "benchmark", "push_to_hub"}
 NEEDS_NO_EXTRA |= {"interop_tests"}
+OTHER_EXTRAS = {"studies.real_weights": "studies", "benchmark_viewer": "view"}  # not `train`
 
 ASK_EACH_FOR_HELP = """
 import contextlib, io, runpy, sys
@@ -44,7 +45,7 @@ def test_every_script_and_study_names_the_missing_extra_and_its_command(tmp_path
         if {name, Path(name).stem} & NEEDS_NO_EXTRA:
             assert message == "usage:"
         else:
-            extra = "studies" if name == "studies.real_weights" else "train"
+            extra = next((OTHER_EXTRAS[key] for key in (name, Path(name).stem) if key in OTHER_EXTRAS), "train")
             assert message.startswith(f"error: this script needs the extra '{extra}', and ")
             assert message.endswith(f'Install it with: pip install "sparsepath-vit[{extra}]"')
 

@@ -15,7 +15,8 @@ from PIL import Image
 from slide_files import stained_image, write_leica, write_pyramid
 
 from sparsepath_vit.slides import EmbedSettings, Slide, SlideError, embed_slides, find_tissue
-from sparsepath_vit.slides.heatmap import overlay, read_token_values, write_heatmap
+from sparsepath_vit.slides.heatmap import overlay, write_heatmap
+from sparsepath_vit.slides.token_values import read_token_values
 
 CORNER, SIZE, LEVEL_0 = (320, 448), (640, 512), (1500, 1400)
 TISSUE = (64, 96, 384, 256)

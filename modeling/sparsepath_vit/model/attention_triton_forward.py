@@ -76,21 +76,17 @@ def _attend(
     return state
 
 
-@triton.jit(
-    do_not_specialize=[
-        *("num_tokens", "first_program", "num_splits", "num_split_programs", "query_shift", "global_shift")
-    ]
-)
+@triton.jit(do_not_specialize=[*("num_tokens", "first_program", "num_splits", "num_split_programs", "global_shift")])
 def forward_kernel(
     query_ptr, key_ptr, value_ptr, output_ptr, logsumexp_ptr, table_ptr, image_ptr, partial_output_ptr, partial_max_ptr,
     partial_sum_ptr, query_stride, query_head_stride, key_stride, key_head_stride, value_stride, value_head_stride,
-    num_tokens, first_program, num_splits, num_split_programs, logit_scale, query_shift, global_shift,
+    num_tokens, first_program, num_splits, num_split_programs, logit_scale, global_shift,
     NUM_GLOBALS: tl.constexpr, NUM_RUNS: tl.constexpr, HEAD_DIM: tl.constexpr, PARTS: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """First the global queries, whose programs wait for memory while others compute, then the tiles; grid y: heads.
 
-    Keys are addressed by packed index, queries by their place: of a strip it is smaller by the shifts.
+    Keys are addressed by packed index, queries by their place, which is another one in a strip.
     """
     program, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     query_states = (query_ptr + head * query_head_stride, query_stride)
@@ -111,8 +107,8 @@ def forward_kernel(
         tile_program = first_program + program - num_split_programs
         start, end, tile_ptr = load_tile(table_ptr, tile_program, NUM_RUNS, PARTS, BLOCK_M)
         if start < end:
-            queries = start - query_shift + tl.arange(0, BLOCK_M)
-            is_query = queries < end - query_shift
+            queries = start + tl.arange(0, BLOCK_M)
+            is_query = queries < end
             query = load_rows(query_states, queries, is_query, HEAD_DIM, True)
             whole, num_whole, rest, num_rest = load_runs(tile_ptr, NUM_GLOBALS, NUM_RUNS, BLOCK_N)
             output, row_max, row_sum = _attend(

@@ -175,7 +175,7 @@ def launch_block_attention(
             (query, key, value),
             (*tensors, partial, partial_max, partial_sum),
             tiles,
-            (scale * math.log2(math.e), tiles.query_shift, tiles.global_shift),
+            (scale * math.log2(math.e), tiles.global_shift),
         )
         forward_reduce_kernel[(num_images * tiles.num_global_tokens, num_heads)](
             output,

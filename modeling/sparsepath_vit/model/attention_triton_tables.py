@@ -30,8 +30,9 @@ class AttentionTiles(NamedTuple):
     """The tiles of one grid; the tensors are int32.
 
     Attributes:
-        table: (tiles, 3 + 2 * (2r+1)), wide tiles first, with the columns: first packed token, end, first packed token
-            of the image, which is its first global token; then of each run its first packed token and its length.
+        table: (tiles, 3 + 2 * (2r+1)), wide tiles first, with the columns: first packed token, end (of a strip, where
+            only some tokens are queries, their places among these), first packed token of the image, which is its first
+            global token; then of each run its first packed token and its length.
         image_offsets: (batch + 1,) packed index of each image's first global token, and the end of the last image.
         num_global_tokens: G.
         neighbor_radius: r.
@@ -39,8 +40,6 @@ class AttentionTiles(NamedTuple):
         num_wide: how many tiles of the table are wide.
         num_medium: how many are medium.
         num_narrow: how many are narrow.
-        query_shift: of a strip, by how much the packed index of an own patch token exceeds its place among the queries;
-            0 where all tokens are queries.
         global_shift: of a strip, its first key of the global tokens, `image_offsets` being where these keys start and
             end; 0 where all tokens are queries.
     """
@@ -53,7 +52,6 @@ class AttentionTiles(NamedTuple):
     num_wide: int
     num_medium: int
     num_narrow: int
-    query_shift: int = 0
     global_shift: int = 0
 
     def widths(self) -> list[tuple[int, int, int]]:
@@ -80,10 +78,10 @@ def attention_tiles(grid: TokenGrid) -> AttentionTiles:
     counts = _most_tiles(grid, tile_size)
     image_offsets = _starts([count + grid.num_global_tokens for count in grid.counts], grid.device)
     table = _sorted_by_size(_pieces(grid, image_offsets, tile_size), tile_sizes(tile_size), counts).to(torch.int32)
-    shifts = (0, 0)
+    global_shift = 0
     if isinstance(grid, TokenStrip):
-        image_offsets, shifts = per_image(grid.global_keys, grid.device), (grid.query_shift, grid.global_keys[0])
-    numbers = (grid.num_global_tokens, grid.neighbor_radius, tile_size, *counts, *shifts)
+        image_offsets, global_shift = per_image(grid.global_keys, grid.device), grid.global_keys[0]
+    numbers = (grid.num_global_tokens, grid.neighbor_radius, tile_size, *counts, global_shift)
     return AttentionTiles(table, image_offsets.to(torch.int32), *numbers)
 
 
@@ -111,7 +109,7 @@ def _pieces(grid: TokenGrid, image_offsets: torch.Tensor, tile_size: int) -> tor
     start = torch.minimum(offsets[:, None] + first, end[:, None])  # (entries, pieces)
     end = torch.minimum(start + tile_size, end[:, None])
     if isinstance(grid, TokenStrip):  # the others only answer
-        start, end = start.clamp(*grid.own), end.clamp(*grid.own)
+        start, end = (places.clamp(*grid.own) - grid.query_shift for places in (start, end))
     keys = [column[:, None].expand_as(start) for column in (image_start.expand_as(entry), *runs)]
     return torch.stack([start, end, *keys], dim=2).flatten(0, 1)
 

@@ -241,7 +241,7 @@ def read_manifest(path: Path) -> list[SlideInput]:
         item = _manifest_row(slide, row, path.parent, place)
         known = slides.get(slide)
         if known is None:
-            slides[slide] = _of_folder(item, place) if slide.is_dir() else item
+            slides[slide] = _of_folder(item, place) if os.path.isdir(slide) else item
         elif not _agree(known, item) or not known.boxes or not item.boxes:
             raise ValueError(
                 f"{place}: {name} stands in several rows; these must agree in mpp, name and tissue_mask, and each give "
@@ -260,10 +260,11 @@ def _agree(known: SlideInput, item: SlideInput) -> bool:
 
 def _with_ending(slide: Path, place: str) -> Path:
     """A slide that the manifest names without its ending, as CLAM's do; any other path as it is."""
-    if slide.exists() or slide.suffix.lower() in SLIDE_SUFFIXES or not slide.parent.is_dir():
+    # os.path, which says no of a name that cannot be one, such as one too long
+    if os.path.exists(slide) or slide.suffix.lower() in SLIDE_SUFFIXES or not os.path.isdir(slide.parent):
         return slide
     found = [slide.with_name(slide.name + suffix) for suffix in SLIDE_SUFFIXES]
-    found = [path for path in found if path.exists()]
+    found = [path for path in found if os.path.exists(path)]
     if len(found) > 1:
         raise ValueError(f"{place}: {slide} may be {' or '.join(path.name for path in found)}: add the ending.")
     return found[0] if found else slide
