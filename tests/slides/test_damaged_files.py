@@ -121,8 +121,9 @@ def write_store(path):
     with h5py.File(path, "w") as file:
         file["token_coords"], file["patch_coords"], file["coords"] = corners, corners, corners[:1]
         file["prune_scores"], file["token_counts"] = np.linspace(0, 1, 16), np.array([16])
-        file["coords"].attrs.update({"level0_width": 300, "level0_height": 260})
-        file["token_coords"].attrs["token_size_level0"] = (16.0, 16.0)
+        file["patch_features"] = np.ones((16, 4), dtype=np.float16)
+        file["coords"].attrs.update({"level0_width": 300, "level0_height": 260, "mpp": 0.5})
+        file["token_coords"].attrs.update({"token_size_level0": (16.0, 16.0), "token_size": 16})
 
 
 def test_damaged_tables_annotations_and_stores_are_read_or_named(small_slide, tmp_path):

@@ -171,10 +171,19 @@ def attention_values(slide: EmbeddedSlide, token: int | None = None, head: int |
     heads = slice(None) if head is None else slice(head, head + 1)
     taken = (slice(None), tokens, heads)[: len(shape)]
     means = [block[taken].reshape(len(block), -1).mean(axis=1) for block in slide.blocks("attention")]
-    counts = slide.dataset("patch_counts")[0]
-    # The probabilities of a region's tokens share one sum: times their number, regions of all sizes compare.
-    values = np.concatenate(means) * np.repeat(counts, counts)
+    values = _times_tokens(slide, np.concatenate(means), "patch_counts")
     return of_kept(slide, name, values, unit="times equal attention")
+
+
+def _times_tokens(slide: EmbeddedSlide, values: np.ndarray, counts_name: str) -> np.ndarray:
+    """Shares of a region's tokens, which have one sum, times their number: then regions of all sizes compare."""
+    counts = (slide.dataset(counts_name) or (np.empty(0, np.int64), {}))[0]
+    if counts.dtype.kind not in "iu" or counts.ndim != 1 or (counts < 0).any() or counts.sum() != len(values):
+        raise SlideError(
+            f"{slide.path} is damaged: {counts_name} do not sum to the {len(values)} values that they are of. Run "
+            "`sparsepath embed` again into a new folder."
+        )
+    return values * np.repeat(counts, counts)
 
 
 def _numbers_of_attention(value: str) -> list[int]:
@@ -190,9 +199,7 @@ def _prune_scores(slide: EmbeddedSlide) -> TokenValues:
     scores = slide.dataset("prune_scores")
     if scores is None:
         raise SlideError("there are no prune scores in the file: the model does not prune (prune_ratio=0).")
-    counts = slide.dataset("token_counts")[0]
-    # The scores of a region's tokens share one sum: times their number, regions of all sizes compare.
-    values = (scores[0] * np.repeat(counts, counts)).astype(float)
+    values = _times_tokens(slide, scores[0], "token_counts").astype(float)
     unit = "times equal scores"
     return TokenValues("prune_scores", slide.tissue, values, slide.token_size, slide.dimensions, unit=unit)
 
