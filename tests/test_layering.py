@@ -43,8 +43,8 @@ MODEL_ALLOWED = {
     "context_tokens": {"stratified_sampling", "token_grid"},
     "mean_query_correction": {"token_grid"},
     "token_pruning": {"prune_score_operator", "stratified_sampling", "token_grid"},
-    "prune_score": {"attention_backend", "fused_elementwise", "prune_score", "token_grid"},
-    "fused_elementwise": {"attention_triton", "fused_elementwise"},
+    "prune_score": {"attention_backend", "attention_precision", "fused_elementwise", "prune_score", "token_grid"},
+    "fused_elementwise": {"attention_precision", "attention_triton", "fused_elementwise"},
     "device_memory": set(),
     "attention": {
         *("attention", "context_tokens", "device_memory", "mean_query_correction", "token_grid", "token_strips"),

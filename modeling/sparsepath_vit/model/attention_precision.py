@@ -5,6 +5,9 @@ import contextlib
 
 import torch
 
+# Of the Triton kernels: a product and a sum round once. Said to every launch, since the default is the environment's.
+FP_FUSION = True
+
 
 def without_autocast(device_type: str) -> contextlib.AbstractContextManager:
     """Switches autocast off for a device type; does nothing where it is off, so that compiled graphs stay free of it.

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+from .attention_precision import FP_FUSION
 from .attention_triton_backward import (
     backward_key_value_kernel,
     backward_query_kernel,
@@ -142,6 +143,7 @@ def _launch(
             BLOCK_N=shape.block_n,
             num_warps=shape.num_warps,
             num_stages=shape.num_stages,
+            enable_fp_fusion=FP_FUSION,
         )
         num_split_programs = 0  # the global tokens are done by the first launch
 
@@ -190,6 +192,7 @@ def launch_block_attention(
             NUM_GLOBALS=tiles.num_global_tokens,
             HEAD_DIM=head_dim,
             BLOCK_S=_MAX_SPLITS,  # not of their number, which would compile for each
+            enable_fp_fusion=FP_FUSION,
         )
     return output, logsumexp
 
@@ -219,7 +222,14 @@ def launch_block_attention_backward(
     key_value_tensors = (grad_key, grad_value, *tables, partial_key, partial_value)
     with torch.cuda.device_of(query):
         delta_kernel[(triton.cdiv(num_tokens, 64), num_heads)](
-            output, grad_output, delta, *grad_output.stride()[:2], num_tokens, HEAD_DIM=head_dim, BLOCK_M=64
+            output,
+            grad_output,
+            delta,
+            *grad_output.stride()[:2],
+            num_tokens,
+            HEAD_DIM=head_dim,
+            BLOCK_M=64,
+            enable_fp_fusion=FP_FUSION,
         )
         _launch(backward_query_kernel, "backward_query", states, query_tensors, tiles, scales)
         _launch(backward_key_value_kernel, "backward_key_value", states, key_value_tensors, tiles, scales)
@@ -232,5 +242,6 @@ def launch_block_attention_backward(
             NUM_GLOBALS=tiles.num_global_tokens,
             HEAD_DIM=head_dim,
             BLOCK_S=_MAX_SPLITS,  # not of their number, which would compile for each
+            enable_fp_fusion=FP_FUSION,
         )
     return grad_query, grad_key, grad_value

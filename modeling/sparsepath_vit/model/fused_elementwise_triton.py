@@ -4,6 +4,8 @@
 
 import torch
 
+from .attention_precision import FP_FUSION
+
 try:
     import triton
     import triton.language as tl
@@ -97,6 +99,7 @@ def launch_add_scaled(
             NORMALISES=norm is not None,
             BLOCK_M=block,
             num_warps=NUM_WARPS,
+            enable_fp_fusion=FP_FUSION,
         )
     return normalised
 
@@ -108,6 +111,6 @@ def launch_gated_silu(packed: torch.Tensor) -> torch.Tensor:
     block = gated_silu_block(width)
     with torch.cuda.device_of(packed):
         gated_silu_kernel[(output.numel() // width, triton.cdiv(width, block))](
-            packed, output, WIDTH=width, BLOCK_N=block, num_warps=NUM_WARPS
+            packed, output, WIDTH=width, BLOCK_N=block, num_warps=NUM_WARPS, enable_fp_fusion=FP_FUSION
         )
     return output

@@ -11,6 +11,8 @@ import math
 
 import torch
 
+from .attention_precision import FP_FUSION
+
 try:
     import triton
     import triton.language as tl
@@ -134,7 +136,16 @@ def launch_prune_scores(
     logit_scale = scale * math.log2(math.e)
     with torch.cuda.device_of(query):
         split_logsumexp_kernel[(num_images * num_splits, num_heads)](
-            query, key, logsumexp, image_offsets, *strides[:4], num_splits, logit_scale, **shape, num_warps=NUM_WARPS
+            query,
+            key,
+            logsumexp,
+            image_offsets,
+            *strides[:4],
+            num_splits,
+            logit_scale,
+            **shape,
+            num_warps=NUM_WARPS,
+            enable_fp_fusion=FP_FUSION,
         )
         prune_score_kernel[(triton.cdiv(most_patch_tokens, block_n), num_images)](
             *(query, key, value, logsumexp, image_offsets, scores),
@@ -147,6 +158,7 @@ def launch_prune_scores(
             BLOCK_S=MAX_SPLITS,
             **shape,
             num_warps=NUM_WARPS,
+            enable_fp_fusion=FP_FUSION,
         )
     return scores
 
