@@ -221,15 +221,9 @@ def launch_block_attention_backward(
     query_tensors = (grad_query, *tables, partial_query)
     key_value_tensors = (grad_key, grad_value, *tables, partial_key, partial_value)
     with torch.cuda.device_of(query):
+        delta_shape = {"HEAD_DIM": head_dim, "BLOCK_M": 64, "enable_fp_fusion": FP_FUSION}
         delta_kernel[(triton.cdiv(num_tokens, 64), num_heads)](
-            output,
-            grad_output,
-            delta,
-            *grad_output.stride()[:2],
-            num_tokens,
-            HEAD_DIM=head_dim,
-            BLOCK_M=64,
-            enable_fp_fusion=FP_FUSION,
+            output, grad_output, delta, *grad_output.stride()[:2], num_tokens, **delta_shape
         )
         _launch(backward_query_kernel, "backward_query", states, query_tensors, tiles, scales)
         _launch(backward_key_value_kernel, "backward_key_value", states, key_value_tensors, tiles, scales)

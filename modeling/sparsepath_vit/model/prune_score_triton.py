@@ -130,22 +130,14 @@ def launch_prune_scores(
     block_g = max(16, triton.next_power_of_2(num_queries))
     block_n = score_block(query.dtype)
     shape = {"NUM_QUERIES": num_queries, "HEAD_DIM": head_dim, "BLOCK_G": block_g, "BLOCK_N": block_n}
+    shape |= {"num_warps": NUM_WARPS, "enable_fp_fusion": FP_FUSION}
     logsumexp = query.new_empty((num_images, num_heads, num_splits, num_queries), dtype=torch.float32)
     scores = query.new_empty(num_tokens - num_images * num_global_tokens, dtype=torch.float32)
     strides = [stride for states in (query, key, value) for stride in states.stride()[:2]]
     logit_scale = scale * math.log2(math.e)
     with torch.cuda.device_of(query):
         split_logsumexp_kernel[(num_images * num_splits, num_heads)](
-            query,
-            key,
-            logsumexp,
-            image_offsets,
-            *strides[:4],
-            num_splits,
-            logit_scale,
-            **shape,
-            num_warps=NUM_WARPS,
-            enable_fp_fusion=FP_FUSION,
+            query, key, logsumexp, image_offsets, *strides[:4], num_splits, logit_scale, **shape
         )
         prune_score_kernel[(triton.cdiv(most_patch_tokens, block_n), num_images)](
             *(query, key, value, logsumexp, image_offsets, scores),
@@ -157,8 +149,6 @@ def launch_prune_scores(
             WEIGHS_VALUES=kind == "attention_value",
             BLOCK_S=MAX_SPLITS,
             **shape,
-            num_warps=NUM_WARPS,
-            enable_fp_fusion=FP_FUSION,
         )
     return scores
 
