@@ -81,9 +81,11 @@ def run(arguments: argparse.Namespace) -> None:
     described = {"model": Path(source).name, **describe_run("cpu")}
     for part, rows_of in (("regions", region_rows), ("tokens", token_rows)):
         if part in parts:
-            rows = [{**row, **described} for row in rows_of(encoder, arguments)]
             arguments.out.mkdir(parents=True, exist_ok=True)
-            write_table(arguments.out / f"against_tiles_{part}.csv", rows)
+            rows: list[dict[str, Any]] = []
+            for row in rows_of(encoder, arguments):
+                rows.append({**row, **described})
+                write_table(arguments.out / f"against_tiles_{part}.csv", rows)  # what is there is kept
 
 
 def region_rows(encoder: Encoder, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:

@@ -228,11 +228,7 @@ def launch_block_attention_backward(
         _launch(backward_query_kernel, "backward_query", states, query_tensors, tiles, scales)
         _launch(backward_key_value_kernel, "backward_key_value", states, key_value_tensors, tiles, scales)
         backward_reduce_kernel[(programs.num_images * tiles.num_global_tokens, num_heads)](
-            *gradients,
-            tiles.image_offsets,
-            *partial,
-            programs.num_splits,
-            scale,
+            *(*gradients, tiles.image_offsets, *partial, programs.num_splits, scale),
             NUM_GLOBALS=tiles.num_global_tokens,
             HEAD_DIM=head_dim,
             BLOCK_S=_MAX_SPLITS,  # not of their number, which would compile for each
