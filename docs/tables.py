@@ -235,6 +235,21 @@ def _by_rule(rows: list[Row], names: Sequence[str]) -> list[list[str]]:
     return table
 
 
+def against_tiles() -> str:
+    """Balanced accuracy of regions, and its paired difference to averaged tiles of the same pixels."""
+    rows = read("against_tiles_regions")
+    sizes, variants = (list(dict.fromkeys(row[name] for row in rows)) for name in ("size", "variant"))
+    of = {(row["size"], row["variant"]): row for row in rows}
+    table = [[variant, *(_accuracy_beside_tiles(of[size, variant]) for size in sizes)] for variant in variants]
+    return markdown(["accuracy, difference to tiles (95 %)", *(f"{size} px" for size in sizes)], table)
+
+
+def _accuracy_beside_tiles(row: Row) -> str:
+    names = [f"balanced_accuracy{ending}_minus_tiles" for ending in ("", "_low", "_high")]
+    accuracy, (difference, low, high) = float(row["balanced_accuracy"]), (float(row[name]) for name in names)
+    return f"{accuracy:.2f}" if low == high == 0 else f"{accuracy:.2f}, {difference:+.2f} ({low:+.2f} to {high:+.2f})"
+
+
 def viewer() -> str:
     """How fast the page of `sparsepath view` answers: the last row that was measured."""
     row = read("benchmark_viewer")[-1]
@@ -267,6 +282,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "nuclei": nuclei,
     "draws": draws,
     "draw_definition": draw_definition,
+    "against_tiles": against_tiles,
     "viewer": viewer,
     "draw_layers": draw_layers,
     "representatives": representatives,
