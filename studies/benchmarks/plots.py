@@ -10,6 +10,8 @@ from ..figures import drawn_axes
 
 PANELS_PER_ROW = 3
 COLORS = {
+    "tiles_timm": "#4f9d69",
+    "tiles_transformers": "#9cc9ad",
     "timm": "#8a8f98",
     "transformers": "#b9bec7",
     "dense": "#5c6370",
