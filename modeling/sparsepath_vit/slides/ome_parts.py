@@ -7,6 +7,7 @@ from xml.etree import ElementTree
 
 from ..runtime.extras import require
 from .errors import SlideError, decoding
+from .resolution import tag_of
 
 _OME_SUFFIX = re.compile(r".+\.ome\.(?:tiff?|tf2|tf8|btf)", re.IGNORECASE)
 
@@ -31,8 +32,7 @@ def files_of_ome(path: Path) -> list[Path]:
         return []
     names: dict[str, None] = {}
     for element in root.iter():
-        tag = element.tag.rpartition("}")[2] if isinstance(element.tag, str) else ""
-        name = element.get({"UUID": "FileName", "BinaryOnly": "MetadataFile"}.get(tag, ""))
+        name = element.get({"UUID": "FileName", "BinaryOnly": "MetadataFile"}.get(tag_of(element), ""))
         if name and Path(name).name == name:  # nothing outside the folder
             names[name] = None
     files = [file for name in names if (file := path.parent / name).is_file()]

@@ -63,11 +63,11 @@ def ome_images(xml: str) -> list[OmeImage]:
         return []
     images = []
     for image in root.iter():
-        if _tag(image) != "Image":
+        if tag_of(image) != "Image":
             continue
-        for pixels in (child for child in image if _tag(child) == "Pixels"):
+        for pixels in (child for child in image if tag_of(child) == "Pixels"):
             dimensions = (_whole(pixels.get("SizeX")) or 0, _whole(pixels.get("SizeY")) or 0)
-            channels = tuple(child.get("Name") or "" for child in pixels if _tag(child) == "Channel")
+            channels = tuple(child.get("Name") or "" for child in pixels if tag_of(child) == "Channel")
             bits = _whole(pixels.get("SignificantBits"))
             images.append(OmeImage(image.get("Name") or "", dimensions, _ome_mpp(pixels), channels, bits))
     return images
@@ -86,7 +86,8 @@ def from_imagej(unit: str | None, pixels_x: float | None, pixels_y: float | None
     return credible_pair(micrometres / pixels_x, micrometres / pixels_y)
 
 
-def _tag(element: ElementTree.Element) -> str:
+def tag_of(element: ElementTree.Element) -> str:
+    """The name of an element without its namespace; empty for comments and the like."""
     return element.tag.rpartition("}")[2] if isinstance(element.tag, str) else ""
 
 
