@@ -20,9 +20,8 @@ from sparsepath_vit.runtime.measure import describe_run, describe_seconds, measu
 
 from .acceptance import Finding, Scale, matrix_rate, or_failure, wait
 from .attention import AttentionCase, time_case
-from .model import check_against_timm, random_timm_network, sharing_weights
+from .model import TILE_SIZE, check_against_timm, number_of_tiles, random_timm_network, sharing_weights
 
-TILE_SIZE = 224
 DENSE_UP_TO = 3430  # pixels; above, dense attention takes many seconds
 LARGE_WINDOW_UP_TO = 6860
 DENSE_TOKENS_UP_TO = 60_025
@@ -234,7 +233,7 @@ def _models_of_size(networks: Networks, size: int, batch_size: int, scale: Scale
 
 def _tiles_finding(networks: Networks, size: int, batch_size: int, scale: Scale) -> Finding:
     """As many tiles as the region's pixels fill, through timm."""
-    num_tiles = max(1, round((size / TILE_SIZE) ** 2))
+    num_tiles = number_of_tiles(size)
     tiles = torch.randn(min(batch_size, num_tiles), 3, TILE_SIZE, TILE_SIZE, device=scale.device, dtype=scale.dtype)
 
     def run() -> None:
