@@ -49,7 +49,7 @@ MODEL_ALLOWED = {
     "attention": {
         *("attention", "context_tokens", "device_memory", "mean_query_correction", "token_grid", "token_strips"),
     },
-    "embeddings": {"configuration_sparsepath_vit", "token_grid"},
+    "embeddings": {"configuration_sparsepath_vit", "patch_embeddings", "token_grid"},
     "streamed_prune_scores": {"token_strips"},
     "streamed_layers": {
         *("attention", "configuration_sparsepath_vit", "embeddings", "streamed_prune_scores", "token_grid"),
@@ -59,7 +59,11 @@ MODEL_ALLOWED = {
     "image_inputs": {"pillow_images"},
     "patch_presence": {"image_inputs"},
     "image_settings": set(),
-    "image_processing_sparsepath_vit": {"image_inputs", "image_settings", "patch_presence", "remote_code"},
+    "pixel_normalisation": set(),
+    "image_processing_sparsepath_vit": {
+        *("image_inputs", "image_settings", "patch_presence", "pixel_normalisation", "remote_code")
+    },
+    "patch_embeddings": {"configuration_sparsepath_vit", "pixel_normalisation"},
 }
 
 MOST_LINES_OF_A_FILE = 400

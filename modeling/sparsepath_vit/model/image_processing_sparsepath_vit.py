@@ -25,6 +25,7 @@ from transformers.utils import is_vision_available, logging, requires_backends
 from .image_inputs import check_pixel_count, flatten_images, load_rgb, name_of, white_level
 from .image_settings import check_resampling, check_settings, sides
 from .patch_presence import background_patches, covered_patches
+from .pixel_normalisation import gain_and_offset
 from .remote_code import RemoteCodeMixin
 
 if is_vision_available():
@@ -146,7 +147,8 @@ class _SparsePathViTImageProcessing(RemoteCodeMixin):
             `BatchFeature`: with H and W the smallest multiples of `patch_size` that hold every image,
 
             - **pixel_values** -- (B, 3, H, W) float32, normalised; padded with white at the bottom and right. With
-              `pad_size`, H and W are its height and width.
+              `pad_size`, H and W are its height and width. With `do_rescale=False, do_normalize=False` images of uint8
+              stay that, a quarter of the memory: a model whose config has `image_mean` normalises them itself.
             - **patch_mask** -- (B, H / patch_size, W / patch_size) bool, True = present.
             - **image_sizes** -- (B, 2) int64, (height, width) in pixels of each image, padded to whole patches.
 
@@ -199,7 +201,9 @@ class _SparsePathViTImageProcessing(RemoteCodeMixin):
         grid_sizes = torch.tensor([presence.shape for presence in presences])  # (B, 2)
         rows, columns = _grid_size(grid_sizes, names, kwargs["pad_size"], patch_size)
         shape = (len(tensors), 3, rows * patch_size, columns * patch_size)
-        pixel_values = torch.empty(shape, dtype=torch.float32, device=device)
+        are_raw = all(tensor.dtype == torch.uint8 for tensor in tensors)
+        stay_raw = are_raw and not kwargs["do_rescale"] and not kwargs["do_normalize"]
+        pixel_values = torch.empty(shape, dtype=torch.uint8 if stay_raw else torch.float32, device=device)
         patch_mask = torch.zeros(len(tensors), rows, columns, dtype=torch.bool, device=device)
         for index, (tensor, presence) in enumerate(zip(tensors, presences, strict=True)):
             self._write_normalized(tensor, pixel_values[index], **kwargs)
@@ -248,6 +252,9 @@ class _SparsePathViTImageProcessing(RemoteCodeMixin):
     def _write_normalized(self, image: torch.Tensor, canvas: torch.Tensor, **kwargs: Any) -> None:
         """Fills `canvas` (3, H, W) with the image at the top left and white elsewhere, all of it normalised."""
         white = white_level(image)
+        if canvas.dtype == torch.uint8:
+            canvas.fill_(white)[:, : image.shape[-2], : image.shape[-1]] = image
+            return
         scale, mean, std = 1.0, 0.0, 1.0
         if kwargs["do_rescale"]:
             scale = kwargs["rescale_factor"] * 255.0 / white
@@ -258,8 +265,7 @@ class _SparsePathViTImageProcessing(RemoteCodeMixin):
                     f"do_rescale=False leaves uint8 pixels in 0..255, but image_mean={mean} is meant for 0..1: "
                     "leave do_rescale=True, or pass do_normalize=False as well."
                 )
-        mean, std = (torch.tensor(value, dtype=torch.float64).expand(3)[:, None, None] for value in (mean, std))
-        gain, offset = (scale / std).to(canvas), (-mean / std).to(canvas)  # (3, 1, 1)
+        gain, offset = gain_and_offset(scale, mean, std, canvas)
         # In place and in the batch's own memory: a region of 3430 px has 141 MB in float32, every temporary as much.
         canvas.copy_(white * gain + offset)
         region = canvas[:, : image.shape[-2], : image.shape[-1]]

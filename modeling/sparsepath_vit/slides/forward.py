@@ -112,7 +112,7 @@ def embed_regions(
         tiles: over which tiles to average them, from the region's top left corner.
         attention: whether to return that of the global tokens: "mean" of all heads, "heads" each, or None.
     """
-    batch = prepare(processor, list(images), model.device)
+    batch = prepare(processor, list(images), model.device, config=model.config)
     patch_mask = batch["patch_mask"]  # (batch, canvas rows, canvas columns): patches that lie in the image
     for index, tokens in enumerate(tissue_tokens):
         rows, columns = tokens.shape
@@ -186,7 +186,9 @@ def embed_slide(
     # Closed also after an error: the slide may be closed next, and no thread may still read it then.
     with closing(slide_strips(slide, present, patch_size, mpp)) as strips:
         waited_for = strips if reading is None else reading.watch(strips)
-        pixels = (prepare(processor, [strip], model.device)["pixel_values"] for strip in waited_for)
+        pixels = (
+            prepare(processor, [strip], model.device, config=model.config)["pixel_values"] for strip in waited_for
+        )
         title = slide.name if show_progress else None
         return forward_strips(model, pixels, present, dense, tiles, attention, title)
 
