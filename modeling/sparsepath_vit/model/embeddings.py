@@ -186,8 +186,8 @@ class SparsePathViTEmbeddings(nn.Module):
         # Absent patches share a last place beyond the tokens: asking the device which are present would stall it.
         tokens = self.cls_token.new_empty(num_tokens + 1, self.config.hidden_size)
         first_patch = 0
-        for strips, size, count, start in zip(
-            images, grid.grid_sizes, grid.counts, grid.image_offsets[:-1], strict=True
+        for strips, size, rows, count, start in zip(
+            images, grid.grid_sizes, grid.token_rows, grid.counts, grid.image_offsets[:-1], strict=True
         ):
             tokens[start : start + num_globals] = self._global_tokens()
             patches = slice(first_patch, first_patch + count)
@@ -195,35 +195,36 @@ class SparsePathViTEmbeddings(nn.Module):
             places[grid.rows[patches], grid.columns[patches]] = torch.arange(
                 start + num_globals, start + num_globals + count, device=grid.device
             )
-            for share in self._embed_image(strips, places, tokens):
+            for share in self._embed_image(strips, places, rows, tokens):
                 if on_tokens is not None:  # of background there may be more in one strip than in another
                     on_tokens(int(count * share[1]) - int(count * share[0]))
             first_patch += count
         return self.dropout(tokens[:num_tokens].view(*grid.batch_shape, -1))
 
     def _embed_image(
-        self, strips: Iterable[torch.Tensor], places: torch.Tensor, tokens: torch.Tensor
+        self, strips: Iterable[torch.Tensor], places: torch.Tensor, rows: tuple[int, int], tokens: torch.Tensor
     ) -> Iterator[tuple[float, float]]:
         """Writes the patch tokens of one image to their places, (rows, columns) indices of (tokens, hidden_size).
 
-        Yields what share of the image was done before each strip and after it.
+        The strips hold its token rows from `rows[0]` to `rows[1]`. Yields what share of them was done before each strip
+        and after it.
         """
-        size, first_row = tuple(places.shape), 0
+        size, (first_row, last_row) = tuple(places.shape), rows
         for strip in strips:
             self.patch_embeddings.check(strip)
             patches = self.patch_embeddings(strip)[0]  # (rows, columns, hidden_size)
-            if patches.shape[1] != size[1] or first_row + patches.shape[0] > size[0]:
+            end_row = first_row + patches.shape[0]
+            if patches.shape[1] != size[1] or end_row > last_row:
                 raise ValueError(
-                    f"strips hold {patches.shape[1]} token columns and at least {first_row + patches.shape[0]} token "
-                    f"rows: the grid has {size[1]} columns and {size[0]} rows."
+                    f"strips hold {patches.shape[1]} token columns and at least {end_row - rows[0]} token rows: the "
+                    f"grid has {size[1]} columns and {last_row - rows[0]} rows."
                 )
             patches = patches + self._position_map(size, first_row, patches.shape[0])
-            end_row = first_row + patches.shape[0]
             tokens[places[first_row:end_row]] = patches
-            yield first_row / size[0], end_row / size[0]
+            yield tuple((row - rows[0]) / (last_row - rows[0]) for row in (first_row, end_row))
             first_row = end_row
-        if first_row != size[0]:
-            raise ValueError(f"strips hold {first_row} token rows: the grid has {size[0]}.")
+        if first_row != last_row:
+            raise ValueError(f"strips hold {first_row - rows[0]} token rows: the grid has {last_row - rows[0]}.")
 
     def _position_map(self, size: tuple[int, int], first_row: int, num_rows: int) -> torch.Tensor:
         """Position embeddings of some rows of a grid, resampled bicubically: (num_rows, columns, hidden_size)."""

@@ -14,6 +14,7 @@ from .configuration_sparsepath_vit import SparsePathViTConfig, failure_signature
 from .embeddings import OnTokens, SparsePathViTEmbeddings, token_grid_of_sizes
 from .encoder_sparsepath_vit import AfterLayer, EncoderOutput, SparsePathViTLayerScale
 from .lora_targets import LoraTargetsMixin
+from .process_split import ProcessSplitMixin, together
 from .remote_code import ModelRemoteCodeMixin
 from .token_grid import TokenGrid
 from .token_pruning import EncodedTokens
@@ -21,7 +22,7 @@ from .token_pruning import EncodedTokens
 logger = logging.get_logger(__name__)
 
 
-class SparsePathViTPreTrainedModel(ModelRemoteCodeMixin, LoraTargetsMixin, PreTrainedModel):
+class SparsePathViTPreTrainedModel(ProcessSplitMixin, ModelRemoteCodeMixin, LoraTargetsMixin, PreTrainedModel):
     """What all models of the family share: the way from pixels to encoded tokens, and what Transformers asks for.
 
     A forward is three steps, which code that needs something in between calls one by one: `token_grid` (or
@@ -66,6 +67,7 @@ class SparsePathViTPreTrainedModel(ModelRemoteCodeMixin, LoraTargetsMixin, PreTr
         elif isinstance(module, SparsePathViTLayerScale):
             init.constant_(module.lambda1, self.config.layerscale_value)
 
+    @together
     def token_grid(
         self,
         pixel_values: torch.Tensor,
@@ -85,6 +87,7 @@ class SparsePathViTPreTrainedModel(ModelRemoteCodeMixin, LoraTargetsMixin, PreTr
         """
         return self.base_model.embeddings.token_grid(pixel_values, patch_mask, image_sizes)
 
+    @together
     def token_grid_of_image(self, present: torch.Tensor) -> TokenGrid:
         """The grid of one image whose pixels come later, strip by strip.
 
@@ -141,8 +144,10 @@ class SparsePathViTPreTrainedModel(ModelRemoteCodeMixin, LoraTargetsMixin, PreTr
                 f'{self.config._attn_implementation!r}, call model.set_attn_implementation("eager").'
             )
         embeddings, encoder = self.base_model.embeddings, self.base_model.encoder
-        embed = embeddings if isinstance(pixel_values, torch.Tensor) else embeddings.embed_strips
         settings = (output_hidden_states, output_attentions, after_layer, may_prune, on_tokens)
+        if self.base_model.process_split is not None:
+            return self.base_model.process_split.encode(encoder, pixel_values, grid, *settings)
+        embed = embeddings if isinstance(pixel_values, torch.Tensor) else embeddings.embed_strips
         return encoder(lambda: EncodedTokens(embed(pixel_values, grid, on_tokens), grid), *settings)
 
     def feature_map(self, encoded: EncoderOutput, layer: int) -> torch.Tensor:
