@@ -2,14 +2,16 @@
 # Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
 r"""Benchmarks: ours against timm and Transformers, dense and on 224 px tiles, in one run on one machine.
 
-`model` times whole forward passes, `attention` the attention alone. Everything is checked before it is timed, models
-take turns so that a drifting machine drifts for all, and each row of the CSV carries commit, versions and machine.
+`model` times whole forward passes, `attention` the attention alone; `memory` takes the peak of a forward. What is timed
+is checked before, models take turns so that a drifting machine drifts for all, and each row of the CSV carries commit,
+versions and machine.
 
 Examples:
     python scripts/benchmark.py model
     python scripts/benchmark.py model --architecture uni2-h --sizes 1400 --repeats 1 --peers tiles_timm,sparse,pruned
     python scripts/benchmark.py model --architecture uni2-h --sizes 3430 --repeats 1 --peers pruned
     python scripts/benchmark.py attention --tokens 2500,10000 --windows 8,64
+    python scripts/benchmark.py memory --architecture uni2-h --layers 3 --sizes 13720 --prune-after-layer 1
 
 On a GPU:
     python scripts/benchmark.py model --architecture uni2-h --sizes 224,448,896,1400,3430,6860,13720 --compile
@@ -31,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # `studies` lies beside this
 from studies.benchmarks import attention_peers
 from studies.benchmarks import model as benchmark_model
 from studies.benchmarks.attention import AttentionCase, time_case
+from studies.benchmarks.memory import MemoryCase, measure_memory
 from studies.benchmarks.model import ModelBenchmark
 from studies.results import append_rows
 
@@ -60,11 +63,21 @@ def main() -> None:
     attention.add_argument("--backward", action="store_true", help="time forward and backward together, too")
     attention.add_argument("--out", type=Path, default=Path("model_card/results/benchmark_attention.csv"))
     attention.set_defaults(run=benchmark_attention)
-    for command in (model, attention):
+    memory = commands.add_parser("memory", help="peak memory of a forward on a CPU, each in a process of its own")
+    memory.add_argument("--architecture", default="vit-small-14-reg8", help="known model, random weights")
+    memory.add_argument("--layers", type=int, default=0, help="how many of its layers; all by default")
+    memory.add_argument("--sizes", default="3430", help="pixels of a square image, comma separated")
+    memory.add_argument("--prune-ratios", default="0,0.6", help="comma separated")
+    memory.add_argument("--prune-after-layer", type=int, default=4)
+    memory.add_argument("--tokens-per-strip", type=int, default=None, help="0 for whole layers; the model's by default")
+    memory.add_argument("--out", type=Path, default=Path("model_card/results/benchmark_memory.csv"))
+    memory.set_defaults(run=benchmark_memory)
+    for command in (model, attention, memory):
         command.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"])
+        command.add_argument("--threads", type=int, default=None, help="CPU threads; torch's choice by default")
+    for command in (model, attention):
         command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
         command.add_argument("--repeats", type=int, default=5, help="measurements of each; the median counts")
-        command.add_argument("--threads", type=int, default=None, help="CPU threads; torch's choice by default")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
@@ -99,6 +112,31 @@ def benchmark_models(arguments: argparse.Namespace) -> None:
                 row["peak_growth_gib"],
             )
         append_rows(arguments.out, rows)
+
+
+def benchmark_memory(arguments: argparse.Namespace) -> None:
+    """Records peaks of memory, row by row."""
+    cases = [
+        MemoryCase(
+            architecture=arguments.architecture,
+            num_layers=arguments.layers,
+            size=size,
+            dtype=arguments.dtype,
+            prune_ratio=prune_ratio,
+            prune_after_layer=arguments.prune_after_layer,
+            tokens_per_strip=arguments.tokens_per_strip,
+            num_threads=torch.get_num_threads(),
+        )
+        for size in map(int, arguments.sizes.split(","))
+        for prune_ratio in map(float, arguments.prune_ratios.split(","))
+    ]
+    for row in measure_memory(cases):
+        logger.info(
+            "%(size)5d px  p = %(prune_ratio)s  %(times_hidden_states)s x hidden states above weights and pixels, "
+            "process %(process_gib).2f GiB, %(seconds)s s",
+            {**row, "process_gib": row["process_peak_bytes"] / 2**30},
+        )
+        append_rows(arguments.out, [row])
 
 
 def benchmark_attention(arguments: argparse.Namespace) -> None:

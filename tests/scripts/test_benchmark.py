@@ -64,3 +64,27 @@ def test_dense_peers_are_left_out_of_large_images(tmp_path, run_script):
     with output.open() as file:
         rows = list(csv.DictReader(file))
     assert [(row["size"], row["model"]) for row in rows] == [("56", "dense"), ("56", "pruned"), ("112", "pruned")]
+
+
+def test_peaks_of_memory_are_recorded(tmp_path, run_script):
+    output = tmp_path / "memory.csv"
+    arguments = [
+        "memory",
+        "--architecture",
+        "vit-tiny-14-reg4",
+        "--layers",
+        "2",
+        "--sizes",
+        "448",
+        "--dtype",
+        "float32",
+    ]
+    run_script(benchmark, *arguments, "--prune-ratios", "0.6", "--prune-after-layer", "1", "--out", str(output))
+    with output.open() as file:
+        (row,) = csv.DictReader(file)
+    assert (row["layers"], row["tokens"], row["prune_ratio"]) == ("2", str(32 * 32 + 5), "0.6")
+    assert int(row["hidden_states_bytes"]) == (32 * 32 + 5) * 192 * 4 and int(row["pixels_bytes"]) == 3 * 448**2
+    assert float(row["times_hidden_states"]) == pytest.approx(
+        int(row["peak_growth_bytes"]) / int(row["hidden_states_bytes"]), abs=1e-3
+    )
+    assert int(row["process_peak_bytes"]) > int(row["peak_growth_bytes"]) + int(row["weights_bytes"])
