@@ -18,7 +18,9 @@ EXAMPLES = (
     "`sparsepath embed slides/ --model ./uni2-h --out tiles --tile-size 224 --minimum-tissue 0.1`   ·   "
     "several GPUs: `accelerate launch -m sparsepath embed slides/ --model ./uni2-h --out embeddings`   ·   "
     "two processes, also without a GPU: `torchrun --nproc_per_node 2 -m sparsepath embed slides/ "
-    "--model ./uni2-h --out embeddings`"
+    "--model ./uni2-h --out embeddings`   ·   "
+    "one slide over two: `torchrun --nproc_per_node 2 -m sparsepath embed slide.svs --model ./uni2-h --out whole "
+    "--whole-slide --split-slide`"
 )
 
 Slides = Annotated[list[Path], typer.Argument(help="Slide files, folders, or a CSV: slide,mpp,x,y,width,height,label.")]
@@ -49,6 +51,12 @@ Attention = Annotated[
     Literal["mean", "heads"] | None,
     typer.Option(help="With --dense: store what the global tokens attend to, the mean of all heads or each head."),
 ]
+SplitSlide = Annotated[
+    bool,
+    typer.Option(
+        "--split-slide", help="With --whole-slide and several processes: share each slide out over them, by rows."
+    ),
+]
 BatchSize = Annotated[int, typer.Option(min=1, help="Regions per forward.")]
 
 
@@ -67,6 +75,7 @@ def embed(
     attention: Attention = None,
     tissue_mask: options.TissueMask = None,
     regions: Regions = None,
+    split_slide: SplitSlide = False,
     format: Format = "hdf5",
     origin: options.Origin = "bounds",
     batch_size: BatchSize = 1,
@@ -77,6 +86,7 @@ def embed(
     """Embed slides, one HDF5 file each; run it again to go on where it stopped."""
     from sparsepath_vit.slides import EmbedSettings, embed_slides
 
+    running = {"batch_size": batch_size, "workers": workers, "device": device, "dtype": dtype}
     report = embed_slides(
         slides,
         model,
@@ -86,10 +96,8 @@ def embed(
         tissue_mask=tissue_mask,
         regions=regions,
         table_format=None if format == "hdf5" else format,
-        batch_size=batch_size,
-        workers=workers,
-        device=device,
-        dtype=dtype,
+        split_slide=split_slide,
+        **running,
     )
     _finish(report, out)
 

@@ -13,6 +13,7 @@ from small_models import random_mask, random_pixels, small_model
 from torch import distributed
 
 from sparsepath_vit import SparsePathViTForImageClassification, SparsePathViTModel
+from sparsepath_vit.model.processes import LostProcessError
 
 ROWS, COLUMNS = 29, 9
 TIMEOUT_SECONDS = 120
@@ -185,7 +186,7 @@ def lost(name, found, group, happens):
         for attempt in (name, f"{name}, next"):
             try:
                 model.encode(pixels, model.token_grid(pixels), on_tokens=on_tokens)
-            except RuntimeError as error:
+            except LostProcessError as error:
                 found[attempt] = f"{type(error).__name__}: {error}"
     found[f"{name}, seconds"] = time.monotonic() - start
 

@@ -54,7 +54,8 @@ class ProcessSplitMixin:
             Which rows are whose, see `ProcessSplit`.
 
         Raises:
-            RuntimeError: there is no process group, or one of its processes is lost.
+            RuntimeError: there is no process group.
+            LostProcessError: another process has ended, or does not answer within the group's timeout.
             ValueError: the processes have different weights or configurations; the context is entered already.
 
         Example:
@@ -75,19 +76,22 @@ class ProcessSplitMixin:
             model.process_split = None
 
 
+def do_together(model: "SparsePathViTPreTrainedModel", work: Callable[[], Result]) -> Result:
+    """Does something that may fail: where several processes share the model, it fails in all or in none of them."""
+    split = model.base_model.process_split
+    return work() if split is None else split.processes.together(work)
+
+
 def together(
     method: Callable[Concatenate["SparsePathViTPreTrainedModel", Arguments], Result],
 ) -> Callable[Concatenate["SparsePathViTPreTrainedModel", Arguments], Result]:
-    """A method of a model that fails in all processes, where several share the model and it fails in one."""
+    """A method of a model for `do_together`."""
 
     @functools.wraps(method)
     def in_all(
         self: "SparsePathViTPreTrainedModel", *arguments: Arguments.args, **settings: Arguments.kwargs
     ) -> Result:
-        split = self.base_model.process_split
-        if split is None:
-            return method(self, *arguments, **settings)
-        return split.processes.together(lambda: method(self, *arguments, **settings))
+        return do_together(self, lambda: method(self, *arguments, **settings))
 
     return in_all
 

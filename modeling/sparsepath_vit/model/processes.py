@@ -22,7 +22,7 @@ class OtherProcessError(ValueError):
     """Another process refused what all of them were to do."""
 
 
-class LostProcessError(RuntimeError):
+class LostProcessError(ConnectionError):
     """Another process has ended, or did not answer within the group's timeout: the processes cannot go on together."""
 
 
