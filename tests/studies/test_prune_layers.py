@@ -20,7 +20,7 @@ def encoder():
     torch.manual_seed(0)
     config = SparsePathViTConfig(
         hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=48, window_size=2, image_size=56,
-        initializer_range=0.3, layerscale_value=1.0,
+        prune_after_layer=1, initializer_range=0.3, layerscale_value=1.0,
     )  # fmt: skip
     return SparsePathViTModel(config).eval(), SparsePathViTImageProcessor()
 
