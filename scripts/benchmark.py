@@ -63,15 +63,7 @@ def main() -> None:
     attention.add_argument("--backward", action="store_true", help="time forward and backward together, too")
     attention.add_argument("--out", type=Path, default=Path("model_card/results/benchmark_attention.csv"))
     attention.set_defaults(run=benchmark_attention)
-    memory = commands.add_parser("memory", help="peak memory of a forward on a CPU, each in a process of its own")
-    memory.add_argument("--architecture", default="vit-small-14-reg8", help="known model, random weights")
-    memory.add_argument("--layers", type=int, default=0, help="how many of its layers; all by default")
-    memory.add_argument("--sizes", default="3430", help="pixels of a square image, comma separated")
-    memory.add_argument("--prune-ratios", default="0,0.6", help="comma separated")
-    memory.add_argument("--prune-after-layer", type=int, default=4)
-    memory.add_argument("--tokens-per-strip", type=int, default=None, help="0 for whole layers; the model's by default")
-    memory.add_argument("--out", type=Path, default=Path("model_card/results/benchmark_memory.csv"))
-    memory.set_defaults(run=benchmark_memory)
+    memory = _memory_parser(commands)
     for command in (model, attention, memory):
         command.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"])
         command.add_argument("--threads", type=int, default=None, help="CPU threads; torch's choice by default")
@@ -82,6 +74,19 @@ def main() -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     run_script(arguments.run, arguments)
+
+
+def _memory_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> argparse.ArgumentParser:
+    memory = commands.add_parser("memory", help="peak memory of a forward on a CPU, each in a process of its own")
+    memory.add_argument("--architecture", default="vit-small-14-reg8", help="known model, random weights")
+    memory.add_argument("--layers", type=int, default=0, help="how many of its layers; all by default")
+    memory.add_argument("--sizes", default="3430", help="pixels of a square image, comma separated")
+    memory.add_argument("--prune-ratios", default="0,0.6", help="comma separated")
+    memory.add_argument("--prune-after-layer", type=int, default=4)
+    memory.add_argument("--tokens-per-strip", type=int, default=None, help="0 for whole layers; the model's by default")
+    memory.add_argument("--out", type=Path, default=Path("model_card/results/benchmark_memory.csv"))
+    memory.set_defaults(run=benchmark_memory)
+    return memory
 
 
 def benchmark_models(arguments: argparse.Namespace) -> None:
