@@ -79,6 +79,8 @@ def embed_slides(
     slides = _by_name(inputs)
     _check_arguments(slides, settings, slide_mpp, tissue_mask)
     _check_regions(slides, settings, regions)
+    if settings.annotation_classes and tissue_mask in (None, "all") and regions is None:
+        _check_has_annotations(slides, settings)
     _check_table_format(table_format)
     state = _process_state(device)
     chosen = torch_device(device) if device is not None and state.num_processes == 1 else state.device
@@ -177,6 +179,15 @@ def _check_regions(
         raise ValueError(f"regions={str(regions)!r} says what to embed, but {other}: use one of them.")
     if len(slides) > 1 and not Path(regions).is_dir():
         raise ValueError(f"regions={str(regions)!r} is one file for {len(slides)} slides: give a folder of them.")
+
+
+def _check_has_annotations(slides: dict[str, SlideInput], settings: EmbedSettings) -> None:
+    """Raises ValueError where no manifest names a mask either."""
+    if not any(item.tissue_mask for item in slides.values()):
+        raise ValueError(
+            f"annotation_classes={settings.annotation_classes!r} choose among the polygons of GeoJSON: give it as "
+            "tissue_mask (--tissue-mask) or regions (--regions)."
+        )
 
 
 def _check_table_format(table_format: str | None) -> None:

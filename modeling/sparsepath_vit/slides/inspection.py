@@ -113,7 +113,7 @@ def _inspect_open_slide(
         return
     try:
         found.facts.append(("resolution", _resolution(slide, description)))
-        tissue = find_tissue(slide, tissue_mask)
+        tissue = find_tissue(slide, tissue_mask, classes=settings.annotation_classes)
         found.facts.append(("tissue", _tissue_share(slide, tissue)))
         regions = _regions(slide, tissue, settings, patch_size, mpp)
         found.facts.append(("embed", _what_embed_does(slide, tissue, regions, settings, patch_size, mpp)))
