@@ -83,20 +83,11 @@ def embed(
         mpp, region_size, overlap, minimum_tissue, whole_slide, dense, origin, tile_size, attention,
         tuple(annotation_class or ()),
     )  # fmt: skip
+    running = {"batch_size": batch_size, "workers": workers, "device": device, "dtype": dtype}
     report = embed_slides(
-        slides,
-        model,
-        out,
-        settings,
-        slide_mpp=slide_mpp,
-        tissue_mask=tissue_mask,
-        regions=regions,
-        table_format=None if format == "hdf5" else format,
-        batch_size=batch_size,
-        workers=workers,
-        device=device,
-        dtype=dtype,
-    )
+        slides, model, out, settings, slide_mpp=slide_mpp, tissue_mask=tissue_mask, regions=regions,
+        table_format=None if format == "hdf5" else format, **running,
+    )  # fmt: skip
     _finish(report, out)
 
 

@@ -78,9 +78,7 @@ def embed_slides(
     inputs, left_out = find_inputs([paths] if isinstance(paths, str | os.PathLike) else paths)
     slides = _by_name(inputs)
     _check_arguments(slides, settings, slide_mpp, tissue_mask)
-    _check_regions(slides, settings, regions)
-    if settings.annotation_classes and tissue_mask in (None, "all") and regions is None:
-        _check_has_annotations(slides, settings)
+    _check_regions(slides, settings, regions, tissue_mask)
     _check_table_format(table_format)
     state = _process_state(device)
     chosen = torch_device(device) if device is not None and state.num_processes == 1 else state.device
@@ -167,10 +165,19 @@ def _check_arguments(
 
 
 def _check_regions(
-    slides: dict[str, SlideInput], settings: EmbedSettings, regions: str | os.PathLike[str] | None
+    slides: dict[str, SlideInput],
+    settings: EmbedSettings,
+    regions: str | os.PathLike[str] | None,
+    tissue_mask: str | os.PathLike[str] | None,
 ) -> None:
-    """Raises ValueError for regions that no slide could have."""
+    """Raises ValueError for regions that no slide could have, and for classes of annotations where there are none."""
     if regions is None:
+        has_mask = tissue_mask not in (None, "all") or any(item.tissue_mask for item in slides.values())
+        if settings.annotation_classes and not has_mask:
+            raise ValueError(
+                f"annotation_classes={settings.annotation_classes!r} choose among the polygons of GeoJSON: give it as "
+                "tissue_mask (--tissue-mask) or regions (--regions)."
+            )
         return
     if not Path(regions).exists():
         raise ValueError(f"regions={str(regions)!r} does not exist: give coordinates, GeoJSON, or a folder of them.")
@@ -179,15 +186,6 @@ def _check_regions(
         raise ValueError(f"regions={str(regions)!r} says what to embed, but {other}: use one of them.")
     if len(slides) > 1 and not Path(regions).is_dir():
         raise ValueError(f"regions={str(regions)!r} is one file for {len(slides)} slides: give a folder of them.")
-
-
-def _check_has_annotations(slides: dict[str, SlideInput], settings: EmbedSettings) -> None:
-    """Raises ValueError where no manifest names a mask either."""
-    if not any(item.tissue_mask for item in slides.values()):
-        raise ValueError(
-            f"annotation_classes={settings.annotation_classes!r} choose among the polygons of GeoJSON: give it as "
-            "tissue_mask (--tissue-mask) or regions (--regions)."
-        )
 
 
 def _check_table_format(table_format: str | None) -> None:

@@ -132,6 +132,8 @@ def _file_facts(description: SlideDescription) -> Iterator[tuple[str, str]]:
             len(others) > _MOST_LISTED
         )
         yield "image", f"{description.series_names[description.series]}; others: {listed or 'none'}"
+    if description.parts:
+        yield "parts", f"planes lie in {', '.join(description.parts)}"
     if samples is not None:
         yield "colour", _colour(samples, description)
     storage = {None: "", True: ", in tiles", False: ", in strips or one piece"}[description.tiled]
