@@ -2,14 +2,18 @@
 # Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
 r"""Benchmarks: ours against timm and Transformers, dense and on 224 px tiles, in one run on one machine.
 
-`model` times whole forward passes, `attention` the attention alone. Everything is checked before it is timed, models
-take turns so that a drifting machine drifts for all, and each row of the CSV carries commit, versions and machine.
+`model` times whole forward passes, `attention` the attention alone; `memory` takes the peak of a forward; `quantised`
+says how far int8 and float8 weights of torchao are from the checkpoint, and how fast. What is timed is checked before,
+models take turns so that a drifting machine drifts for all, and each row of the CSV carries commit, versions and
+machine.
 
 Examples:
     python scripts/benchmark.py model
     python scripts/benchmark.py model --architecture uni2-h --sizes 1400 --repeats 1 --peers tiles_timm,sparse,pruned
     python scripts/benchmark.py model --architecture uni2-h --sizes 3430 --repeats 1 --peers pruned
     python scripts/benchmark.py attention --tokens 2500,10000 --windows 8,64
+    python scripts/benchmark.py memory --architecture uni2-h --layers 3 --sizes 13720 --prune-after-layer 1
+    python scripts/benchmark.py quantised --checkpoint ./uni2-h --image region.png --sizes 896
 
 On a GPU:
     python scripts/benchmark.py model --architecture uni2-h --sizes 224,448,896,1400,3430,6860,13720 --compile
@@ -24,6 +28,7 @@ from pathlib import Path
 
 import torch
 
+from sparsepath_vit.checkpoints import tiny_checkpoint
 from sparsepath_vit.runtime.extras import ScriptParser, run_script
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # `studies` lies beside this folder and is not installed
@@ -31,7 +36,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # `studies` lies beside this
 from studies.benchmarks import attention_peers
 from studies.benchmarks import model as benchmark_model
 from studies.benchmarks.attention import AttentionCase, time_case
+from studies.benchmarks.memory import MemoryCase, measure_memory
 from studies.benchmarks.model import ModelBenchmark
+from studies.benchmarks.quantised import KINDS, QuantisedBenchmark, benchmark_quantised
 from studies.results import append_rows
 
 logger = logging.getLogger("benchmark")
@@ -60,15 +67,43 @@ def main() -> None:
     attention.add_argument("--backward", action="store_true", help="time forward and backward together, too")
     attention.add_argument("--out", type=Path, default=Path("model_card/results/benchmark_attention.csv"))
     attention.set_defaults(run=benchmark_attention)
-    for command in (model, attention):
+    memory = _memory_parser(commands)
+    quantised = _quantised_parser(commands)
+    for command in (model, attention, memory, quantised):
         command.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"])
+        command.add_argument("--threads", type=int, default=None, help="CPU threads; torch's choice by default")
+    for command in (model, attention, quantised):
         command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
         command.add_argument("--repeats", type=int, default=5, help="measurements of each; the median counts")
-        command.add_argument("--threads", type=int, default=None, help="CPU threads; torch's choice by default")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     run_script(arguments.run, arguments)
+
+
+def _memory_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> argparse.ArgumentParser:
+    memory = commands.add_parser("memory", help="peak memory of a forward on a CPU, each in a process of its own")
+    memory.add_argument("--architecture", default="vit-small-14-reg8", help="known model, random weights")
+    memory.add_argument("--layers", type=int, default=0, help="how many of its layers; all by default")
+    memory.add_argument("--sizes", default="3430", help="pixels of a square image, comma separated")
+    memory.add_argument("--prune-ratios", default="0,0.6", help="comma separated")
+    memory.add_argument("--prune-after-layer", type=int, default=4)
+    memory.add_argument("--tokens-per-strip", type=int, default=None, help="0 for whole layers; the model's by default")
+    memory.add_argument("--out", type=Path, default=Path("model_card/results/benchmark_memory.csv"))
+    memory.set_defaults(run=benchmark_memory)
+    return memory
+
+
+def _quantised_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> argparse.ArgumentParser:
+    quantised = commands.add_parser("quantised", help="int8 and float8 of torchao against the checkpoint, on an image")
+    quantised.add_argument("--checkpoint", default=None, help="folder or Hub id; the tiny checkpoint by default")
+    quantised.add_argument("--image", type=Path, default=None, help="the one that comes with scikit-image by default")
+    quantised.add_argument("--sizes", default="224,896", help="pixels of the image's longer side, comma separated")
+    quantised.add_argument("--kinds", default=",".join(KINDS), help="comma separated; all by default")
+    quantised.add_argument("--compile", action="store_true", help="run the models through torch.compile")
+    quantised.add_argument("--out", type=Path, default=Path("model_card/results/benchmark_quantised.csv"))
+    quantised.set_defaults(run=record_quantised)
+    return quantised
 
 
 def benchmark_models(arguments: argparse.Namespace) -> None:
@@ -99,6 +134,56 @@ def benchmark_models(arguments: argparse.Namespace) -> None:
                 row["peak_growth_gib"],
             )
         append_rows(arguments.out, rows)
+
+
+def benchmark_memory(arguments: argparse.Namespace) -> None:
+    """Records peaks of memory, row by row."""
+    cases = [
+        MemoryCase(
+            architecture=arguments.architecture,
+            num_layers=arguments.layers,
+            size=size,
+            dtype=arguments.dtype,
+            prune_ratio=prune_ratio,
+            prune_after_layer=arguments.prune_after_layer,
+            tokens_per_strip=arguments.tokens_per_strip,
+            num_threads=torch.get_num_threads(),
+        )
+        for size in map(int, arguments.sizes.split(","))
+        for prune_ratio in map(float, arguments.prune_ratios.split(","))
+    ]
+    for row in measure_memory(cases):
+        logger.info(
+            "%(size)5d px  p = %(prune_ratio)s  %(times_hidden_states)s x hidden states above weights and pixels, "
+            "process %(process_gib).2f GiB, %(seconds)s s",
+            {**row, "process_gib": row["process_peak_bytes"] / 2**30},
+        )
+        append_rows(arguments.out, [row])
+
+
+def record_quantised(arguments: argparse.Namespace) -> None:
+    """Records fidelity and time of quantised weights, kind by kind."""
+    settings = QuantisedBenchmark(
+        checkpoint=arguments.checkpoint or tiny_checkpoint(),
+        image=arguments.image,
+        sizes=tuple(map(int, arguments.sizes.split(","))),
+        kinds=tuple(arguments.kinds.split(",")),
+        dtype=getattr(torch, arguments.dtype),
+        device=arguments.device,
+        repeats=arguments.repeats,
+        compiles=arguments.compile,
+    )
+    for row in benchmark_quantised(settings):
+        logger.info(
+            "%5d px  %-15s  %8.3f s  pooled cosine %.5f  patch tokens, centred %.4f (5th percentile %.4f)",
+            row["size"],
+            row["quantised"],
+            row["seconds_median"],
+            row["pooled_cosine"],
+            row["centred_patch_cosine"],
+            row["centred_patch_cosine_p5"],
+        )
+        append_rows(arguments.out, [row])
 
 
 def benchmark_attention(arguments: argparse.Namespace) -> None:

@@ -192,12 +192,14 @@ def plot_long_range(rows: Sequence[Mapping[str, str]], path: Path) -> None:
     with drawn_axes(path, len(present)) as axes:
         for axis, key in zip(axes, present, strict=True):
             of_panel = [row for row in rows if row["has_globals"] == key]
-            for window in dict.fromkeys(row["window_size"] for row in of_panel):
-                curve = sorted((row for row in of_panel if row["window_size"] == window), key=_distance)
+            for window, context in dict.fromkeys((row["window_size"], row["num_context_tokens"]) for row in of_panel):
+                kind = {"window_size": window, "num_context_tokens": context}
+                curve = sorted((row for row in of_panel if row.items() >= kind.items()), key=_distance)
                 accuracy = np.array([float(row["accuracy"]) for row in curve])
                 strips = np.array([int(row["strips"]) for row in curve])
                 spread = 1.96 * np.sqrt(np.clip(accuracy * (1 - accuracy), 0, None) / strips)
                 name = f"w = {window}, reach {curve[0]['reach']}" if window else "dense"
+                name = name if context == "0" else f"w = {window}, {context} context tokens"
                 axis.errorbar([_distance(row) for row in curve], accuracy, spread, marker="o", capsize=2, label=name)
             axis.axhline(0.5, color="black", linestyle=":", label="chance")
             axis.set_xscale("log", base=2)

@@ -40,26 +40,35 @@ MODEL_ALLOWED = {
     "stratified_sampling": set(),
     "token_grid": {"stratified_sampling"},
     "token_strips": {"token_grid"},
+    "processes": set(),
+    "token_shares": {"processes", "token_grid", "token_strips"},
     "context_tokens": {"stratified_sampling", "token_grid"},
     "mean_query_correction": {"token_grid"},
-    "token_pruning": {"prune_score_operator", "stratified_sampling", "token_grid"},
+    "token_pruning": {
+        *("processes", "prune_score_operator", "stratified_sampling", "token_grid", "token_shares", "token_strips"),
+    },
     "prune_score": {"attention_backend", "attention_precision", "fused_elementwise", "prune_score", "token_grid"},
     "fused_elementwise": {"attention_precision", "attention_triton", "fused_elementwise"},
     "device_memory": set(),
     "attention": {
-        *("attention", "context_tokens", "device_memory", "mean_query_correction", "token_grid", "token_strips"),
+        *("attention", "context_tokens", "device_memory", "mean_query_correction", "processes", "token_grid"),
+        "token_strips",
     },
-    "embeddings": {"configuration_sparsepath_vit", "token_grid"},
-    "streamed_prune_scores": {"token_strips"},
+    "embeddings": {"configuration_sparsepath_vit", "patch_embeddings", "token_grid"},
+    "streamed_prune_scores": {"processes", "token_strips"},
     "streamed_layers": {
         *("attention", "configuration_sparsepath_vit", "embeddings", "streamed_prune_scores", "token_grid"),
-        "token_strips",
+        *("token_shares", "token_strips"),
     },
     "pillow_images": set(),
     "image_inputs": {"pillow_images"},
     "patch_presence": {"image_inputs"},
     "image_settings": set(),
-    "image_processing_sparsepath_vit": {"image_inputs", "image_settings", "patch_presence", "remote_code"},
+    "pixel_normalisation": set(),
+    "image_processing_sparsepath_vit": {
+        *("image_inputs", "image_settings", "patch_presence", "pixel_normalisation", "remote_code")
+    },
+    "patch_embeddings": {"configuration_sparsepath_vit", "pixel_normalisation"},
 }
 
 MOST_LINES_OF_A_FILE = 400

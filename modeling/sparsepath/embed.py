@@ -16,9 +16,12 @@ EXAMPLES = (
     "Examples:  `sparsepath embed slides/ --model ./uni2-h --out embeddings`   ·   "
     "`sparsepath embed list.csv --model ./uni2-h --out dense --whole-slide --dense`   ·   "
     "`sparsepath embed slides/ --model ./uni2-h --out tiles --tile-size 224 --minimum-tissue 0.1`   ·   "
+    "`sparsepath embed slides/ --model ./uni2-h --out tumor --regions annotations/ --annotation-class Tumor`   ·   "
     "several GPUs: `accelerate launch -m sparsepath embed slides/ --model ./uni2-h --out embeddings`   ·   "
     "two processes, also without a GPU: `torchrun --nproc_per_node 2 -m sparsepath embed slides/ "
-    "--model ./uni2-h --out embeddings`"
+    "--model ./uni2-h --out embeddings`   ·   "
+    "one slide over two: `torchrun --nproc_per_node 2 -m sparsepath embed slide.svs --model ./uni2-h --out whole "
+    "--whole-slide --split-slide`"
 )
 
 Slides = Annotated[list[Path], typer.Argument(help="Slide files, folders, or a CSV: slide,mpp,x,y,width,height,label.")]
@@ -49,6 +52,12 @@ Attention = Annotated[
     Literal["mean", "heads"] | None,
     typer.Option(help="With --dense: store what the global tokens attend to, the mean of all heads or each head."),
 ]
+SplitSlide = Annotated[
+    bool,
+    typer.Option(
+        "--split-slide", help="With --whole-slide and several processes: share each slide out over them, by rows."
+    ),
+]
 BatchSize = Annotated[int, typer.Option(min=1, help="Regions per forward.")]
 
 
@@ -67,6 +76,8 @@ def embed(
     attention: Attention = None,
     tissue_mask: options.TissueMask = None,
     regions: Regions = None,
+    split_slide: SplitSlide = False,
+    annotation_class: options.AnnotationClass = None,
     format: Format = "hdf5",
     origin: options.Origin = "bounds",
     batch_size: BatchSize = 1,
@@ -77,20 +88,15 @@ def embed(
     """Embed slides, one HDF5 file each; run it again to go on where it stopped."""
     from sparsepath_vit.slides import EmbedSettings, embed_slides
 
+    settings = EmbedSettings(
+        mpp, region_size, overlap, minimum_tissue, whole_slide, dense, origin, tile_size, attention,
+        tuple(annotation_class or ()),
+    )  # fmt: skip
+    running = {"batch_size": batch_size, "workers": workers, "device": device, "dtype": dtype}
     report = embed_slides(
-        slides,
-        model,
-        out,
-        EmbedSettings(mpp, region_size, overlap, minimum_tissue, whole_slide, dense, origin, tile_size, attention),
-        slide_mpp=slide_mpp,
-        tissue_mask=tissue_mask,
-        regions=regions,
-        table_format=None if format == "hdf5" else format,
-        batch_size=batch_size,
-        workers=workers,
-        device=device,
-        dtype=dtype,
-    )
+        slides, model, out, settings, slide_mpp=slide_mpp, tissue_mask=tissue_mask, regions=regions,
+        table_format=None if format == "hdf5" else format, split_slide=split_slide, **running,
+    )  # fmt: skip
     _finish(report, out)
 
 

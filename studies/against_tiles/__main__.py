@@ -5,10 +5,12 @@ r"""Is one forward of a region worth more than averaging its 224 px tiles, which
   regions   a linear probe of osteosarcoma regions against size: dense, block-local, pruned, stratified, averaged tiles
             of the same pixels, random weights, a colour histogram
   tokens    a linear probe of labelled patch tokens, of all and of those near the border of two tiles
+  positions the regions again, where positions are not stretched over the region but repeat in each window as large as
+            the images of the model's training, as they are or mirrored
 
 Frozen features of real pretrained weights (`python -m studies.real_weights`), folds by block of tissue or by image, the
 penalty chosen inside the training folds, several divisions into folds, and paired differences to tiles and to dense
-with 95 % intervals over blocks or images. Writes OUT/against_tiles_regions.csv and OUT/against_tiles_tokens.csv.
+with 95 % intervals over blocks or images. Writes OUT/against_tiles_PART.csv.
 
 Examples:
     python -m studies.against_tiles --data-dir ../shared/data --out model_card/results
@@ -39,18 +41,21 @@ with imports_of_extra("train", "sklearn"):
     from .features import (
         DENSE,
         PATTERNS,
+        POSITION_PATTERNS,
+        POSITIONS,
         TILES,
         TOKEN_PATTERNS,
         Encoder,
         region_features,
         token_features,
         tokens_to_border,
+        with_positions,
     )
     from .probes import Probe, cross_validated, difference_with_interval, score_with_interval
 
 logger = logging.getLogger("against_tiles")
 
-PARTS = ("regions", "tokens")
+PARTS = ("regions", "tokens", "positions")
 RANDOM_WEIGHTS, HISTOGRAM = "random weights, w = 8", "colour histogram"
 NEAR_BORDER = 2  # tokens between a token and the border, at most, that still count as near
 
@@ -79,7 +84,7 @@ def run(arguments: argparse.Namespace) -> None:
         )
     encoder = Encoder(*load_model(source, "cpu", "float32", model_class=SparsePathViTModel))
     described = {"model": Path(source).name, **describe_run("cpu")}
-    for part, rows_of in (("regions", region_rows), ("tokens", token_rows)):
+    for part, rows_of in zip(PARTS, (region_rows, token_rows, position_rows), strict=True):
         if part in parts:
             arguments.out.mkdir(parents=True, exist_ok=True)
             rows: list[dict[str, Any]] = []
@@ -100,6 +105,29 @@ def region_rows(encoder: Encoder, arguments: argparse.Namespace) -> Iterator[dic
                 features.setdefault(name, []).append(region_features(encoder, image, name))
             features.setdefault(RANDOM_WEIGHTS, []).append(region_features(untrained, image, "w = 8"))
             features.setdefault(HISTOGRAM, []).append(color_histogram(Image.fromarray(image)))
+        probes = {
+            name: cross_validated(np.stack(of_name), labels, blocks, num_seeds=arguments.seeds)
+            for name, of_name in tqdm(features.items(), desc="probes", disable=None)
+        }
+        yield from _rows(probes, {"size": size})
+
+
+def position_rows(encoder: Encoder, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """A row for each size that is larger than the pretraining window, pattern and kind of positions."""
+    files, labels, blocks = osteosarcoma_regions(arguments.data_dir)
+    for size in map(int, arguments.sizes.split(",")):
+        if size <= encoder.model.config.image_size:
+            logger.info("%s px is no larger than the images of the model's training: nothing repeats", size)
+            continue
+        encoders = {kind: with_positions(encoder, kind, size) for kind in POSITIONS}
+        features: dict[str, list[np.ndarray]] = {}
+        for path in tqdm(files, desc=f"positions, {size} px", unit="region", disable=None):
+            image = resized(path, size)
+            features.setdefault(TILES, []).append(region_features(encoder, image, TILES))
+            for name in POSITION_PATTERNS:
+                for kind, with_kind in encoders.items():
+                    title = name if kind == POSITIONS[0] else f"{name}, {kind} positions"
+                    features.setdefault(title, []).append(region_features(with_kind, image, name))
         probes = {
             name: cross_validated(np.stack(of_name), labels, blocks, num_seeds=arguments.seeds)
             for name, of_name in tqdm(features.items(), desc="probes", disable=None)

@@ -1,6 +1,7 @@
 # Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
 """Features of a region and of its tokens: in one forward by several attention patterns, and by 224 px tiles."""
 
+import copy
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +25,8 @@ PATTERNS = {
     "stratified, 60 % pruned": {**_STRATIFIED, "prune_ratio": 0.6, "num_representatives": NUM_SAMPLES},
 }
 TOKEN_PATTERNS = (DENSE, "w = 8", "stratified")  # pruning would leave labelled tokens out
+POSITION_PATTERNS = (DENSE, "w = 8")
+POSITIONS = ("stretched", "periodic", "mirrored")
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,31 @@ def region_features(encoder: Encoder, image: np.ndarray, name: str) -> np.ndarra
     areas = [part.shape[0] * part.shape[1] for part in parts]
     with configured(encoder.model, **PATTERNS[DENSE]):
         return np.average([encoder.pooled(part) for part in parts], axis=0, weights=areas)
+
+
+def with_positions(encoder: Encoder, kind: str, size: int) -> Encoder:
+    """The model with other position embeddings, for images of `size` x `size` pixels only.
+
+    Args:
+        encoder: its position grid is that of its pretraining window.
+        kind: "stretched" over the image, as the model does by itself; "periodic", the same in each window; "mirrored",
+            with every second window turned round, so that neighbours stay neighbours.
+        size: a multiple of the patch size.
+    """
+    if kind == "stretched":
+        return encoder
+    config = copy.deepcopy(encoder.model.config)
+    side, num_prefix = config.image_size // config.patch_size, config.num_prefix_position_embeddings
+    places = torch.arange(size // config.patch_size) % (2 * side)
+    places = places % side if kind == "periodic" else torch.minimum(places, 2 * side - 1 - places)
+    states = dict(encoder.model.state_dict())
+    prefix, grid = states["embeddings.position_embeddings"].split([num_prefix, side**2], dim=1)
+    grid = grid.unflatten(1, (side, side))[:, places][:, :, places].flatten(1, 2)
+    states["embeddings.position_embeddings"] = torch.cat([prefix, grid], dim=1)
+    config.image_size = size
+    model = SparsePathViTModel(config).eval()
+    model.load_state_dict(states)
+    return Encoder(model, encoder.processor)
 
 
 def token_features(encoder: Encoder, image: np.ndarray, name: str) -> np.ndarray:

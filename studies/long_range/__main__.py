@@ -4,8 +4,8 @@ r"""How far apart may two structures be for block-local attention to relate them
 
 Strips of real tissue hold two structures d tokens apart, each stained in one of two ways; the label says whether both
 are stained alike, and is read from the left structure's tokens. One small model is trained from the same weights for
-each of dense, w = 8 and w = 64, with and without global tokens. Without means that no attention passes between global
-and patch tokens, so that information moves from block to block only.
+each of dense, w = 8 and w = 64, with and without global tokens, and with global and context tokens. Without means that
+no attention passes between global and patch tokens, so that information moves from block to block only.
 
 It shows what each pattern can learn in a small network, not what a foundation model has learnt. Writes
 OUT/long_range.csv, row by row (a stopped run goes on with the next model), and long_range.png.
@@ -17,7 +17,7 @@ Examples:
 
 import argparse
 import logging
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -29,14 +29,14 @@ with imports_of_extra("train", "matplotlib"):
 
     from ..figures import plot_long_range
     from ..results import ResultsTable
-    from .experiment import LongRangeResult, LongRangeSettings, TissueStrips, run_long_range
+    from .experiment import LongRangePattern, LongRangeSettings, TissueStrips, patterns_of, tested, train
 
 
 logger = logging.getLogger("long_range_check")
 
 # Half the tokens: all six models in a third of the time.
 QUICK = {"columns": 96, "distances": (4, 12, 24, 48, 80), "steps": 400, "test_strips": 128, "windows": (None, 8, 24)}
-KEYS = ("window_size", "has_globals", "distance", "settings")
+KEYS = ("window_size", "has_globals", "num_context_tokens", "distance", "settings")
 VALUES = ("accuracy", "strips", "reach", "commit", "torch", "machine", "threads")
 
 
@@ -48,6 +48,7 @@ def main() -> None:
     parser.add_argument("--columns", type=int, help=f"patch tokens of a strip; {defaults.columns} by default")
     parser.add_argument("--distances", help="tokens, comma separated; 4,12,24,48,96,160 by default")
     parser.add_argument("--windows", help="tokens per block side, 0 is dense; 0,8,64 by default")
+    parser.add_argument("--contexts", help="most context tokens, comma separated; 0,48 by default")
     parser.add_argument("--steps", type=int, help=f"of training; {defaults.steps} by default")
     parser.add_argument("--test-strips", type=int, help=f"per distance; {defaults.test_strips} by default")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; tensors as small as these gain from one")
@@ -65,6 +66,8 @@ def settings_of(arguments: argparse.Namespace) -> LongRangeSettings:
         given["distances"] = tuple(int(distance) for distance in arguments.distances.split(","))
     if arguments.windows:
         given["windows"] = tuple(int(window) or None for window in arguments.windows.split(","))
+    if arguments.contexts:
+        given["contexts"] = tuple(int(context) for context in arguments.contexts.split(","))
     changes = {name: value for name, value in given.items() if value is not None}
     return LongRangeSettings(**{**(QUICK if arguments.quick else {}), **changes, "seed": arguments.seed})
 
@@ -74,34 +77,32 @@ def run(arguments: argparse.Namespace) -> None:
     settings = settings_of(arguments)
     strips = TissueStrips(arguments.tissue_images, settings)
     table = ResultsTable(arguments.output_dir / "long_range.csv", KEYS, VALUES)
-    varied = ("windows", "with_globals", "distances")
+    varied = ("windows", "with_globals", "contexts", "distances")
     common = " ".join(f"{name}={value}" for name, value in asdict(settings).items() if name not in varied)
     described = describe_run()
     rows = []
 
-    def key_of(window_size: int | None, has_globals: bool, distance: int) -> dict[str, object]:
-        key = {"window_size": window_size, "has_globals": has_globals, "distance": distance}
-        return key | {"settings": f"{common} distances={'/'.join(map(str, settings.distances))}"}
+    def key_of(pattern: LongRangePattern, distance: int) -> dict[str, object]:
+        return {
+            **asdict(pattern),
+            "distance": distance,
+            "settings": f"{common} distances={'/'.join(map(str, settings.distances))}",
+        }
 
-    def record(result: LongRangeResult) -> None:
-        row = asdict(result)
-        table.add({**described, **key_of(result.window_size, result.has_globals, result.distance), **row})
-
-    for window_size in settings.windows:
-        for has_globals in settings.with_globals:
-            keys = [key_of(window_size, has_globals, distance) for distance in settings.distances]
-            if not all(table.has(key) for key in keys):
-                for key in keys:
-                    table.drop(**key)
-                run_long_range(strips, replace(settings, windows=(window_size,), with_globals=(has_globals,)), record)
-            rows += [table.find(key) for key in keys]
-    for row in rows:
-        name = f"w = {row['window_size']}" if row["window_size"] else "dense"
-        logger.info(
-            "%-7s %-20s d = %3s  accuracy %.3f  (reach %s)",
-            *(name, "with global tokens" if row["has_globals"] == "True" else "without", row["distance"]),
-            *(float(row["accuracy"]), row["reach"]),
-        )
+    for pattern in patterns_of(settings):
+        keys = [key_of(pattern, distance) for distance in settings.distances]
+        if not all(table.has(key) for key in keys):
+            for key in keys:
+                table.drop(**key)
+            model = train(strips, settings, pattern)
+            for key, distance in zip(keys, settings.distances, strict=True):
+                table.add({**described, **key, **asdict(tested(model, strips, settings, pattern, distance))})
+        for key in keys:
+            rows.append(table.find(key))
+            logger.info(
+                "%-30s d = %3s  accuracy %.3f  (reach %s)",
+                *(pattern, key["distance"], float(rows[-1]["accuracy"]), rows[-1]["reach"]),
+            )
     plot_long_range(rows, arguments.output_dir / "long_range.png")
     logger.info("wrote %s", arguments.output_dir)
 

@@ -11,8 +11,8 @@ Without global tokens means: patch tokens neither see the global tokens nor are 
 information goes from block to block only. Everything else, weights at the start and data included, is the same.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +43,7 @@ class LongRangeSettings:
         distances: tokens from the first token of one structure to the first of the other.
         windows: window sizes; None is dense.
         with_globals: whether global tokens take part.
+        contexts: most context tokens of a window's pattern, where global tokens take part.
         patch_size: pixels per patch side, and the height of a strip.
         hidden_size: of the model.
         num_layers: of the model.
@@ -59,6 +60,7 @@ class LongRangeSettings:
     distances: tuple[int, ...] = (4, 12, 24, 48, 96, 160)
     windows: tuple[int | None, ...] = (None, 8, 64)
     with_globals: tuple[bool, ...] = (True, False)
+    contexts: tuple[int, ...] = (0, 48)
     patch_size: int = 4
     hidden_size: int = 32
     num_layers: int = 3
@@ -79,12 +81,47 @@ class LongRangeSettings:
 
 
 @dataclass(frozen=True)
+class LongRangePattern:
+    """What a model's patch tokens see.
+
+    Attributes:
+        window_size: None is dense.
+        has_globals: whether global tokens take part.
+        num_context_tokens: at most so many patch tokens beyond the neighbourhood.
+    """
+
+    window_size: int | None
+    has_globals: bool
+    num_context_tokens: int = 0
+
+    def __str__(self) -> str:
+        name = "dense" if self.window_size is None else f"w = {self.window_size}"
+        context = f", {self.num_context_tokens} context tokens" if self.num_context_tokens else ""
+        return f"{name}{context}{'' if self.has_globals else ', no globals'}"
+
+
+def patterns_of(settings: LongRangeSettings) -> list[LongRangePattern]:
+    """The models to train.
+
+    Context tokens go with global tokens only, since the mean query's share of them is read at the place of CLS, and
+    with a window only, since dense attention sees all tokens anyway.
+    """
+    return [
+        LongRangePattern(window_size, has_globals, num_context_tokens)
+        for window_size in settings.windows
+        for has_globals in settings.with_globals
+        for num_context_tokens in (settings.contexts if has_globals and window_size is not None else (0,))
+    ]
+
+
+@dataclass(frozen=True)
 class LongRangeResult:
     """Of one model.
 
     Attributes:
         window_size: None is dense.
         has_globals: whether global tokens took part.
+        num_context_tokens: at most so many patch tokens were seen beyond the neighbourhood.
         distance: tokens between the structures.
         accuracy: on strips it did not see; chance is one half.
         strips: how many.
@@ -94,6 +131,7 @@ class LongRangeResult:
 
     window_size: int | None
     has_globals: bool
+    num_context_tokens: int
     distance: int
     accuracy: float
     strips: int
@@ -209,7 +247,7 @@ class TissueStrips:
 class LongRangeModel(torch.nn.Module):
     """A small SparsePathViT and a linear head on the tokens of the left structure."""
 
-    def __init__(self, settings: LongRangeSettings, window_size: int | None, has_globals: bool) -> None:
+    def __init__(self, settings: LongRangeSettings, pattern: LongRangePattern) -> None:
         super().__init__()
         self.structure_columns = settings.structure_columns
         config = SparsePathViTConfig(
@@ -222,12 +260,13 @@ class LongRangeModel(torch.nn.Module):
             image_size=16 * settings.patch_size,
             use_layerscale=False,
             initializer_range=0.1,
-            window_size=window_size,
+            window_size=pattern.window_size,
+            num_context_tokens=pattern.num_context_tokens,
             prune_after_layer=1,
         )
         self.encoder = SparsePathViTModel(config)
         # The dense implementation of the same pattern: faster than tiles on strips as short as these.
-        self.encoder.set_attn_implementation("sdpa" if has_globals else WITHOUT_GLOBALS)
+        self.encoder.set_attn_implementation("sdpa" if pattern.has_globals else WITHOUT_GLOBALS)
         self.head = torch.nn.Linear(settings.hidden_size, 2)
 
     def forward(self, pixel_values: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
@@ -237,55 +276,33 @@ class LongRangeModel(torch.nn.Module):
         return self.head(tokens[torch.arange(len(tokens))[:, None], columns].mean(dim=1))
 
 
-def reach(settings: LongRangeSettings, window_size: int | None, has_globals: bool) -> int:
+def reach(settings: LongRangeSettings, pattern: LongRangePattern) -> int:
     """The largest distance in the strip that information can cross, block by block in all layers together, at best.
 
     Args:
         settings: of the model.
-        window_size: None is dense.
-        has_globals: whether a way leads through a global token: one layer up, one layer down.
+        pattern: with global tokens a way leads through them, one layer up and one layer down.
     """
     furthest = settings.columns - settings.structure_columns
-    if window_size is None or (has_globals and settings.num_layers >= 2):
+    sees_all = pattern.window_size is None or pattern.num_context_tokens > 0
+    if sees_all or (pattern.has_globals and settings.num_layers >= 2):
         return furthest
     # From the last token of the left structure to the first of the right one, from one end of the blocks to the other.
-    across_blocks = (settings.num_layers + 1) * window_size - 1
+    across_blocks = (settings.num_layers + 1) * pattern.window_size - 1
     return min(furthest, across_blocks + settings.structure_columns - 1)
 
 
-def run_long_range(
-    strips: TissueStrips, settings: LongRangeSettings, on_result: Callable[[LongRangeResult], None]
-) -> None:
-    """Trains and tests one model for each window size, with and without global tokens.
-
-    Args:
-        strips: the tissue.
-        settings: of the task.
-        on_result: called with each result as soon as it is there.
-    """
-    for window_size in settings.windows:
-        for has_globals in settings.with_globals:
-            model = train(strips, settings, window_size, has_globals)
-            for distance in settings.distances:
-                accuracy = test(model, strips, settings, distance)
-                how_far = reach(settings, window_size, has_globals)
-                on_result(LongRangeResult(window_size, has_globals, distance, accuracy, settings.test_strips, how_far))
-
-
-def train(
-    strips: TissueStrips, settings: LongRangeSettings, window_size: int | None, has_globals: bool
-) -> LongRangeModel:
+def train(strips: TissueStrips, settings: LongRangeSettings, pattern: LongRangePattern) -> LongRangeModel:
     """One model, from the same random weights and on the same strips as every other, on all distances mixed."""
     torch.manual_seed(settings.seed)
-    model = LongRangeModel(settings, window_size, has_globals)
+    model = LongRangeModel(settings, pattern)
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, settings.learning_rate, total_steps=settings.steps, pct_start=0.1
     )
     generator = torch.Generator().manual_seed(settings.seed)
     distances = torch.tensor(settings.distances)
-    name = f"{'dense' if window_size is None else f'w = {window_size}'}{'' if has_globals else ', no globals'}"
-    progress = tqdm(range(settings.steps), desc=name, unit="step")
+    progress = tqdm(range(settings.steps), desc=str(pattern), unit="step")
     for step in progress:
         chosen = distances[torch.randint(len(distances), (settings.batch_size,), generator=generator)]
         pixel_values, starts, labels = strips.draw(chosen, generator)
@@ -301,12 +318,15 @@ def train(
 
 
 @torch.no_grad()
-def test(model: LongRangeModel, strips: TissueStrips, settings: LongRangeSettings, distance: int) -> float:
-    """Accuracy on strips of one distance, the same for every model."""
+def tested(
+    model: LongRangeModel, strips: TissueStrips, settings: LongRangeSettings, pattern: LongRangePattern, distance: int
+) -> LongRangeResult:
+    """Its accuracy on strips of one distance, the same for every model."""
     generator = torch.Generator().manual_seed(settings.seed + 1 + distance)
     correct = 0
     for first in range(0, settings.test_strips, settings.batch_size):
         count = min(settings.batch_size, settings.test_strips - first)
         pixel_values, starts, labels = strips.draw(torch.full((count,), distance), generator)
         correct += int((model(pixel_values, starts).argmax(dim=1) == labels).sum())
-    return correct / settings.test_strips
+    accuracy = correct / settings.test_strips
+    return LongRangeResult(*astuple(pattern), distance, accuracy, settings.test_strips, reach(settings, pattern))

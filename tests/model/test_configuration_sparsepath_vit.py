@@ -147,6 +147,7 @@ IMPOSSIBLE = [
         -1,
         r"num_representatives=-1 is not possible.*is the pruning of the paper",
     ),
+    ("image_std", [0.2, 0.0, 0.2], r"image_std=\[0.2, 0.0, 0.2\] is not possible.*divided by it"),
     ("neighbor_radius", -1, "neighbor_radius=-1 is not possible.*0 is the own block"),
     ("num_register_tokens", -1, "num_register_tokens=-1.*Use 0"),
     ("hidden_size", 0, "hidden_size=0.*at least 1"),

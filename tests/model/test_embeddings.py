@@ -260,8 +260,9 @@ class TestBadInput:
         self.refuse(r"pixel_values is a ndarray: it takes a torch.Tensor.*return_tensors", np.zeros((1, 3, 8, 8)))
 
     def test_raw_pixels(self):
-        """Regression: uint8 pixels in 0..255 were taken as they are."""
-        self.refuse("pixel_values is torch.uint8: it takes normalised", torch.zeros(1, 3, 12, 20, dtype=torch.uint8))
+        """Regression: pixels in 0..255 were taken as they are."""
+        self.refuse("pixel_values is torch.int16: it takes normalised", torch.zeros(1, 3, 12, 20, dtype=torch.int16))
+        self.refuse("torch.uint8 and this model's config does not", torch.zeros(1, 3, 12, 20, dtype=torch.uint8))
 
     @pytest.mark.parametrize("shape", [(2, 4, 5), (2, 3, 6), (1, 3, 5), (2, 15), (2, 1, 3, 5)])
     def test_mask_of_another_shape(self, shape):

@@ -232,7 +232,8 @@ class TestOutputs:
         "change, message",
         [
             (lambda images: images[:, :1], r"pixel_values has shape \(1, 1, 50, 70\): it takes \(batch, 3"),
-            (lambda images: images.to(torch.uint8), "pixel_values is torch.uint8: it takes normalised floating point"),
+            (lambda images: images.to(torch.uint8), "pixel_values is torch.uint8 and this model's config does not say"),
+            (lambda images: images.to(torch.int32), "pixel_values is torch.int32: it takes normalised floating point"),
             (lambda images: images.log(), "pixel_values holds NaN"),
         ],
     )

@@ -31,6 +31,8 @@ OTHER_CONFIG_VALUES = {
     "use_layerscale": False,
     "layerscale_value": 0.5,
     "layer_norm_eps": 1e-5,
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.2, 0.2, 0.2],
     "num_register_tokens": 3,
     "patch_size": 8,
     "image_size": 32,

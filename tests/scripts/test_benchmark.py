@@ -1,5 +1,6 @@
 # Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
 import csv
+import sys
 
 import pytest
 from run_script import load_script
@@ -37,6 +38,14 @@ def test_unknown_models_are_named(run_script):
         run_script(benchmark, *MODEL, "--peers", "natten")
 
 
+def test_kinds_of_quantisation_are_named_and_torchao_is_asked_for(run_script, monkeypatch):
+    with pytest.raises(SystemExit, match="error: kinds holds int3: it takes none, int8-weights, int8, float8-weights"):
+        run_script(benchmark, "quantised", "--kinds", "none,int3")
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    with pytest.raises(SystemExit, match="error: torchao is needed to quantise: pip install torchao"):
+        run_script(benchmark, "quantised", "--kinds", "int8")
+
+
 def test_attentions_are_checked_timed_and_recorded(tmp_path, run_script):
     output = tmp_path / "attention.csv"
     arguments = ["attention", "--tokens", "400", "--windows", "4", "--heads", "2", "--head-dim", "16", "--repeats", "2"]
@@ -64,3 +73,27 @@ def test_dense_peers_are_left_out_of_large_images(tmp_path, run_script):
     with output.open() as file:
         rows = list(csv.DictReader(file))
     assert [(row["size"], row["model"]) for row in rows] == [("56", "dense"), ("56", "pruned"), ("112", "pruned")]
+
+
+def test_peaks_of_memory_are_recorded(tmp_path, run_script):
+    output = tmp_path / "memory.csv"
+    arguments = [
+        "memory",
+        "--architecture",
+        "vit-tiny-14-reg4",
+        "--layers",
+        "2",
+        "--sizes",
+        "448",
+        "--dtype",
+        "float32",
+    ]
+    run_script(benchmark, *arguments, "--prune-ratios", "0.6", "--prune-after-layer", "1", "--out", str(output))
+    with output.open() as file:
+        (row,) = csv.DictReader(file)
+    assert (row["layers"], row["tokens"], row["prune_ratio"]) == ("2", str(32 * 32 + 5), "0.6")
+    assert int(row["hidden_states_bytes"]) == (32 * 32 + 5) * 192 * 4 and int(row["pixels_bytes"]) == 3 * 448**2
+    assert float(row["times_hidden_states"]) == pytest.approx(
+        int(row["peak_growth_bytes"]) / int(row["hidden_states_bytes"]), abs=1e-3
+    )
+    assert int(row["process_peak_bytes"]) > int(row["peak_growth_bytes"]) + int(row["weights_bytes"])

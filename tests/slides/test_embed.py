@@ -213,7 +213,7 @@ def test_slide_that_fails_is_on_record_and_the_others_go_on(slides, model_folder
     assert "short.tiff" not in (out / "failures.csv").read_text() and (out / "short.h5").exists()
 
 
-@pytest.mark.parametrize("failing", ["embedder.embed_regions", "embedder._write", "forward.forward_strips"])
+@pytest.mark.parametrize("failing", ["embedder.embed_regions", "embedder.region_rows", "forward.forward_strips"])
 def test_no_thread_still_reads_when_a_slide_is_closed_after_an_error(
     slides, model_folder, tmp_path, monkeypatch, failing
 ):

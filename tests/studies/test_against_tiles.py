@@ -3,10 +3,12 @@ import csv
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from sparsepath_vit import SparsePathViTConfig, SparsePathViTImageProcessor, SparsePathViTModel
 from sparsepath_vit.runtime.configured import configured
+from sparsepath_vit.runtime.pixels import prepare
 from studies.against_tiles import __main__ as against_tiles
 from studies.against_tiles import features
 from studies.against_tiles.datasets import cells_of_three_kinds, nuclei
@@ -61,6 +63,26 @@ def test_tokens_to_the_border_of_two_tiles(monkeypatch):
     assert distances[:, 0].tolist() == [min(3, distance) for distance in along]
     assert (distances[:, 3:] == 0).all()
     assert (features.tokens_to_border((3, 4), 14) > 2).all()  # within one tile
+
+
+@pytest.mark.parametrize("offset", [0.0, 0.1])
+@pytest.mark.parametrize("kind, order", [("periodic", [0, 1, 2, 3, 0, 1]), ("mirrored", [0, 1, 2, 3, 3, 2])])
+def test_positions_repeat_in_each_window(encoder, kind, order, offset):
+    encoder.model.config.position_interpolation_offset = offset
+    changed = features.with_positions(encoder, kind, 84)
+    blank = np.full((84, 84, 3), 200, dtype=np.uint8)
+
+    def embedded(model, side):  # of one colour: only positions tell tokens apart
+        pixels = prepare(encoder.processor, [blank[:side, :side]])["pixel_values"]
+        grid = model.token_grid(pixels)
+        tokens = grid.to_raster(model.embeddings(pixels, grid))[0, model.config.num_global_tokens :]
+        return tokens.unflatten(0, grid.grid_sizes[0])
+
+    with torch.no_grad():
+        window, found = embedded(encoder.model, 56), embedded(changed.model, 84)
+    torch.testing.assert_close(found, window[order][:, order], rtol=0, atol=1e-5)
+    assert (window - window.mean(dim=(0, 1))).abs().max() > 0.1
+    assert features.with_positions(encoder, "stretched", 84) is encoder
 
 
 def test_groups_are_never_on_both_sides():
@@ -132,19 +154,20 @@ def test_labels_of_tokens(tmp_path):
     assert (images[0].labels == (images[0].columns < 2)).all() and len(images[0].labels) == 25
 
 
-@pytest.mark.parametrize("part", ["regions", "tokens"])
+@pytest.mark.parametrize("part", against_tiles.PARTS)
 def test_each_variant_has_its_row(part, encoder, tmp_path, run_script, monkeypatch):
     monkeypatch.setattr(features, "TILE_SIZE", 28)
     monkeypatch.setattr("studies.against_tiles.probes.BOOTSTRAP_SAMPLES", 20)
     encoder.model.save_pretrained(tmp_path / "model")
     encoder.processor.save_pretrained(tmp_path / "model")
     given = {"--data-dir": small_data(tmp_path / "data"), "--model-name-or-path": tmp_path / "model", "--parts": part}
-    given |= {"--sizes": "56", "--seeds": "1", "--out": tmp_path / "out"}
+    given |= {"--sizes": "56,84" if part == "positions" else "56", "--seeds": "1", "--out": tmp_path / "out"}
     run_script(against_tiles, *(str(text) for option in given.items() for text in option))
     with (tmp_path / f"out/against_tiles_{part}.csv").open() as file:
         rows = list(csv.DictReader(file))
-    expected = 8 if part == "regions" else 2 * 2 * 4  # two data sets; no token lies away from such small tiles' borders
-    assert len(rows) == expected
+    # Two data sets of tokens, none of which lies away from such small tiles' borders; tiles and two patterns with three
+    # kinds of positions each, at the size that is larger than the window.
+    assert len(rows) == {"regions": 8, "tokens": 2 * 2 * 4, "positions": 1 + 2 * 3}[part]
     for row in rows:
         if row["variant"] == features.TILES:
             assert float(row["balanced_accuracy_minus_tiles"]) == float(row["log_loss_high_minus_tiles"]) == 0

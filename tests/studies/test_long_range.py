@@ -9,7 +9,7 @@ from places import SHARED_DATA
 from run_script import load_study
 
 from studies.long_range import experiment as long_range
-from studies.long_range.experiment import LongRangeModel, LongRangeSettings, TissueStrips, reach
+from studies.long_range.experiment import LongRangeModel, LongRangePattern, LongRangeSettings, TissueStrips, reach
 
 REAL_TISSUE = SHARED_DATA / "rois/cmu1_1120x1120.png"
 SMALL = LongRangeSettings(columns=32, distances=(4, 20), windows=(4,), num_layers=2, steps=3, test_strips=8)
@@ -30,7 +30,7 @@ def tissue(tmp_path_factory):
 def changed_places(settings, window_size, has_globals, changed):
     """Columns whose tokens change when the pixels of one token do."""
     torch.manual_seed(0)
-    model = LongRangeModel(settings, window_size, has_globals).eval()
+    model = LongRangeModel(settings, LongRangePattern(window_size, has_globals)).eval()
     pixels = torch.randn(1, 3, 4, 4 * settings.columns)
     other = pixels.clone()
     other[..., 4 * changed : 4 * changed + 4] += 1
@@ -48,9 +48,20 @@ def test_information_goes_as_far_as_the_blocks_and_no_further_without_global_tok
 
 def test_the_reach_is_the_largest_distance_that_can_be_learnt():
     # From the left structure's last token, at the left end of a block, to the right end of the block two further on.
-    assert reach(SMALL, 4, False) == 3 * 4 - 1 + 2
-    assert reach(SMALL, 4, True) == reach(SMALL, None, False) == 29
-    assert 20 > reach(SMALL, 4, False) >= 4
+    def of(*pattern):
+        return reach(SMALL, LongRangePattern(*pattern))
+
+    assert of(4, False) == 3 * 4 - 1 + 2
+    assert of(4, True) == of(None, False) == of(4, True, 8) == 29
+    assert 20 > of(4, False) >= 4
+
+
+def test_context_tokens_go_with_a_window_and_global_tokens():
+    settings = LongRangeSettings(windows=(None, 8), contexts=(0, 48))
+    names = [str(pattern) for pattern in long_range.patterns_of(settings)]
+    assert names == ["dense", "dense, no globals", "w = 8", "w = 8, 48 context tokens", "w = 8, no globals"]
+    model = LongRangeModel(settings, LongRangePattern(8, True, 48))
+    assert model.encoder.config.num_context_tokens == 48
 
 
 def test_structures_lie_where_they_should_and_the_label_compares_them(tmp_path):
@@ -89,24 +100,28 @@ def test_a_far_structure_is_learnt_where_information_gets_there(tissue):
         columns=32, distances=(4, 26), num_layers=2, steps=160, test_strips=64, batch_size=32, learning_rate=5e-3
     )
     strips = TissueStrips([tissue], settings)
-    dense = long_range.train(strips, settings, None, False)
-    assert long_range.test(dense, strips, settings, 26) >= 0.75  # chance is a half: four standard errors
+    pattern = LongRangePattern(None, False)
+    dense = long_range.train(strips, settings, pattern)
+    assert (
+        long_range.tested(dense, strips, settings, pattern, 26).accuracy >= 0.75
+    )  # chance is a half: four standard errors
 
 
 def test_the_script_writes_table_and_figure_and_goes_on(run_script, tissue, tmp_path, monkeypatch):
     flags = ["--tissue_images", str(tissue), "--output_dir", str(tmp_path), "--columns", "32", "--distances", "4,20"]
-    flags += ["--windows", "0,4", "--steps", "2", "--test_strips", "8"]
+    flags += ["--windows", "0,4", "--contexts", "0,8", "--steps", "2", "--test_strips", "8"]
     run_script(script, *flags)
     with (tmp_path / "long_range.csv").open() as file:
         rows = list(csv.DictReader(file))
-    models = [(window, has_globals) for window in ("", "4") for has_globals in ("True", "False")]
+    models = [("", "True", "0"), ("", "False", "0"), ("4", "True", "0"), ("4", "True", "8"), ("4", "False", "0")]
     expected = [(*model, distance) for model in models for distance in ("4", "20")]
-    assert [(row["window_size"], row["has_globals"], row["distance"]) for row in rows] == expected
+    columns = ("window_size", "has_globals", "num_context_tokens", "distance")
+    assert [tuple(row[name] for name in columns) for row in rows] == expected
     assert (tmp_path / "long_range.png").stat().st_size > 10_000
     lines = (tmp_path / "long_range.csv").read_text().splitlines(keepends=True)
     (tmp_path / "long_range.csv").write_text("".join(lines[:-1]))  # as if stopped inside the last model
     trained, train = [], long_range.train
-    monkeypatch.setattr(long_range, "train", lambda *arguments: trained.append(arguments[2:]) or train(*arguments))
+    monkeypatch.setattr(script, "train", lambda *arguments: trained.append(arguments[2]) or train(*arguments))
     run_script(script, *flags)
-    assert trained == [(4, False)]
-    assert len((tmp_path / "long_range.csv").read_text().splitlines()) == 9
+    assert trained == [LongRangePattern(4, False)]
+    assert len((tmp_path / "long_range.csv").read_text().splitlines()) == 11

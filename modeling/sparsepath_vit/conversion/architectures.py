@@ -97,7 +97,8 @@ class Architecture:
         Raises:
             ValueError: a value is not possible.
         """
-        return SparsePathViTConfig(**{**self.config, **overrides})
+        normalisation = {"image_mean": list(self.image_mean), "image_std": list(self.image_std)}
+        return SparsePathViTConfig(**{**self.config, **normalisation, **overrides})
 
 
 def parse_architecture(text: str) -> Architecture:

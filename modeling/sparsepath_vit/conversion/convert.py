@@ -118,6 +118,7 @@ def convert_checkpoint(
     # Of mixed types the widest, since loading casts all parameters to it.
     config.dtype = reduce(torch.promote_types, (parameter.dtype for parameter in parameters.values()))
     processor = _image_processor(opened, known, config, image_mean, image_std)
+    config.image_mean, config.image_std = list(processor.image_mean), list(processor.image_std)
     with atomic_folder(output_dir) as folder:
         write_safetensors(folder / WEIGHTS_FILE, parameters)
         config.save_pretrained(folder)

@@ -20,7 +20,7 @@ from .configuration_segmentation_sparsepath_vit import NORM_GROUPS, STRIDES, Spa
 from .deformable_attention import DeformableAttention, reference_points
 from .embeddings import SparsePathViTEmbeddings
 from .encoder_sparsepath_vit import SparsePathViTEncoder
-from .modeling_sparsepath_vit import SparsePathViTPreTrainedModel
+from .pretrained_model import SparsePathViTPreTrainedModel
 from .segmentation_inputs import allows_pruning, check_group_norm, pad_to_patches
 from .token_grid import TokenGrid
 from .token_pruning import EncodedTokens, scatter_to_map
@@ -286,6 +286,7 @@ class SparsePathViTAdapterBackbone(BackboneMixin, SparsePathViTPreTrainedModel):
         Raises:
             ValueError: pixels, mask or sizes that do not fit, or pruning without `unprune` in training.
         """
+        pixel_values = self.embeddings.patch_embeddings.normalised(pixel_values)
         padded = pad_to_patches(pixel_values, self.embeddings.patch_embeddings)
         if self.config.adapter_norm == "group":
             check_group_norm(pixel_values)

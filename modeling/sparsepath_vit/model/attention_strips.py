@@ -13,6 +13,7 @@ from .attention_backends import BACKENDS, REFERENCE, backend_for
 from .attention_checks import check_strip_states
 from .attention_precision import without_autocast
 from .attention_specification import attention_bias
+from .processes import Processes
 from .token_strips import TokenStrip
 
 
@@ -86,8 +87,8 @@ def prepare_strips(strips: list[TokenStrip], query: torch.Tensor) -> None:
         strips: of one image.
         query: (..., head_dim), of the kind that attention will get.
     """
-    backend = backend_for(query, 0.0, strips[0].weighs_keys)
     for strip in strips:
+        backend = backend_for(query, 0.0, strip.weighs_keys)
         if backend != REFERENCE:
             prepared_grid(BACKENDS[backend], strip)
 
@@ -127,6 +128,19 @@ class MergedAttention:
         shares = [(part - joint).exp()[..., None] for part in (self._logsumexp, logsumexp)]
         self._output, self._logsumexp = self._output * shares[0] + output * shares[1], joint
 
-    def merged(self) -> torch.Tensor:
-        """(heads, G, head_dim) attention over the keys of all parts, of at least float32."""
-        return self._output
+    def add_nothing(self, output: torch.Tensor) -> None:
+        """A part without keys: zeros, (heads, G, head_dim)."""
+        dtype = torch.promote_types(output.dtype, torch.float32)
+        self.add(output, output.new_full(output.shape[:2], -torch.inf, dtype=dtype))
+
+    def merged(self, processes: Processes | None = None) -> torch.Tensor:
+        """(heads, G, head_dim) attention over the keys of all parts, of at least float32.
+
+        Args:
+            processes: that have a part of the keys each; all get the same numbers.
+        """
+        if processes is None:
+            return self._output
+        part = torch.cat([self._output, self._logsumexp[..., None]], dim=-1)
+        parts = torch.stack(processes.gather(part))  # (processes, heads, G, head_dim + 1)
+        return (parts[..., :-1] * parts[..., -1:].softmax(dim=0)).sum(dim=0)

@@ -79,6 +79,11 @@ def _check_tokens_per_strip(name: str, value: Any) -> None:
         )
 
 
+def _check_image_std(name: str, value: Any) -> None:
+    if value is not None and min(value, default=0) <= 0:
+        raise ValueError(f"{name}={value!r} is not possible: pixels are divided by it, so every number is above 0.")
+
+
 def _check_prune_ratio(name: str, value: Any) -> None:
     if not 0 <= value < 1:
         raise ValueError(
@@ -97,6 +102,7 @@ _FIELD_CHECKS: dict[str, Callable[[str, Any], None]] = {
     "patch_size": _at_least(1, "Pathology foundation models use 8, 14 or 16."),
     "image_size": _at_least(1, "It is the pretraining image size; 224 for nearly all models."),
     "num_channels": _at_least(1, "RGB images have 3."),
+    "image_std": _check_image_std,
     "neighbor_radius": _at_least(0, "0 is the own block only, 1 (the default) is 3 x 3 blocks."),
     "num_context_tokens": _at_least(0, "0 (the default) is the pattern of the paper, 1024 comes close to dense."),
     "num_representatives": _at_least(0, "0 (the default) is the pruning of the paper, 1024 comes close to none."),
@@ -137,6 +143,9 @@ class SparsePathViTConfig(ConfigRemoteCodeMixin, BackboneConfigMixin, PreTrained
         patch_size (`int`): pixels per patch side.
         image_size (`int`): pretraining image size in pixels; the stored position grid is `image_size // patch_size`.
         num_channels (`int`): image channels.
+        image_mean, image_std (`list[float]`, *optional*): of the channels, of pixels in 0..1, by which the model
+            normalises `pixel_values` of uint8; the image processor's. `None` (the default) for a model that takes
+            normalised pixels only.
         num_prefix_position_embeddings (`int`): how many global tokens carry a position embedding: 0 (patches only),
             1 (CLS) or 1 + R (CLS and registers).
         position_antialias (`bool`): whether position embeddings are resampled bicubically with antialiasing, as in timm
@@ -210,6 +219,8 @@ class SparsePathViTConfig(ConfigRemoteCodeMixin, BackboneConfigMixin, PreTrained
     patch_size: int = 14
     image_size: int = 224
     num_channels: int = 3
+    image_mean: list[float | int] | None = None
+    image_std: list[float | int] | None = None
     num_prefix_position_embeddings: int = 0
     position_antialias: bool = True
     position_interpolation_offset: float | int = 0.0
@@ -304,6 +315,12 @@ class SparsePathViTConfig(ConfigRemoteCodeMixin, BackboneConfigMixin, PreTrained
                 f"num_hidden_layers={self.num_hidden_layers} layers, counted from 1. "
                 f"Choose 1..{self.num_hidden_layers}, or prune_ratio=0.0 to prune nothing."
             )
+        for name in ("image_mean", "image_std"):
+            value = getattr(self, name)
+            if value is not None and len(value) != self.num_channels:
+                raise ValueError(
+                    f"{name}={value!r} does not fit num_channels={self.num_channels}: it takes one number a channel."
+                )
         possible = (0, 1, self.num_global_tokens)
         if self.num_prefix_position_embeddings not in possible:
             raise ValueError(

@@ -9,12 +9,12 @@ from torch import nn
 from transformers.utils.generic import maybe_autocast
 
 from .configuration_sparsepath_vit import SparsePathViTConfig
+from .patch_embeddings import SparsePathViTPatchEmbeddings
 from .token_grid import TokenGrid, per_image
 
 # At inference a larger image is embedded in strips of this many token rows, so that neither its patches nor its
 # position map are in memory at once beside the tokens themselves.
 ROWS_PER_STRIP = 32
-_CHECKED_PIXEL_ROWS = 512
 
 # Called as a forward proceeds, with the number of patch tokens that the embeddings or a layer have just finished.
 OnTokens = Callable[[int], None]
@@ -74,80 +74,6 @@ def resampling_weights(
     # One channel: torch resamples an (old, old, 1) image of `old` channels in the wrong memory order.
     resampled = nn.functional.interpolate(identity[None, None], mode="bicubic", antialias=antialias, **target)
     return resampled[0, 0]
-
-
-class SparsePathViTPatchProjection(nn.Conv2d):
-    """A convolution whose stride is its kernel; in 16 bits as the matrix product it is.
-
-    There torch's convolution took up to seven times as long on a CPU (1536 channels, bfloat16). In float32 it gains
-    little, and 24 layers amplify a rounding that is not that of the peers a conversion is compared with.
-    """
-
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        if pixel_values.dtype not in (torch.bfloat16, torch.float16):
-            return super().forward(pixel_values)
-        size = self.kernel_size[0]
-        # (batch, channels, rows, size, columns, size) -> (batch, rows, columns, channels * size * size)
-        patches = pixel_values.unflatten(3, (-1, size)).unflatten(2, (-1, size)).permute(0, 2, 4, 1, 3, 5).flatten(3)
-        return nn.functional.linear(patches, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
-
-
-class SparsePathViTPatchEmbeddings(nn.Module):
-    """Patches of (batch, channels, height, width) pixels as (batch, rows, columns, hidden_size)."""
-
-    def __init__(self, config: SparsePathViTConfig) -> None:
-        super().__init__()
-        self.num_channels = config.num_channels
-        self.patch_size = config.patch_size
-        self.projection = SparsePathViTPatchProjection(
-            config.num_channels, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size
-        )
-
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        patches = self.projection(pixel_values.to(self.projection.weight.dtype))
-        return patches.permute(0, 2, 3, 1)  # (batch, hidden_size, rows, columns) -> (batch, rows, columns, hidden_size)
-
-    def check(self, pixel_values: torch.Tensor) -> None:
-        """Refuses pixels the model would misread.
-
-        Raises:
-            ValueError: names the shape and the remedy.
-        """
-        if not isinstance(pixel_values, torch.Tensor):
-            raise ValueError(
-                f"pixel_values is a {type(pixel_values).__name__}: it takes a torch.Tensor. "
-                'SparsePathViTImageProcessor makes one with return_tensors="pt".'
-            )
-        if pixel_values.ndim != 4 or pixel_values.shape[0] == 0 or pixel_values.shape[1] != self.num_channels:
-            raise ValueError(
-                f"pixel_values has shape {tuple(pixel_values.shape)}: it takes (batch, {self.num_channels}, height, "
-                "width) of at least one image. SparsePathViTImageProcessor converts images of any mode."
-            )
-        if not pixel_values.is_floating_point():
-            raise ValueError(
-                f"pixel_values is {pixel_values.dtype}: it takes normalised floating point numbers, not raw pixels. "
-                "SparsePathViTImageProcessor makes them."
-            )
-        height, width = pixel_values.shape[-2:]
-        if height < self.patch_size or width < self.patch_size:
-            raise ValueError(
-                f"pixel_values is {height} x {width} px, smaller than one patch of {self.patch_size} px: "
-                "use a larger region."
-            )
-        if height % self.patch_size or width % self.patch_size:
-            raise ValueError(
-                f"pixel_values is {height} x {width} px, no multiple of patch_size={self.patch_size}: "
-                "SparsePathViTImageProcessor pads to the next multiple and masks the padding."
-            )
-        # On an accelerator reading the answer would stall the queue, and capturing a graph would fail.
-        is_checked = pixel_values.device.type == "cpu" and not torch.compiler.is_compiling()
-        # In parts: the check makes copies of what it checks.
-        parts = pixel_values.split(_CHECKED_PIXEL_ROWS, dim=2) if is_checked else ()
-        if not all(torch.isfinite(part).all() for part in parts):
-            raise ValueError(
-                "pixel_values holds NaN or infinite numbers, which would spread to every token: check the image and "
-                "its normalisation."
-            )
 
 
 class SparsePathViTEmbeddings(nn.Module):
@@ -260,8 +186,8 @@ class SparsePathViTEmbeddings(nn.Module):
         # Absent patches share a last place beyond the tokens: asking the device which are present would stall it.
         tokens = self.cls_token.new_empty(num_tokens + 1, self.config.hidden_size)
         first_patch = 0
-        for strips, size, count, start in zip(
-            images, grid.grid_sizes, grid.counts, grid.image_offsets[:-1], strict=True
+        for strips, size, rows, count, start in zip(
+            images, grid.grid_sizes, grid.token_rows, grid.counts, grid.image_offsets[:-1], strict=True
         ):
             tokens[start : start + num_globals] = self._global_tokens()
             patches = slice(first_patch, first_patch + count)
@@ -269,35 +195,36 @@ class SparsePathViTEmbeddings(nn.Module):
             places[grid.rows[patches], grid.columns[patches]] = torch.arange(
                 start + num_globals, start + num_globals + count, device=grid.device
             )
-            for share in self._embed_image(strips, places, tokens):
+            for share in self._embed_image(strips, places, rows, tokens):
                 if on_tokens is not None:  # of background there may be more in one strip than in another
                     on_tokens(int(count * share[1]) - int(count * share[0]))
             first_patch += count
         return self.dropout(tokens[:num_tokens].view(*grid.batch_shape, -1))
 
     def _embed_image(
-        self, strips: Iterable[torch.Tensor], places: torch.Tensor, tokens: torch.Tensor
+        self, strips: Iterable[torch.Tensor], places: torch.Tensor, rows: tuple[int, int], tokens: torch.Tensor
     ) -> Iterator[tuple[float, float]]:
         """Writes the patch tokens of one image to their places, (rows, columns) indices of (tokens, hidden_size).
 
-        Yields what share of the image was done before each strip and after it.
+        The strips hold its token rows from `rows[0]` to `rows[1]`. Yields what share of them was done before each strip
+        and after it.
         """
-        size, first_row = tuple(places.shape), 0
+        size, (first_row, last_row) = tuple(places.shape), rows
         for strip in strips:
             self.patch_embeddings.check(strip)
             patches = self.patch_embeddings(strip)[0]  # (rows, columns, hidden_size)
-            if patches.shape[1] != size[1] or first_row + patches.shape[0] > size[0]:
+            end_row = first_row + patches.shape[0]
+            if patches.shape[1] != size[1] or end_row > last_row:
                 raise ValueError(
-                    f"strips hold {patches.shape[1]} token columns and at least {first_row + patches.shape[0]} token "
-                    f"rows: the grid has {size[1]} columns and {size[0]} rows."
+                    f"strips hold {patches.shape[1]} token columns and at least {end_row - rows[0]} token rows: the "
+                    f"grid has {size[1]} columns and {last_row - rows[0]} rows."
                 )
             patches = patches + self._position_map(size, first_row, patches.shape[0])
-            end_row = first_row + patches.shape[0]
             tokens[places[first_row:end_row]] = patches
-            yield first_row / size[0], end_row / size[0]
+            yield tuple((row - rows[0]) / (last_row - rows[0]) for row in (first_row, end_row))
             first_row = end_row
-        if first_row != size[0]:
-            raise ValueError(f"strips hold {first_row} token rows: the grid has {size[0]}.")
+        if first_row != last_row:
+            raise ValueError(f"strips hold {first_row - rows[0]} token rows: the grid has {last_row - rows[0]}.")
 
     def _position_map(self, size: tuple[int, int], first_row: int, num_rows: int) -> torch.Tensor:
         """Position embeddings of some rows of a grid, resampled bicubically: (num_rows, columns, hidden_size)."""

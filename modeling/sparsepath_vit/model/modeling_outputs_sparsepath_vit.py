@@ -9,6 +9,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClass
 
 from .encoder_sparsepath_vit import EncoderOutput
 from .token_grid import TokenGrid, per_image
+from .token_shares import TokenShare
 from .token_strips import block_row_ends
 
 # At inference the final norm and the way back to raster order, or pooling, take about so many tokens at a time.
@@ -154,12 +155,14 @@ def pooled_features(last_hidden_state: torch.Tensor, grid: TokenGrid, pooling: s
         return cls_token
     parts = last_hidden_state[:, grid.num_global_tokens :].split(_TOKENS_AT_ONCE, dim=1)
     weights = weights_in_raster(grid)
+    whole = grid.whole if isinstance(grid, TokenShare) else grid
     if weights is None:
-        total = sum(part.float().sum(dim=1) for part in parts)
-        mean = total / per_image(grid.counts, cls_token.device)[:, None]
+        mean = sum(part.float().sum(dim=1) for part in parts) / per_image(whole.counts, cls_token.device)[:, None]
     else:
-        shares = (weights / weights.sum(dim=1, keepdim=True)).split(_TOKENS_AT_ONCE, dim=1)
+        shares = (weights / weights_in_raster(whole).sum(dim=1, keepdim=True)).split(_TOKENS_AT_ONCE, dim=1)
         mean = sum((share[:, :, None] * part.float()).sum(dim=1) for share, part in zip(shares, parts, strict=True))
+    if whole is not grid:  # the parts of the mean that the processes have
+        mean = torch.stack(grid.processes.gather(mean)).sum(dim=0)
     return torch.cat([cls_token, mean.to(cls_token.dtype)], dim=-1)
 
 

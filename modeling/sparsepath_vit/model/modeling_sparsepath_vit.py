@@ -1,23 +1,18 @@
 # Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
 """SparsePathViT: a ViT with block-local attention and token pruning (method: arXiv 2601.12150)."""
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import initialization as init
 from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
 from transformers.modeling_outputs import BackboneOutput
-from transformers.modeling_utils import PreTrainedModel
-from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
-from .attention_registration import ATTENTION_NAME
-from .configuration_sparsepath_vit import SparsePathViTConfig, failure_signatures
-from .embeddings import OnTokens, SparsePathViTEmbeddings, token_grid_of_sizes
-from .encoder_sparsepath_vit import AfterLayer, EncoderOutput, SparsePathViTEncoder, SparsePathViTLayerScale
-from .lora_targets import LoraTargetsMixin
+from .configuration_sparsepath_vit import SparsePathViTConfig
+from .embeddings import SparsePathViTEmbeddings
+from .encoder_sparsepath_vit import EncoderOutput, SparsePathViTEncoder
+from .image_lists import joined_images
 from .modeling_outputs_sparsepath_vit import (
     SparsePathViTImageClassifierOutput,
     SparsePathViTModelOutput,
@@ -29,166 +24,7 @@ from .modeling_outputs_sparsepath_vit import (
     sizes_of_grids,
     weights_in_raster,
 )
-from .remote_code import ModelRemoteCodeMixin
-from .token_grid import TokenGrid
-from .token_pruning import EncodedTokens
-
-logger = logging.get_logger(__name__)
-
-
-class SparsePathViTPreTrainedModel(ModelRemoteCodeMixin, LoraTargetsMixin, PreTrainedModel):
-    """What all models of the family share: the way from pixels to encoded tokens, and what Transformers asks for.
-
-    A forward is three steps, which code that needs something in between calls one by one: `token_grid` (or
-    `token_grid_of_image`), `encode`, and `SparsePathViTModel.finish` or `feature_map`.
-    """
-
-    config: SparsePathViTConfig
-    config_class = SparsePathViTConfig
-    base_model_prefix = "sparsepath_vit"
-    main_input_name = "pixel_values"
-    input_modalities = ("image",)
-    supports_gradient_checkpointing = True
-    _no_split_modules = ["SparsePathViTEmbeddings", "SparsePathViTLayer"]
-    _supports_sdpa = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
-    _can_compile_fullgraph = True
-    _input_embed_layer = "patch_embeddings"
-
-    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
-        """`block_sparse` unless another implementation is asked for: dense is never a silent default."""
-        try:
-            return super().get_correct_attn_implementation(requested_attention or ATTENTION_NAME, is_init_check)
-        except ValueError as error:  # Transformers names neither the default nor what is the matter
-            raise ValueError(
-                f"attn_implementation={requested_attention!r} is not supported: choose {ATTENTION_NAME!r} (the "
-                "default), 'sdpa', 'eager' or 'flex_attention'. All give the same numbers."
-            ) from error
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            init.trunc_normal_(module.weight, mean=0.0, std=self.config.initializer_range)
-            if module.bias is not None:
-                init.zeros_(module.bias)
-        elif isinstance(module, SparsePathViTEmbeddings):
-            init.trunc_normal_(module.position_embeddings, mean=0.0, std=self.config.initializer_range)
-            init.trunc_normal_(module.cls_token, mean=0.0, std=self.config.initializer_range)
-            if self.config.num_register_tokens:
-                init.trunc_normal_(module.register_tokens, mean=0.0, std=self.config.initializer_range)
-        elif isinstance(module, SparsePathViTLayerScale):
-            init.constant_(module.lambda1, self.config.layerscale_value)
-
-    def token_grid(
-        self,
-        pixel_values: torch.Tensor,
-        patch_mask: torch.Tensor | None = None,
-        image_sizes: torch.Tensor | list[tuple[int, int]] | None = None,
-    ) -> TokenGrid:
-        """Says which patch tokens of a batch of images are present, and checks the images on the way.
-
-        Args:
-            pixel_values: (batch, channels, height, width), normalised; height and width multiples of the patch size.
-            patch_mask: (batch, rows, columns) bool, True where a patch token is present; all are by default.
-            image_sizes: (height, width) in pixels of each image, where smaller ones share a larger canvas.
-
-        Raises:
-            ValueError: pixels, mask or sizes that do not fit, or pixels that are not finite.
-        """
-        return self.base_model.embeddings.token_grid(pixel_values, patch_mask, image_sizes)
-
-    def token_grid_of_image(self, present: torch.Tensor) -> TokenGrid:
-        """The grid of one image whose pixels come later, strip by strip.
-
-        Args:
-            present: (rows, columns) bool, True where a patch token is present.
-
-        Raises:
-            ValueError: a mask of another shape or type, or without a present token.
-        """
-        if present.ndim != 2:
-            raise ValueError(f"present has shape {tuple(present.shape)}: it takes (rows, columns) of one image.")
-        return token_grid_of_sizes(self.config, [tuple(present.shape)], present[None].to(self.device))
-
-    def encode(
-        self,
-        pixel_values: torch.Tensor | Iterable[torch.Tensor],
-        grid: TokenGrid,
-        *,
-        output_hidden_states: bool = False,
-        output_attentions: bool = False,
-        after_layer: AfterLayer | None = None,
-        may_prune: bool = True,
-        on_tokens: OnTokens | None = None,
-    ) -> EncoderOutput:
-        """Embeds the present patch tokens and runs all layers on them.
-
-        Args:
-            pixel_values: (batch, channels, height, width) of images, or one image as (1, channels, height, width)
-                strips from the top down, each a whole number of patches high and as wide as the grid. Strips are taken
-                one after the other: the pixels of the image are never in memory at once.
-            grid: what `token_grid` or `token_grid_of_image` returned.
-            output_hidden_states: whether to keep the tokens after each layer.
-            output_attentions: whether to keep the attention probabilities ("eager" only).
-            after_layer: called before the first layer and after each with the number of layers run so far and the
-                tokens; returns the tokens the next layer takes.
-            may_prune: `False` keeps all tokens, whatever the config says.
-            on_tokens: called as the forward proceeds, with the number of patch tokens that the embeddings or a layer
-                have just finished, so that a long forward can show where it is and be interrupted. With N patch tokens
-                and L layers the numbers add up to (1 + L) N, or (1 + n) N + (L - n) K where layer n prunes to K.
-
-        Returns:
-            The tokens in the grid's order, before the final norm. What pruning removed is kept beside them where
-            `config.unprune` or `output_hidden_states` asks for it.
-
-        Raises:
-            ValueError: pixels that do not fit the grid, or attention probabilities that are not available.
-        """
-        if not torch.compiler.is_compiling():
-            for warning in failure_signatures(self.config):
-                logger.warning_once(warning)
-        if output_attentions and self.config._attn_implementation != "eager":
-            raise ValueError(
-                f"output_attentions=True needs the materialised attention: attn_implementation is "
-                f'{self.config._attn_implementation!r}, call model.set_attn_implementation("eager").'
-            )
-        embeddings, encoder = self.base_model.embeddings, self.base_model.encoder
-        embed = embeddings if isinstance(pixel_values, torch.Tensor) else embeddings.embed_strips
-        settings = (output_hidden_states, output_attentions, after_layer, may_prune, on_tokens)
-        return encoder(lambda: EncodedTokens(embed(pixel_values, grid, on_tokens), grid), *settings)
-
-    def feature_map(self, encoded: EncoderOutput, layer: int) -> torch.Tensor:
-        """The tokens after a layer as a map, of a model with a final norm.
-
-        Removed tokens are filled in with the features they were removed with.
-
-        Args:
-            encoded: what `encode` returned with `output_hidden_states=True`.
-            layer: how many layers they went through; 0 for the embeddings.
-
-        Returns:
-            (batch, hidden_size, rows, columns) on the grid all images fit in, after the final norm unless
-            `config.apply_layernorm` is off; zero at places that were never present.
-
-        Raises:
-            ValueError: a layer there are no tokens of.
-        """
-        if not 0 <= layer < len(encoded.states):
-            raise ValueError(
-                f"layer={layer} is not among the {len(encoded.states)} states that were kept: encode with "
-                f"output_hidden_states=True and choose from 0 to {self.config.num_hidden_layers}."
-            )
-        tokens = encoded.states[layer]
-        return (tokens.apply(self.base_model.norm) if self.config.apply_layernorm else tokens).to_map()
-
-    def _output_switches(self, output_hidden_states: bool | None, output_attentions: bool | None) -> tuple[bool, bool]:
-        """The caller's choice, or the config's."""
-        return (
-            self.config.output_hidden_states if output_hidden_states is None else bool(output_hidden_states),
-            self.config.output_attentions if output_attentions is None else bool(output_attentions),
-        )
+from .pretrained_model import SparsePathViTPreTrainedModel
 
 
 class SparsePathViTModel(SparsePathViTPreTrainedModel):
@@ -212,8 +48,8 @@ class SparsePathViTModel(SparsePathViTPreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        pixel_values: torch.Tensor,
-        patch_mask: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | list[torch.Tensor],
+        patch_mask: torch.Tensor | list[torch.Tensor] | None = None,
         image_sizes: torch.Tensor | list[tuple[int, int]] | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
@@ -222,7 +58,9 @@ class SparsePathViTModel(SparsePathViTPreTrainedModel):
         """Encodes images of any size.
 
         Args:
-            pixel_values: (batch, channels, height, width), normalised; height and width multiples of the patch size.
+            pixel_values: (batch, channels, height, width), normalised, or raw as uint8 where `config.image_mean` says
+                how to normalise; height and width multiples of the patch size. Or a list of (channels, height, width)
+                of several sizes; what belongs to images is then a list, too.
             patch_mask: (batch, rows, columns) bool, True where a patch token is present; all are by default.
             image_sizes: (height, width) in pixels of each image, where smaller ones share a larger canvas; their
                 positions are then those of their own grid.
@@ -234,12 +72,9 @@ class SparsePathViTModel(SparsePathViTPreTrainedModel):
             ValueError: pixels, mask or sizes that do not fit, or pixels that are not finite.
         """
         keeps_states, keeps_attentions = self._output_switches(output_hidden_states, output_attentions)
-        encoded = self.encode(
-            pixel_values,
-            self.token_grid(pixel_values, patch_mask, image_sizes),
-            output_hidden_states=keeps_states,
-            output_attentions=keeps_attentions,
-        )
+        batch = joined_images(pixel_values, patch_mask, image_sizes, self.config.patch_size)
+        grid = self.token_grid(*batch)
+        encoded = self.encode(batch[0], grid, output_hidden_states=keeps_states, output_attentions=keeps_attentions)
         return self.finish(encoded, may_overwrite=not keeps_states)
 
     def finish(self, encoded: EncoderOutput, *, may_overwrite: bool = False) -> SparsePathViTModelOutput:
@@ -285,9 +120,9 @@ class SparsePathViTForImageClassification(SparsePathViTPreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        pixel_values: torch.Tensor,
+        pixel_values: torch.Tensor | list[torch.Tensor],
         labels: torch.Tensor | None = None,
-        patch_mask: torch.Tensor | None = None,
+        patch_mask: torch.Tensor | list[torch.Tensor] | None = None,
         image_sizes: torch.Tensor | list[tuple[int, int]] | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
@@ -296,7 +131,7 @@ class SparsePathViTForImageClassification(SparsePathViTPreTrainedModel):
         """Classifies images of any size; the arguments are those of `SparsePathViTModel`.
 
         Args:
-            pixel_values: (batch, channels, height, width).
+            pixel_values: (batch, channels, height, width), or a list of images.
             labels: (batch,) class indices, (batch, num_labels) for multi-label, (batch,) or (batch, num_labels) numbers
                 for regression; `config.problem_type` says which, or it is inferred as Transformers does.
             patch_mask: (batch, rows, columns) bool.
@@ -347,8 +182,8 @@ class SparsePathViTBackbone(BackboneMixin, SparsePathViTPreTrainedModel):
     @filter_output_hidden_states
     def forward(
         self,
-        pixel_values: torch.Tensor,
-        patch_mask: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | list[torch.Tensor],
+        patch_mask: torch.Tensor | list[torch.Tensor] | None = None,
         image_sizes: torch.Tensor | list[tuple[int, int]] | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
@@ -357,7 +192,7 @@ class SparsePathViTBackbone(BackboneMixin, SparsePathViTPreTrainedModel):
         """Computes the feature maps named by `config.out_features`.
 
         Args:
-            pixel_values: (batch, channels, height, width).
+            pixel_values: (batch, channels, height, width), or a list of images as `SparsePathViTModel` takes it.
             patch_mask: (batch, rows, columns) bool; absent places are zero in the maps.
             image_sizes: (height, width) in pixels of each image.
             output_hidden_states: whether to return the tokens after each layer.
@@ -368,12 +203,10 @@ class SparsePathViTBackbone(BackboneMixin, SparsePathViTPreTrainedModel):
             `feature_maps`, each (batch, hidden_size, rows, columns); with `config.reshape_hidden_states` off each
             (batch, 1 + rows * columns, hidden_size).
         """
-        encoded = self.encode(
-            pixel_values,
-            self.token_grid(pixel_values, patch_mask, image_sizes),
-            output_hidden_states=True,
-            output_attentions=self._output_switches(None, output_attentions)[1],
-        )
+        batch = joined_images(pixel_values, patch_mask, image_sizes, self.config.patch_size)
+        _, keeps_attentions = self._output_switches(None, output_attentions)
+        grid = self.token_grid(*batch)
+        encoded = self.encode(batch[0], grid, output_hidden_states=True, output_attentions=keeps_attentions)
         layers = [layer for layer, name in enumerate(self.stage_names) if name in self.out_features]
         view = self.feature_map if self.config.reshape_hidden_states else self._feature_sequence
         feature_maps = tuple(view(encoded, layer) for layer in layers)

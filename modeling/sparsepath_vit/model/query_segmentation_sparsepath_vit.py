@@ -124,6 +124,7 @@ class SparsePathViTQuerySegmenter(nn.Module):
             ceil(width / 4)): of the last layer, in training also of each layer the queries took part in before.
         """
         backbone_config = self.backbone.config
+        pixel_values = self.backbone.embeddings.patch_embeddings.normalised(pixel_values)
         padded = pad_to_patches(pixel_values, self.backbone.embeddings.patch_embeddings)
         may_prune = allows_pruning(backbone_config, self.training)
         edges = self.mask_features.edges(pixel_values)

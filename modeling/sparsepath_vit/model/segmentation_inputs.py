@@ -7,7 +7,7 @@ from transformers.utils import logging
 
 from .configuration_segmentation_sparsepath_vit import STRIDES
 from .configuration_sparsepath_vit import SparsePathViTConfig
-from .embeddings import SparsePathViTPatchEmbeddings
+from .patch_embeddings import SparsePathViTPatchEmbeddings
 
 logger = logging.get_logger(__name__)
 

@@ -145,7 +145,8 @@ class SparsePathViTForUniversalSegmentation(ModelRemoteCodeMixin, Mask2FormerPre
         masks are kept, and the loss is the last layer's.
 
         Args:
-            pixel_values: (batch, channels, height, width), normalised, of any height and width of at least one patch.
+            pixel_values: (batch, channels, height, width), normalised or of uint8, of any height and width of at least
+                one patch.
             mask_labels: for each image (segments, height, width) with 0 and 1.
             class_labels: for each image (segments,) class indices.
             annotated_classes: (batch, num_labels) bool, False for classes an image's annotator did not look for; they

@@ -6,6 +6,9 @@ the layer's input. So the strips of an image are worked through from the top, ea
 it is done: the rows below have been read by then, and of the rows above the keys and values are kept. The global tokens
 are read first and written last, when they have attended to every strip.
 
+Where several processes share an image, each runs the strips of its own block rows; before that it gets the rows around
+them from its neighbours, and what the global tokens attended to is put together from all processes.
+
 A layer is a `SparsePathViTLayer`; the encoder, which defines it, is built on this file.
 """
 
@@ -18,6 +21,7 @@ from .configuration_sparsepath_vit import SparsePathViTConfig
 from .embeddings import OnTokens
 from .streamed_prune_scores import PruneLogits
 from .token_grid import TokenGrid
+from .token_shares import TokenShare, in_proportion
 from .token_strips import TokenStrip, strips_of
 
 # Patch tokens of a strip. On a CPU strips of 2,048, 4,096 and 8,192 took 0.92, 0.92 and 0.96 of the time of whole
@@ -46,19 +50,38 @@ def may_stream(config: SparsePathViTConfig, grid: TokenGrid, device: torch.devic
 def streams(layer: nn.Module, hidden_states: torch.Tensor, grid: TokenGrid) -> bool:
     """Whether a layer runs strip by strip on these tokens.
 
-    It does at inference, where an image has more tokens than a strip. It does not where somebody wants to see the whole
-    layer at work: autograd, torch.compile, a hook on it or on a part of it, a dense attention implementation; nor with
-    context tokens, which are keys from all over the image.
+    It does at inference, where an image has more tokens than a strip; where several processes share the image, always.
+    It does not where there is an `obstacle_to_strips`.
     """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing() or layer.training:
+    if isinstance(grid, TokenShare):
+        return True
+    if torch.compiler.is_compiling() or not may_stream(layer.config, grid, hidden_states.device):
         return False
-    if not may_stream(layer.config, grid, hidden_states.device):
-        return False
-    if any(parameter.dtype != hidden_states.dtype for parameter in layer.parameters()):
-        return False
-    return not any(
-        module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module) for module in layer.modules()
-    )
+    return obstacle_to_strips(layer, hidden_states.dtype, grid) is None
+
+
+def obstacle_to_strips(layer: nn.Module, dtype: torch.dtype, grid: TokenGrid) -> str | None:
+    """Why a layer cannot run strip by strip, in a few words; `None` where it can.
+
+    Somebody wants to see the whole layer at work: autograd, torch.compile, a hook on it or on a part of it, a dense
+    attention implementation. Or there are context tokens, which are keys from all over the image.
+    """
+    if torch.is_grad_enabled():
+        return "gradients are on (call it under torch.no_grad())"
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return "the model is compiled or traced"
+    if layer.training:
+        return "the model is in training mode (call model.eval())"
+    if layer.config._attn_implementation != ATTENTION_NAME:
+        return f"attn_implementation is {layer.config._attn_implementation!r}, not {ATTENTION_NAME!r}"
+    if grid.has_context:
+        return f"num_context_tokens={grid.num_context_tokens} are keys from all over the image"
+    if any(parameter.dtype != dtype for parameter in layer.parameters()):
+        return f"not all weights are {dtype}"
+    for module in layer.modules():
+        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+            return f"a {type(module).__name__} has a hook or a forward of its own"
+    return None
 
 
 def run_in_strips(
@@ -85,29 +108,48 @@ def run_in_strips(
     """
     output = hidden_states if overwrites else torch.empty_like(hidden_states)
     packed, packed_output = hidden_states.flatten(0, 1), output.flatten(0, 1)  # (M, hidden_size), views
-    most_tokens = tokens_per_strip(layer.config, hidden_states.device)
-    scores, all_strips = [], strips_of(grid, most_tokens)
+    most_tokens, num_globals = tokens_per_strip(layer.config, hidden_states.device), grid.num_global_tokens
+    share = grid if isinstance(grid, TokenShare) else None
+    if share is not None:
+        share.fetch_surroundings(packed)
+        on_tokens = in_proportion(on_tokens, share.num_owned, share.whole.counts[0])
+    all_strips = strips_of(grid, most_tokens) if share is None else [share.strips(most_tokens or share.counts[0])]
     for strips in all_strips:
         prepare_strips(strips, packed.new_empty(0, layer.attention.head_dim))
-    for strips in all_strips:
+    scores, processes = [], None if share is None else share.processes
+    for strips, start in zip(all_strips, grid.image_offsets[:-1], strict=True):
         logits = PruneLogits(layer.attention.scaling, layer.config.prune_score) if score_tokens else None
-        _run_image(layer, packed, packed_output, strips, logits, on_tokens)
+        attention = _run_strips(layer, packed, packed_output, strips, num_globals, logits, on_tokens)
+        attended = attention.merged(processes).to(packed.dtype)
+        global_tokens = slice(start, start + num_globals)
+        _finish(layer, packed[global_tokens], attended, packed_output[global_tokens])
         if logits is not None:
-            scores.append(logits.scores())
-    return output, torch.cat(scores) if score_tokens else None
+            scores.append(logits.scores(processes))
+    if not score_tokens:
+        return output, None
+    return output, torch.cat(scores) if share is None else share.gather(scores[0])
 
 
-def _run_image(
+def _run_strips(
     layer: nn.Module,
     hidden_states: torch.Tensor,
     output: torch.Tensor,
     strips: list[TokenStrip],
+    num_globals: int,
     logits: PruneLogits | None,
     on_tokens: OnTokens | None,
-) -> None:
-    """One image of a batch: reads its part of (M, hidden_size) hidden states and writes that of the output."""
-    num_globals, attention = strips[0].num_global_tokens, MergedAttention()
-    global_tokens = slice(strips[0].image_start, strips[0].image_start + num_globals)
+) -> MergedAttention:
+    """The patch tokens of an image: reads its part of (M, hidden_size) hidden states and writes that of the output.
+
+    Returns the attention of the global tokens, which are left to be written.
+    """
+    attention = MergedAttention()
+    if not strips:  # of several processes one may have no tokens
+        nothing = hidden_states.new_zeros(layer.attention.num_heads, num_globals, layer.attention.head_dim)
+        attention.add_nothing(nothing)
+        if logits is not None:
+            logits.add_nothing(nothing)
+        return attention
     window = _Window(layer, hidden_states, strips)
     for strip in strips:
         query, key, value = window.states_of(strip)
@@ -119,8 +161,7 @@ def _run_image(
         _finish(layer, hidden_states[own], attended[:, num_globals:], output[own])
         if on_tokens is not None:
             on_tokens(own.stop - own.start)
-    attended = attention.merged().to(hidden_states.dtype)
-    _finish(layer, hidden_states[global_tokens], attended, output[global_tokens])
+    return attention
 
 
 def _finish(layer: nn.Module, hidden_states: torch.Tensor, attended: torch.Tensor, output: torch.Tensor) -> None:
@@ -141,12 +182,15 @@ class _Window:
     def __init__(self, layer: nn.Module, hidden_states: torch.Tensor, strips: list[TokenStrip]) -> None:
         self._layer, self._hidden_states = layer, hidden_states
         self._end = strips[0].image_start  # packed index of the first token that none are made of yet
-        num_globals, first = strips[0].num_global_tokens, strips[0].own_in_batch[0]
+        num_globals, first_query = strips[0].num_global_tokens, strips[0].own_in_batch[0]
+        first_key = strips[0].around_in_batch[0]
+        self._num_globals = num_globals
+        self._rows_above = first_query - first_key  # tokens of another process, which answer and do not ask
         # Rows below a strip are made with it: their queries wait.
         most_queries = max(strip.around_in_batch[1] - strip.own_in_batch[0] for strip in strips)
         most_keys = max(strip.num_tokens for strip in strips) - num_globals
-        self._queries = _Kept(num_globals + most_queries, num_globals, first)
-        self._keys_values = _Kept(num_globals + most_keys, num_globals, first)
+        self._queries = _Kept(num_globals + most_queries, num_globals, first_query)
+        self._keys_values = _Kept(num_globals + most_keys, num_globals, first_key)
 
     def states_of(self, strip: TokenStrip) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Query (heads, G + S, head_dim), key and value (heads, M, head_dim) of a strip, the next one of the image."""
@@ -156,8 +200,12 @@ class _Window:
         self._keys_values.forget(first_key)
         if end > self._end:  # else the strip before has seen all
             qkv = attention.qkv(self._layer.norm1(self._hidden_states[self._end : end]))  # (tokens, 3 * width)
-            self._queries.append(qkv[:, :width])
             self._keys_values.append(qkv[:, width:])
+            queries = qkv[:, :width]
+            if self._rows_above:
+                self._queries.append(queries[: self._num_globals])
+                queries, self._rows_above = queries[self._num_globals + self._rows_above :], 0
+            self._queries.append(queries)
             self._end = end
         states = (self._queries.states()[: strip.num_queries], *self._keys_values.states().split(width, dim=1))
         return tuple(state.unflatten(1, (attention.num_heads, attention.head_dim)).transpose(0, 1) for state in states)
@@ -193,8 +241,19 @@ class _Kept:
         passed, start = first - self._first, self._num_globals
         if passed == 0:
             return
-        # In pieces as long as the way they go, so that none is written over before it is read.
-        for piece in range(start, self._length - passed, passed):
-            end = min(piece + passed, self._length - passed)
-            self._buffer[piece:end] = self._buffer[piece + passed : end + passed]
+        close_gap(self._buffer[: self._length], start, passed)
         self._first, self._length = first, self._length - passed
+
+
+def close_gap(states: torch.Tensor, start: int, gap: int) -> None:
+    """Moves what lies behind a gap in (tokens, features) to where the gap starts, in place.
+
+    Args:
+        states: contiguous.
+        start: of the gap.
+        gap: how many tokens wide it is.
+    """
+    # In pieces as long as the way they go, so that none is written over before it is read.
+    for piece in range(start, len(states) - gap, max(1, gap)):
+        end = min(piece + gap, len(states) - gap)
+        states[piece:end] = states[piece + gap : end + gap]

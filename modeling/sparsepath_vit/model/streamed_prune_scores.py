@@ -10,6 +10,7 @@ products.
 import torch
 from transformers.utils.generic import maybe_autocast
 
+from .processes import Processes
 from .token_strips import TokenStrip
 
 
@@ -50,10 +51,22 @@ class PruneLogits:
             of_own += value[:, slice(*strip.own)].float().norm(dim=-1).log()[:, None]
         self._logits.append(of_own)
 
-    def scores(self) -> torch.Tensor:
-        """(patch tokens,) float32 of the image, in the grid's order; the logits are used up."""
-        scores = []
+    def add_nothing(self, query: torch.Tensor) -> None:
+        """A part without keys; (heads, G, head_dim) of the global tokens."""
+        queries = 1 if self._kind == "cls_attention" else query.shape[1]
+        self._normaliser = query.new_full((len(query), queries), -torch.inf, dtype=torch.float32)
+        self._logits.append(query.new_empty(len(query), queries, 0, dtype=torch.float32))
+
+    def scores(self, processes: Processes | None = None) -> torch.Tensor:
+        """(patch tokens,) float32 of what was added, in the grid's order; the logits are used up.
+
+        Args:
+            processes: that have a part of the image's keys each.
+        """
+        normaliser, scores = self._normaliser, []
+        if processes is not None:
+            normaliser = torch.stack(processes.gather(normaliser)).logsumexp(dim=0)
         for logits in self._logits:
-            probabilities = logits.sub_(self._normaliser[:, :, None]).exp_()
+            probabilities = logits.sub_(normaliser[:, :, None]).exp_()
             scores.append(probabilities.mean(dim=1).mean(dim=0))
         return torch.cat(scores)

@@ -198,6 +198,16 @@ class TokenGrid:
         return _block_counts(self.grid_sizes, self.window_size)
 
     @property
+    def windows(self) -> tuple[int, ...]:
+        """Token rows and columns of a block, of each image."""
+        return _windows(self.grid_sizes, self.window_size)
+
+    @property
+    def token_rows(self) -> tuple[tuple[int, int], ...]:
+        """(start, end) of each image's token rows whose pixels are embedded: all of them."""
+        return tuple((0, rows) for rows, _ in self.grid_sizes)
+
+    @property
     def is_dense(self) -> bool:
         """Whether every token's neighbourhood is its whole image: the pattern is plain dense attention."""
         return all(max(block_counts) - 1 <= self.neighbor_radius for block_counts in self.block_counts)
@@ -311,7 +321,7 @@ def _block_major(
     if present is not None:
         raster = raster[present[:num_rows, :num_columns].reshape(-1)]
     rows, columns = raster // num_columns, raster % num_columns
-    window = max(size) if window_size is None else window_size
+    (window,) = _windows([size], window_size)
     block_columns = -(-num_columns // window)
     blocks = (rows // window) * (block_columns + 1) + columns // window
     # The sort is stable, so that the tokens of a block stay in raster order.
@@ -321,10 +331,15 @@ def _block_major(
 
 def _block_counts(grid_sizes: Sequence[tuple[int, int]], window_size: int | None) -> tuple[tuple[int, int], ...]:
     """(block rows, block columns) of each image."""
-    windows = [max(size) if window_size is None else window_size for size in grid_sizes]
+    windows = _windows(grid_sizes, window_size)
     return tuple(
         (-(-rows // window), -(-columns // window)) for (rows, columns), window in zip(grid_sizes, windows, strict=True)
     )
+
+
+def _windows(grid_sizes: Sequence[tuple[int, int]], window_size: int | None) -> tuple[int, ...]:
+    """Token rows and columns of a block, of each image."""
+    return tuple(max(size) if window_size is None else window_size for size in grid_sizes)
 
 
 def _entry_shifts(entries: Sequence[int], num_global_tokens: int, device: torch.device) -> torch.Tensor:

@@ -6,6 +6,7 @@ the lowest score are removed once, after an early layer. What is removed may lea
 grid one removed token stays, with the weight of all that were removed there.
 """
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -13,9 +14,12 @@ from typing import NamedTuple
 import torch
 from transformers.utils.generic import maybe_autocast
 
+from .processes import Range, common
 from .prune_score_operator import has_prune_score_kernel, kernel_prune_scores
 from .stratified_sampling import REPRESENTATIVE_SEED, draw_from_cells
 from .token_grid import TokenGrid
+from .token_shares import TokenShare, deal_rows_anew, share_of
+from .token_strips import known_block_row_ends
 
 
 class Pruning(NamedTuple):
@@ -117,13 +121,43 @@ def prune(
     Returns:
         The global tokens and the kept patch tokens, representatives among them at their places.
     """
-    kept, counts = kept_tokens(scores, tokens.grid, prune_ratio)
-    if num_representatives and counts != tokens.grid.counts:
-        kept, kept_grid = with_representatives(kept, tokens.grid, num_representatives)
+    whole = tokens.grid.whole if isinstance(tokens.grid, TokenShare) else tokens.grid
+    kept, counts = kept_tokens(scores, whole, prune_ratio)
+    if num_representatives and counts != whole.counts:
+        kept, kept_grid = with_representatives(kept, whole, num_representatives)
     else:
-        kept_grid = tokens.grid.select(kept, counts)
-    pruning = Pruning(tokens.grid, scores, kept, tokens.hidden_states if keeps_removed else None)
-    return EncodedTokens(select_tokens(tokens.hidden_states, tokens.grid, kept, kept_grid), kept_grid, pruning)
+        kept_grid = whole.select(kept, counts)
+    pruning = Pruning(whole, scores, kept, tokens.hidden_states if keeps_removed else None)
+    if whole is not tokens.grid:
+        return EncodedTokens(*_select_share(tokens.hidden_states, tokens.grid, kept, kept_grid), pruning)
+    return EncodedTokens(select_tokens(tokens.hidden_states, whole, kept, kept_grid), kept_grid, pruning)
+
+
+def _select_share(
+    hidden_states: torch.Tensor, share: TokenShare, kept: torch.Tensor, kept_grid: TokenGrid
+) -> tuple[torch.Tensor, TokenShare]:
+    """`select_tokens` where several processes share an image: the tokens and the grid of this one.
+
+    Where the kept tokens lie unevenly the block rows are dealt anew, and tokens move to other processes.
+    """
+    packed, num_globals = hidden_states[0], share.num_global_tokens
+    row_ends = known_block_row_ends(kept_grid, 0)
+    kept_share = share_of(kept_grid, share.processes, row_ends, deal_rows_anew(row_ends, share.first_rows))
+    selected = packed.new_empty(kept_share.num_tokens, packed.shape[1])
+    selected[:num_globals] = packed[:num_globals]
+    # What each process has of the kept tokens, before any move.
+    before = [(row_ends[first], row_ends[end]) for first, end in itertools.pairwise(share.first_rows)]
+
+    def indices(tokens: Range) -> torch.Tensor:
+        return kept[slice(*tokens)] + share.places((0, 0)).start
+
+    def places(tokens: Range) -> torch.Tensor:
+        return selected[kept_share.places(tokens)]
+
+    if stay := common(before[share.processes.rank], kept_share.owned[share.processes.rank]):
+        torch.index_select(packed, 0, indices(stay), out=places(stay))
+    share.processes.exchange(before, kept_share.owned, lambda tokens: packed[indices(tokens)], places)
+    return selected[None], kept_share
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ also to themselves. Over all strips of an image that is every key once.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -96,21 +97,36 @@ def strip_ranges(grid: TokenGrid, image: int, most_tokens: int) -> list[StripRan
         most_tokens: at least 1.
     """
     count, (rows, columns) = grid.counts[image], grid.grid_sizes[image]
-    window = max(rows, columns) if grid.window_size is None else grid.window_size
     ends = block_row_ends(grid, image)
     if ends is None:
-        reach = (grid.neighbor_radius + 1) * window * columns
+        reach = (grid.neighbor_radius + 1) * grid.windows[image] * columns
         starts = range(0, count, most_tokens)
         owns = [(start, min(start + most_tokens, count)) for start in starts]
         return [StripRange(own, (max(0, own[0] - reach), min(count, own[1] + reach)), rows) for own in owns]
-    ranges, first = [], 0
-    for last in range(1, len(ends)):
-        is_last = last == len(ends) - 1
+    return strip_ranges_of_rows(grid, image, ends, (0, len(ends) - 1), most_tokens)
+
+
+def strip_ranges_of_rows(
+    grid: TokenGrid, image: int, row_ends: Sequence[int], block_rows: tuple[int, int], most_tokens: int
+) -> list[StripRange]:
+    """Likewise, of some block rows of an image.
+
+    Args:
+        grid: where the tokens are.
+        image: which image.
+        row_ends: (block rows + 1) patch tokens of the image before each block row, and all.
+        block_rows: (start, end) of those that are cut.
+        most_tokens: at least 1.
+    """
+    rows, radius, window = grid.grid_sizes[image][0], grid.neighbor_radius, grid.windows[image]
+    ranges, (first, end) = [], block_rows
+    for last in range(first + 1, end + 1):
         # A strip is closed before the block row that would make it too large.
-        if ends[last] > ends[first] and (is_last or ends[last + 1] - ends[first] > most_tokens):
-            above, below = max(0, first - grid.neighbor_radius), min(len(ends) - 1, last + grid.neighbor_radius)
+        if row_ends[last] > row_ends[first] and (last == end or row_ends[last + 1] - row_ends[first] > most_tokens):
+            above, below = max(0, first - radius), min(len(row_ends) - 1, last + radius)
             token_rows = min(rows, last * window) - first * window
-            ranges.append(StripRange((ends[first], ends[last]), (ends[above], ends[below]), token_rows))
+            own, around = (row_ends[first], row_ends[last]), (row_ends[above], row_ends[below])
+            ranges.append(StripRange(own, around, token_rows))
             first = last
     return ranges
 
@@ -177,12 +193,17 @@ def strips_of(grid: TokenGrid, most_tokens: int) -> list[list[TokenStrip]]:
 
 def block_row_ends(grid: TokenGrid, image: int) -> list[int] | None:
     """(block rows + 1) patch tokens of an image before each block row, and all; `None` where only the device knows."""
-    (rows, columns), count = grid.grid_sizes[image], grid.counts[image]
-    window = max(rows, columns) if grid.window_size is None else grid.window_size
+    rows, columns = grid.grid_sizes[image]
+    if grid.counts[image] < rows * columns and grid.device.type != "cpu":
+        return None
+    return known_block_row_ends(grid, image)
+
+
+def known_block_row_ends(grid: TokenGrid, image: int) -> list[int]:
+    """Likewise, where the host may wait for the device."""
+    (rows, columns), count, window = grid.grid_sizes[image], grid.counts[image], grid.windows[image]
     if count == rows * columns:
         return [columns * min(row, rows) for row in range(0, rows + window, window)]
-    if grid.device.type != "cpu":
-        return None
     entries = [block_rows * (block_columns + 1) for block_rows, block_columns in grid.block_counts]
     first = sum(entries[:image])
     starts = grid.block_offsets[first : first + entries[image] : grid.block_counts[image][1] + 1]

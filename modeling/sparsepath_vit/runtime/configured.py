@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ..model.modeling_sparsepath_vit import SparsePathViTPreTrainedModel
+    from ..model.pretrained_model import SparsePathViTPreTrainedModel
 
 
 @contextmanager

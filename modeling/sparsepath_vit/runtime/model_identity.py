@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 NUMERICS_REVISION = 1
 
 # What a forward in evaluation mode does not depend on: training, initial weights (those there are count themselves),
-# how many tokens a layer takes at once, and what follows from the number of layers.
+# how many tokens a layer takes at once, what follows from the number of layers, and the normalisation of raw pixels,
+# which get to a model only where the image processor has the same.
 HARMLESS_CONFIG_FIELDS = frozenset(
     {
         "attention_dropout",
@@ -32,6 +33,8 @@ HARMLESS_CONFIG_FIELDS = frozenset(
         "chunk_size_feed_forward",  # of checkpoints from before `tokens_per_strip`
         "drop_path_rate",
         "hidden_dropout",
+        "image_mean",
+        "image_std",
         "initializer_range",
         "layerscale_value",
         "reshape_hidden_states",

@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object, parse_flag_from_env
+from transformers.utils import logging
 
 from ..runtime.compute import torch_device, weight_dtype
 from ..runtime.extras import require
@@ -24,10 +26,17 @@ from .regions import SlideInput, find_inputs
 from .report import EmbedReport
 from .resolution import is_credible
 from .scverse import TABLE_SUFFIXES
+from .split_embedder import SplitSlideEmbedder
 from .store import EmbeddingStore
+
+if TYPE_CHECKING:
+    from ..model.image_processing_sparsepath_vit import SparsePathViTImageProcessor
+    from ..model.modeling_sparsepath_vit import SparsePathViTModel
 
 # The processes wait for each other at the end, and one may have hours of slides more.
 _LONGEST_WAIT = timedelta(days=30)
+# Where they share each slide they wait for each other in each layer. Reading may be slow, a layer on a CPU too.
+_LONGEST_SILENCE = timedelta(hours=1)
 
 
 def embed_slides(
@@ -40,6 +49,7 @@ def embed_slides(
     tissue_mask: str | os.PathLike[str] | None = None,
     regions: str | os.PathLike[str] | None = None,
     table_format: str | None = None,
+    split_slide: bool = False,
     batch_size: int = 1,
     workers: int | None = None,
     device: str | None = None,
@@ -47,7 +57,8 @@ def embed_slides(
 ) -> EmbedReport:
     """Embeds slides into `out`, one HDF5 file each; what is done there with the same settings is skipped.
 
-    Under `accelerate launch` or `torchrun` the slides are shared out over the processes. A slide that fails gets a row
+    Under `accelerate launch` or `torchrun` the slides are shared out over the processes, or each slide is
+    (`split_slide`). A slide that fails gets a row
     in `failures.csv` and the others go on; what the folders hold beside slides is listed in `left_out.csv`.
 
     Args:
@@ -62,6 +73,8 @@ def embed_slides(
             .coordinates.npz of slide2vec) or annotations (GeoJSON of QuPath: each polygon, its class as label). A file
             for the one slide, or a folder with a file of each slide's name.
         table_format: also write the features beside each file as AnnData: "anndata" (.h5ad) or "zarr" (.zarr).
+        split_slide: under a launcher, with whole slides: all processes work on the same slide, each on its own rows,
+            and the first one writes. For slides that are too large or too slow for one.
         batch_size: regions per forward.
         workers: threads that read ahead; by default one per core, at most 8.
         device: "cpu", "cuda", ...; chosen by Accelerate where None.
@@ -78,13 +91,13 @@ def embed_slides(
     inputs, left_out = find_inputs([paths] if isinstance(paths, str | os.PathLike) else paths)
     slides = _by_name(inputs)
     _check_arguments(slides, settings, slide_mpp, tissue_mask)
-    _check_regions(slides, settings, regions)
+    _check_regions(slides, settings, regions, tissue_mask)
     _check_table_format(table_format)
-    state = _process_state(device)
-    chosen = torch_device(device) if device is not None and state.num_processes == 1 else state.device
+    state = _process_state(device, split_slide)
+    _check_split(settings, state, split_slide)
     reading_process()  # starts while the model is loaded
-    model, processor = load_model(model_source, chosen, weight_dtype(dtype, chosen))
-    embedder = SlideEmbedder(
+    model, processor = _load(model_source, device, dtype, state)
+    embedder = (SplitSlideEmbedder if split_slide else SlideEmbedder)(
         model,
         processor,
         settings,
@@ -114,9 +127,27 @@ def _run(
         if state.is_main_process:
             store.forget_failures(item.path for item in slides.values())
             embedder.report.left_out = _record_left_out(left_out, store)
+    if isinstance(embedder, SplitSlideEmbedder):
+        embedder.run(slides, store)
+        return _joint_report(state, embedder.report)
     with state.split_between_processes(list(slides)) as names:
         embedder.run({name: slides[name] for name in names}, store)
     return _joint_report(state, embedder.report)
+
+
+def _load(
+    model_source: str | os.PathLike[str], device: str | None, dtype: str | None, state: PartialState
+) -> tuple["SparsePathViTModel", "SparsePathViTImageProcessor"]:
+    """The model and its processor; one process of a machine shows how far loading is."""
+    chosen = torch_device(device) if device is not None and state.num_processes == 1 else state.device
+    is_silenced = not state.is_local_main_process and logging.is_progress_bar_enabled()
+    if is_silenced:
+        logging.disable_progress_bar()
+    try:
+        return load_model(model_source, chosen, weight_dtype(dtype, chosen))
+    finally:
+        if is_silenced:
+            logging.enable_progress_bar()
 
 
 def _joint_report(state: PartialState, report: EmbedReport) -> EmbedReport:
@@ -165,10 +196,19 @@ def _check_arguments(
 
 
 def _check_regions(
-    slides: dict[str, SlideInput], settings: EmbedSettings, regions: str | os.PathLike[str] | None
+    slides: dict[str, SlideInput],
+    settings: EmbedSettings,
+    regions: str | os.PathLike[str] | None,
+    tissue_mask: str | os.PathLike[str] | None,
 ) -> None:
-    """Raises ValueError for regions that no slide could have."""
+    """Raises ValueError for regions that no slide could have, and for classes of annotations where there are none."""
     if regions is None:
+        has_mask = tissue_mask not in (None, "all") or any(item.tissue_mask for item in slides.values())
+        if settings.annotation_classes and not has_mask:
+            raise ValueError(
+                f"annotation_classes={settings.annotation_classes!r} choose among the polygons of GeoJSON: give it as "
+                "tissue_mask (--tissue-mask) or regions (--regions)."
+            )
         return
     if not Path(regions).exists():
         raise ValueError(f"regions={str(regions)!r} does not exist: give coordinates, GeoJSON, or a folder of them.")
@@ -189,14 +229,32 @@ def _check_table_format(table_format: str | None) -> None:
         require(module, "scverse")
 
 
-def _process_state(device: str | None) -> PartialState:
+def _check_split(settings: EmbedSettings, state: PartialState, split_slide: bool) -> None:
+    """Raises ValueError for what several processes cannot do with one slide."""
+    if not split_slide:
+        return
+    if state.num_processes == 1:
+        raise ValueError(
+            "split_slide shares each slide out over several processes, and this is the only one: start it with "
+            "`torchrun --nproc_per_node 2 -m sparsepath embed ...`, or leave it out."
+        )
+    if not settings.whole_slide:
+        raise ValueError("split_slide is for whole slides (--whole-slide): regions are shared out without it.")
+    if settings.tile_size is not None or settings.attention is not None:
+        raise ValueError(
+            f"split_slide goes neither with tile_size={settings.tile_size} nor with attention={settings.attention!r}, "
+            "which need the tokens of all processes: leave one of them out."
+        )
+
+
+def _process_state(device: str | None, split_slide: bool) -> PartialState:
     """This process among those of `accelerate launch` or `torchrun`.
 
     Accelerate joins processes without an accelerator only when it is told that they run on the CPU; otherwise each
     would take itself for the only one and embed every slide.
     """
     on_cpu = device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-    return PartialState(cpu=on_cpu, timeout=_LONGEST_WAIT)
+    return PartialState(cpu=on_cpu, timeout=_LONGEST_SILENCE if split_slide else _LONGEST_WAIT)
 
 
 def _by_name(inputs: list[SlideInput]) -> dict[str, SlideInput]:

@@ -10,7 +10,7 @@ from contextlib import closing
 from dataclasses import dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from ..runtime.measure import measured
 from ..runtime.model_identity import encoder_name
 from .backends import SlideError
 from .dataset_attributes import describe_datasets
+from .dataset_rows import region_rows
 from .forward import Embedding, Stopwatch, embed_regions, embed_slide, read_ahead
 from .reader import Slide
 from .records import region_labels, source_of
@@ -29,7 +30,7 @@ from .regions import Box, Region, SlideInput, tissue_regions
 from .report import EmbedReport
 from .scverse import write_table
 from .store import EmbeddingStore, SlideWriter
-from .tiles import Tiles, tile_rows
+from .tiles import Tiles
 from .tissue import TissueMask, find_tissue
 
 if TYPE_CHECKING:
@@ -63,6 +64,8 @@ class EmbedSettings:
             rounded up to whole tiles.
         attention: with `dense`, whether to store the attention of the global tokens to the kept patch tokens in the
             last layer: "mean" of all heads, "heads" each; None for not.
+        annotation_classes: which classes of annotations to take, of the regions where these are annotations, of the
+            tissue mask otherwise; empty for all that QuPath does not ignore.
     """
 
     mpp: float | None = None
@@ -74,12 +77,14 @@ class EmbedSettings:
     origin: str = "bounds"
     tile_size: int | None = None
     attention: str | None = None
+    annotation_classes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for field in fields(self):  # numbers of NumPy are no JSON
             value = getattr(self, field.name)
             if isinstance(value, np.generic):
                 object.__setattr__(self, field.name, value.item())
+        object.__setattr__(self, "annotation_classes", tuple(self.annotation_classes))
 
     @property
     def grid_region_size(self) -> int:
@@ -154,14 +159,22 @@ class SlideEmbedder:
 
     def _run_one(self, name: str, item: SlideInput, store: EmbeddingStore) -> None:
         if self.regions is not None:
-            item = with_regions(item, name, self.regions, self.slide_mpp, self.settings.origin)
+            settings = self.settings
+            classes = settings.annotation_classes
+            item = with_regions(item, name, self.regions, self.slide_mpp, settings.origin, classes)
         mask_file = item.tissue_mask or self._mask_file(name)
         source = source_of(item, self.slide_mpp, mask_file)
-        if store.is_done(name, source):
+        was_done = store.is_done(name, source)
+        if not was_done:
+            self._make(name, item, mask_file, store.writer(name, source))
+        self._finish(name, item, store, was_done)
+
+    def _finish(self, name: str, item: SlideInput, store: EmbeddingStore, was_done: bool) -> None:
+        """What follows a slide that is done, now or before."""
+        if was_done:
             self._correct_labels(name, item, store)
             self.report.skipped += 1
         else:
-            self._make(name, item, mask_file, store.writer(name, source))
             self.report.done += 1
         self._record_skipped_regions(name, item, store)
         if self.table_format is not None:
@@ -184,14 +197,13 @@ class SlideEmbedder:
     def _make(self, name: str, item: SlideInput, mask_file: str | Path | None, writer: SlideWriter) -> None:
         """Embeds one slide into its file."""
         with Slide(item.path, item.mpp or self.slide_mpp, origin=self.settings.origin, apart=True) as slide:
-            tissue = find_tissue(slide, mask_file)
+            # Of regions that are annotations the classes have been chosen: the mask is another file.
+            has_outlines = any(box.outline is not None for box in item.boxes)
+            tissue = find_tissue(slide, mask_file, classes=() if has_outlines else self.settings.annotation_classes)
             regions, blank, impossible = self._regions(slide, tissue, item)
             with writer, closing(self._embed(slide, tissue, regions, name)) as embeddings:
                 for region, embedding in embeddings:
-                    _write(writer, slide, region, embedding, self.mpp, self.patch_size)
-                    self.report.regions += 1
-                    self.report.tokens += len(embedding.token_positions)
-                    self.report.count_tiles(embedding.tiles)
+                    self._write(writer, slide, region, embedding)
                 if blank:
                     writer.append(skipped_regions=_rows(blank))
                     writer.describe("skipped_regions", {"reason": "no tissue"})
@@ -199,11 +211,23 @@ class SlideEmbedder:
                     reasons = list(impossible.values())
                     writer.append(impossible_regions=_rows(impossible), impossible_region_reasons=reasons)
                 boxes = [box for box in item.boxes if box not in impossible]
-                encoder = encoder_name(self.model, writer.settings["weights"])
-                taken = replace(item, boxes=tuple(boxes))
                 if self.tiles is not None and not writer.rows("features"):
                     raise SlideError(self.tiles.why_none(slide.path, self.settings.tile_size))
-                describe_datasets(writer, slide, name, taken, self.settings, self.mpp, self.patch_size, encoder)
+                self._describe(writer, slide, name, replace(item, boxes=tuple(boxes)))
+
+    def _write(
+        self, writer: SlideWriter, slide: Slide, region: Region, embedding: Embedding, num_patches: int | None = None
+    ) -> None:
+        """Adds a region to the file and to the report; for the arguments see `region_rows`."""
+        writer.append(**region_rows(slide, region, embedding, self.mpp, self.patch_size, num_patches))
+        self.report.regions += 1
+        self.report.tokens += len(embedding.token_positions)
+        self.report.count_tiles(embedding.tiles)
+
+    def _describe(self, writer: SlideWriter, slide: Slide, name: str, item: SlideInput) -> None:
+        """Says in the file what lies in it."""
+        encoder = encoder_name(self.model, writer.settings["weights"])
+        describe_datasets(writer, slide, name, item, self.settings, self.mpp, self.patch_size, encoder)
 
     def _record_skipped_regions(self, name: str, item: SlideInput, store: EmbeddingStore) -> None:
         """Names regions that were left out in `failures.csv`, also those of an earlier run: the slide's file knows."""
@@ -343,42 +367,3 @@ def _rows(boxes: Iterable[Box]) -> np.ndarray:
 def default_workers() -> int:
     """Threads that read ahead: one per core, at most 8."""
     return min(8, os.cpu_count() or 1)
-
-
-def _write(
-    writer: SlideWriter, slide: Slide, region: Region, embedding: Embedding, mpp: float, patch_size: int
-) -> None:
-    """Adds a region to the file; coordinates of regions and tokens are those of their top left corners in the frame."""
-    scale = np.asarray(slide.scale(mpp))
-    corner = np.asarray([region.x, region.y]) - slide.frame[:2]  # level-0 pixels
-
-    def level0(positions: np.ndarray) -> np.ndarray:  # (tokens, 2) row, column -> x, y
-        return np.rint(corner + positions[:, ::-1] * patch_size * scale).astype(np.int64)
-
-    rows: dict[str, Any] = {
-        "features": embedding.pooled[None],
-        "coords": np.rint(corner).astype(np.int64)[None],
-        "region_sizes": np.asarray([[region.width, region.height]], dtype=np.int32),
-    }
-    if embedding.tiles is not None:  # a row of features is a tile then
-        rows |= {"region_features": rows["features"], "region_coords": rows["coords"]}
-        rows |= tile_rows(embedding.tiles, level0)
-    if region.label is not None:
-        rows["labels"] = [region.label]
-    if embedding.patch_features is not None:
-        scores = embedding.prune_scores
-        rows |= {
-            "patch_features": embedding.patch_features,
-            "patch_positions": embedding.patch_positions,
-            "patch_coords": level0(embedding.patch_positions),
-            "patch_counts": np.asarray([len(embedding.patch_positions)], dtype=np.int64),
-            "token_coords": level0(embedding.token_positions),
-            "token_counts": np.asarray([len(embedding.token_positions)], dtype=np.int64),
-        }
-        if scores is not None:
-            rows["prune_scores"] = scores
-        if embedding.patch_weights is not None:
-            rows["patch_weights"] = embedding.patch_weights
-        if embedding.attention is not None:
-            rows["attention"] = embedding.attention
-    writer.append(**rows)

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from ..model.process_split import do_together
 from ..runtime.cost import tokens_after_pruning
 from ..runtime.pixels import prepare
 from ..runtime.short_repr import ShortRepr
@@ -112,7 +113,7 @@ def embed_regions(
         tiles: over which tiles to average them, from the region's top left corner.
         attention: whether to return that of the global tokens: "mean" of all heads, "heads" each, or None.
     """
-    batch = prepare(processor, list(images), model.device)
+    batch = prepare(processor, list(images), model.device, config=model.config)
     patch_mask = batch["patch_mask"]  # (batch, canvas rows, canvas columns): patches that lie in the image
     for index, tokens in enumerate(tissue_tokens):
         rows, columns = tokens.shape
@@ -148,6 +149,8 @@ def embed_slide(
 
     Pixels are read and embedded strip by strip, and only where there is tissue: the slide's pixels are never in
     memory at once. The result equals that of the same pixels passed as one image with the tissue as `patch_mask`.
+    Under `model.split_over_processes()` each process reads the pixels of its own rows, and returns the patch features,
+    positions and weights of these; all else is that of the whole slide.
 
     Args:
         model: in evaluation mode, with block-sparse attention; the device of its weights is used.
@@ -172,6 +175,27 @@ def embed_slide(
     >>> embedding.pooled.shape, embedding.patch_features.shape
     ```
     """
+    patch_size, split = model.config.patch_size, model.process_split
+    if split is not None and (tiles is not None or attention is not None):
+        raise ValueError(
+            "Over several processes neither tiles nor attention can be had: pass tiles=None, attention=None."
+        )
+    present = do_together(model, lambda: _tissue_tokens(model, slide, tissue, mpp))
+    rows = (
+        (0, len(present)) if split is None else split.token_rows(model.token_grid_of_image(torch.from_numpy(present)))
+    )
+    # Closed also after an error: the slide may be closed next, and no thread may still read it then.
+    with closing(slide_strips(slide, present, patch_size, mpp, rows)) as strips:
+        waited_for = strips if reading is None else reading.watch(strips)
+        pixels = (prepare(processor, [strip], model.device)["pixel_values"] for strip in waited_for)
+        title = slide.name if show_progress else None
+        return forward_strips(model, pixels, present, dense, tiles, attention, title)
+
+
+def _tissue_tokens(
+    model: "SparsePathViTModel", slide: Slide, tissue: TissueMask | None, mpp: float | None
+) -> np.ndarray:
+    """(rows, columns) bool, the tokens of a whole slide that are tissue."""
     implementation = model.config._attn_implementation
     if implementation != "block_sparse":
         raise ValueError(
@@ -179,16 +203,10 @@ def embed_slide(
             'model.set_attn_implementation("block_sparse").'
         )
     tissue = find_tissue(slide) if tissue is None else tissue
-    patch_size = model.config.patch_size
-    present = tissue.token_grid(slide, patch_size, mpp)
+    present = tissue.token_grid(slide, model.config.patch_size, mpp)
     if not present.any():
         raise SlideError(f"{slide.path}: the tissue is smaller than half a patch token at {mpp} micrometres per pixel.")
-    # Closed also after an error: the slide may be closed next, and no thread may still read it then.
-    with closing(slide_strips(slide, present, patch_size, mpp)) as strips:
-        waited_for = strips if reading is None else reading.watch(strips)
-        pixels = (prepare(processor, [strip], model.device)["pixel_values"] for strip in waited_for)
-        title = slide.name if show_progress else None
-        return forward_strips(model, pixels, present, dense, tiles, attention, title)
+    return present
 
 
 @torch.no_grad()
@@ -273,7 +291,9 @@ def strip_rows(columns: int, patch_size: int) -> int:
     return max(1, min(_STRIP_ROWS, _STRIP_PIXELS // (columns * patch_size * patch_size)))
 
 
-def slide_strips(slide: Slide, present: np.ndarray, patch_size: int, mpp: float | None) -> Iterator[np.ndarray]:
+def slide_strips(
+    slide: Slide, present: np.ndarray, patch_size: int, mpp: float | None, token_rows: tuple[int, int] | None = None
+) -> Iterator[np.ndarray]:
     """The pixels of a slide in strips from the top down, white where no token is present.
 
     Args:
@@ -281,24 +301,25 @@ def slide_strips(slide: Slide, present: np.ndarray, patch_size: int, mpp: float 
         present: (rows, columns) bool, the tokens of the whole slide.
         patch_size: pixels per token side.
         mpp: resolution.
+        token_rows: (start, end) of those that are read; all where None.
 
     Yields:
         (token rows * patch_size, columns * patch_size, 3) uint8; the next strip is read meanwhile.
     """
-    rows, columns = present.shape
+    columns, (start, end) = present.shape[1], token_rows or (0, len(present))
     rows_per_strip = strip_rows(columns, patch_size)
     scale_x, scale_y = slide.scale(mpp)
 
     def read(first: int) -> np.ndarray:
-        tokens = present[first : first + rows_per_strip]
+        tokens = present[first : min(end, first + rows_per_strip)]
         strip = np.full((len(tokens) * patch_size, columns * patch_size, 3), 255, dtype=np.uint8)
-        for start, end in _runs(tokens.any(axis=0)):
-            left, width = start * patch_size, (end - start) * patch_size
+        for run_start, run_end in _runs(tokens.any(axis=0)):
+            left, width = run_start * patch_size, (run_end - run_start) * patch_size
             top = first * patch_size * scale_y
             strip[:, left : left + width] = slide.read_region(left * scale_x, top, width, len(strip), mpp, pad=True)
         return strip
 
-    yield from read_ahead(read, range(0, rows, rows_per_strip), workers=1)
+    yield from read_ahead(read, range(start, end, rows_per_strip), workers=1)
 
 
 def _runs(present: np.ndarray) -> list[tuple[int, int]]:

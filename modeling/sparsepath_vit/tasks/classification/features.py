@@ -151,7 +151,7 @@ def pooled(
     Returns:
         (images, pooled_size) float32.
     """
-    inputs = prepare(processor, images, model.device, mask_background=mask_background)
+    inputs = prepare(processor, images, model.device, config=model.config, mask_background=mask_background)
     return model(**inputs).pooler_output.float().cpu().numpy()
 
 
