@@ -107,7 +107,7 @@ def batch_grid(name, **settings):
 
 @pytest.mark.parametrize("name", BATCHES)
 def test_batches(name):
-    check(weighted(batch_grid(name)))
+    check(weighted(batch_grid(name)), heads=2)
 
 
 @pytest.mark.parametrize("name", BATCHES)

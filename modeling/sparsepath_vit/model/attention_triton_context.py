@@ -169,7 +169,7 @@ def mean_gradients(
     # Each query got what the mean query gets from all tokens once.
     of_images = _sums_of_images(-grad_mean[:num_entries], tables.entries[:, 2], num_images)
     grad_mean[num_entries:] = of_images
-    delta_mean = (grad_mean * mean_output).sum(dim=-1).T  # (heads, rows)
+    delta_mean = (grad_mean * mean_output).sum(dim=-1).T.contiguous()  # (heads, rows)
     shares = _query_counts(tiles, num_images).rsqrt()
     logsumexp = layer.mean_logsumexp + shares.log2()
     grad_mean *= shares[:, None, None]
