@@ -123,7 +123,10 @@ def assert_close(actual, expected, dtype, factor=1.0, least=0.0):
 class Recorder:
     """Stands for a kernel and keeps what Triton compiles anew for: constants, and what it specialises arguments by."""
 
-    NOT_SPECIALISED = ("num_tokens", "first_program", "num_splits", "num_split_programs")
+    NOT_SPECIALISED = (
+        *("num_tokens", "first_program", "num_splits", "num_split_programs", "num_entries", "num_images", "most_parts"),
+        *("chunks", "global_shift"),
+    )
 
     def __init__(self, function):
         self.names, self.forms = list(inspect.signature(function.fn).parameters), set()
@@ -134,8 +137,20 @@ class Recorder:
     def launch(self, *arguments, **constants):
         described = []
         for name, value in zip(self.names, arguments, strict=False):
-            if isinstance(value, torch.Tensor):
+            if value is None:
+                described.append(name)
+            elif isinstance(value, torch.Tensor):
                 described.append((value.dtype, value.data_ptr() % 16 == 0))
             elif isinstance(value, int) and name not in self.NOT_SPECIALISED:
                 described.append((name, value == 1, value % 16 == 0))
         self.forms.add((*described, *sorted(constants.items())))
+
+
+def recorded_kernels(monkeypatch, *modules):
+    """{name: recorder} of all kernels that modules launch, none of which runs from now on."""
+    recorders = {}
+    for module in modules:
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            recorders[name] = Recorder(getattr(module, name))
+            monkeypatch.setattr(module, name, recorders[name])
+    return recorders

@@ -21,7 +21,6 @@ from triton_kernels import (  # noqa: F401, fixtures
     DEVICE,
     DTYPES,
     TOLERANCES,
-    Recorder,
     assert_close,
     check_kernel,
     expected_attention,
@@ -30,6 +29,7 @@ from triton_kernels import (  # noqa: F401, fixtures
     many_splits_and_all_widths,
     poisoned_memory,
     present_tokens,
+    recorded_kernels,
     split,
     the_kernel_runs,
 )
@@ -212,15 +212,12 @@ def test_launch_shapes_part_tiles_evenly():
 def test_kernels_are_compiled_once_for_all_sizes_and_numbers_of_heads(monkeypatch):
     """Regression: the reduction was compiled for each number of splits, both for odd and even numbers of heads."""
     monkeypatch.undo()
-    names = [name for name in vars(kernel) if name.endswith("_kernel")]
-    recorders = {name: Recorder(getattr(kernel, name)) for name in names}
-    for name, recorder in recorders.items():
-        monkeypatch.setattr(kernel, name, recorder)
+    recorders = recorded_kernels(monkeypatch, kernel)
     for heads, side in itertools.product((6, 9), (1, 5, 14, 20, 31, 37, 43, 50, 55, 64)):
         grid = TokenGrid.create([(side, side)], num_global_tokens=3, window_size=8, device=DEVICE)
         block_attention(*split(fused_states(grid, 16, heads)), grid).sum().backward()
     assert len(recorders) == 6
-    assert {name: len(recorder.forms) for name, recorder in recorders.items()} == dict.fromkeys(names, 1)
+    assert {name: len(recorder.forms) for name, recorder in recorders.items()} == dict.fromkeys(recorders, 1)
 
 
 def test_empty_tiles_of_an_upper_bound_do_nothing():

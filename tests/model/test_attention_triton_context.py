@@ -1,13 +1,14 @@
 # Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
 """The Triton kernels with context tokens and with weighted keys, against the specification in float64."""
 
+import itertools
+
 import pytest
 import torch
 from small_models import random_mask
 from triton_kernels import (  # noqa: F401, fixtures
     DEVICE,
     DTYPES,
-    Recorder,
     assert_close,
     check_kernel,
     fused_states,
@@ -16,13 +17,17 @@ from triton_kernels import (  # noqa: F401, fixtures
     on_device,
     poisoned_memory,
     present_tokens,
+    recorded_kernels,
     split,
     the_kernel_runs,
 )
 
 from sparsepath_vit import TokenGrid, block_attention, draw_context_tokens
 from sparsepath_vit.model import attention_triton_context
-from sparsepath_vit.model.attention_triton import KERNEL_HEAD_DIMS
+from sparsepath_vit.model.attention_backend import prepared_grid
+from sparsepath_vit.model.attention_operator import _block_attention
+from sparsepath_vit.model.attention_triton import KERNEL_HEAD_DIMS, TRITON
+from sparsepath_vit.model.attention_triton_tables import attention_tiles
 from sparsepath_vit.model.context_tokens import exact_tokens
 
 
@@ -184,3 +189,43 @@ def test_without_context_tokens_it_is_bitwise_what_it_was():
     assert torch.equal(
         block_attention(*states, grid.to(DEVICE)), block_attention(*states, weighted(grid, largest=1).to(DEVICE))
     )
+
+
+def test_kernels_are_compiled_once_for_all_sizes_and_numbers_of_heads(monkeypatch):
+    monkeypatch.undo()
+    recorders = recorded_kernels(monkeypatch, kernel, attention_triton_context)
+    for heads, side in itertools.product((3, 4), (17, 20, 31, 33, 37, 43, 50, 55, 64, 70)):
+        settings = {"num_global_tokens": 3, "window_size": 8, "num_context_tokens": 40, "device": DEVICE}
+        grid = TokenGrid.create([(side, side)], **settings)
+        fused = fused_states(grid, 16, heads)
+        block_attention(*split(fused), grid, context=draw_context_tokens(grid)).sum().backward()
+    assert len(recorders) == 13
+    assert {name: len(recorder.forms) for name, recorder in recorders.items()} == dict.fromkeys(recorders, 1)
+
+
+def test_the_steps_of_an_image_hold_each_of_its_queries_once():
+    """Those that hold none come last: a program of context tokens does not look at them."""
+    grid = batch_grid("masked", window_size=7, neighbor_radius=0)
+    tables = attention_tiles(grid).context
+    for image, (first, end) in enumerate(tables.step_bounds.tolist()):
+        queries = [token for start, stop, _ in tables.steps[first:end].tolist() for token in range(start, stop)]
+        offset = grid.image_offsets[image] + grid.num_global_tokens
+        assert sorted(queries) == list(range(offset, offset + grid.counts[image]))
+        assert (tables.steps[first:end, 1] - tables.steps[first:end, 0]).min() > 0
+
+
+def test_tables_are_made_without_reading_the_device():
+    grid = batch_grid("three sizes, one dense").to("meta")
+    assert attention_tiles(grid).context.steps.device.type == "meta"
+
+
+def test_torch_library_finds_no_fault():
+    settings = {"num_global_tokens": 1, "window_size": 2, "neighbor_radius": 0, "num_context_tokens": 4}
+    grid = TokenGrid.create([(3, 2)], **settings, device=DEVICE)
+    context = draw_context_tokens(grid)
+    states = [torch.randn(grid.num_tokens, 1, 16, device=DEVICE).requires_grad_() for _ in range(3)]
+    mean_query = torch.randn(grid.batch_size, 1, 16, device=DEVICE, requires_grad=True)
+    layer_context = (list(context[:-1]), list(context.counts), mean_query)
+    prepared = prepared_grid(TRITON, grid)
+    torch.use_deterministic_algorithms(False)  # what is written as NaN does not equal itself
+    torch.library.opcheck(_block_attention, (*states, *prepared, *layer_context, 0.25, 0.0, None, "triton"))
