@@ -37,10 +37,10 @@ from studies.results import append_rows
 with imports_of_extra("view", "bokeh"):
     import tifffile
 
-    from sparsepath_vit.slides import EmbeddedSlide, Slide, similar_places, token_similarity
+    from sparsepath_vit.slides import EmbeddedSlide, similar_places, token_similarity
     from sparsepath_vit.slides.store import SlideWriter
     from sparsepath_vit.slides.token_values import similarity_values
-    from sparsepath_vit.slides.view import SlideViewer, ViewedSlide
+    from sparsepath_vit.slides.view import LastingSlide, SlideViewer, ViewedSlide
 
 logger = logging.getLogger("benchmark_viewer")
 
@@ -174,7 +174,7 @@ def measure(folder: Path, tokens: int, channels: int) -> dict[str, Any]:
         maker.submit(make_slide, folder / "slide.tiff", side).result()
         maker.submit(make_embedding, folder / "slide.h5", side, tokens, channels).result()
     start = time.perf_counter()
-    slide = ViewedSlide(Slide(folder / "slide.tiff"), EmbeddedSlide(folder / "slide.h5"))
+    slide = ViewedSlide(LastingSlide(folder / "slide.tiff"), EmbeddedSlide(folder / "slide.h5"))
     with SlideViewer([slide]) as viewer:
         opening = time.perf_counter() - start
         seen = in_browser(viewer.url)
