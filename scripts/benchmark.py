@@ -2,9 +2,10 @@
 # Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
 r"""Benchmarks: ours against timm and Transformers, dense and on 224 px tiles, in one run on one machine.
 
-`model` times whole forward passes, `attention` the attention alone; `memory` takes the peak of a forward. What is timed
-is checked before, models take turns so that a drifting machine drifts for all, and each row of the CSV carries commit,
-versions and machine.
+`model` times whole forward passes, `attention` the attention alone; `memory` takes the peak of a forward; `quantised`
+says how far int8 and float8 weights of torchao are from the checkpoint, and how fast. What is timed is checked before,
+models take turns so that a drifting machine drifts for all, and each row of the CSV carries commit, versions and
+machine.
 
 Examples:
     python scripts/benchmark.py model
@@ -12,6 +13,7 @@ Examples:
     python scripts/benchmark.py model --architecture uni2-h --sizes 3430 --repeats 1 --peers pruned
     python scripts/benchmark.py attention --tokens 2500,10000 --windows 8,64
     python scripts/benchmark.py memory --architecture uni2-h --layers 3 --sizes 13720 --prune-after-layer 1
+    python scripts/benchmark.py quantised --checkpoint ./uni2-h --image region.png --sizes 896
     python scripts/benchmark.py memory --sizes 6860 --processes 1,2
 
 On a GPU:
@@ -27,6 +29,7 @@ from pathlib import Path
 
 import torch
 
+from sparsepath_vit.checkpoints import tiny_checkpoint
 from sparsepath_vit.runtime.extras import ScriptParser, run_script
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # `studies` lies beside this folder and is not installed
@@ -36,6 +39,7 @@ from studies.benchmarks import model as benchmark_model
 from studies.benchmarks.attention import AttentionCase, time_case
 from studies.benchmarks.memory import MemoryCase, measure_memory
 from studies.benchmarks.model import ModelBenchmark
+from studies.benchmarks.quantised import KINDS, QuantisedBenchmark, benchmark_quantised
 from studies.results import append_rows
 
 logger = logging.getLogger("benchmark")
@@ -65,10 +69,11 @@ def main() -> None:
     attention.add_argument("--out", type=Path, default=Path("model_card/results/benchmark_attention.csv"))
     attention.set_defaults(run=benchmark_attention)
     memory = _memory_parser(commands)
-    for command in (model, attention, memory):
+    quantised = _quantised_parser(commands)
+    for command in (model, attention, memory, quantised):
         command.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"])
         command.add_argument("--threads", type=int, default=None, help="CPU threads; torch's choice by default")
-    for command in (model, attention):
+    for command in (model, attention, quantised):
         command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
         command.add_argument("--repeats", type=int, default=5, help="measurements of each; the median counts")
     arguments = parser.parse_args()
@@ -89,6 +94,18 @@ def _memory_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser
     memory.add_argument("--out", type=Path, default=Path("model_card/results/benchmark_memory.csv"))
     memory.set_defaults(run=benchmark_memory)
     return memory
+
+
+def _quantised_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> argparse.ArgumentParser:
+    quantised = commands.add_parser("quantised", help="int8 and float8 of torchao against the checkpoint, on an image")
+    quantised.add_argument("--checkpoint", default=None, help="folder or Hub id; the tiny checkpoint by default")
+    quantised.add_argument("--image", type=Path, default=None, help="the one that comes with scikit-image by default")
+    quantised.add_argument("--sizes", default="224,896", help="pixels of the image's longer side, comma separated")
+    quantised.add_argument("--kinds", default=",".join(KINDS), help="comma separated; all by default")
+    quantised.add_argument("--compile", action="store_true", help="run the models through torch.compile")
+    quantised.add_argument("--out", type=Path, default=Path("model_card/results/benchmark_quantised.csv"))
+    quantised.set_defaults(run=record_quantised)
+    return quantised
 
 
 def benchmark_models(arguments: argparse.Namespace) -> None:
@@ -144,6 +161,31 @@ def benchmark_memory(arguments: argparse.Namespace) -> None:
             "%(size)5d px  p = %(prune_ratio)s  %(processes)d processes  %(times_hidden_states)s x hidden states above "
             "weights and pixels, process %(process_gib).2f GiB, %(seconds)s s",
             {**row, "process_gib": row["process_peak_bytes"] / 2**30},
+        )
+        append_rows(arguments.out, [row])
+
+
+def record_quantised(arguments: argparse.Namespace) -> None:
+    """Records fidelity and time of quantised weights, kind by kind."""
+    settings = QuantisedBenchmark(
+        checkpoint=arguments.checkpoint or tiny_checkpoint(),
+        image=arguments.image,
+        sizes=tuple(map(int, arguments.sizes.split(","))),
+        kinds=tuple(arguments.kinds.split(",")),
+        dtype=getattr(torch, arguments.dtype),
+        device=arguments.device,
+        repeats=arguments.repeats,
+        compiles=arguments.compile,
+    )
+    for row in benchmark_quantised(settings):
+        logger.info(
+            "%5d px  %-15s  %8.3f s  pooled cosine %.5f  patch tokens, centred %.4f (5th percentile %.4f)",
+            row["size"],
+            row["quantised"],
+            row["seconds_median"],
+            row["pooled_cosine"],
+            row["centred_patch_cosine"],
+            row["centred_patch_cosine_p5"],
         )
         append_rows(arguments.out, [row])
 

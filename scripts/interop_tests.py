@@ -4,6 +4,7 @@
     python scripts/interop_tests.py                                # eva, LazySlide, slide2vec, torchao
     python scripts/interop_tests.py --only lazyslide
     python scripts/interop_tests.py --trident ../TRIDENT           # and TRIDENT, from a checkout: no index has it
+    python scripts/interop_tests.py --trident ../TRIDENT --patho-bench ../Patho-Bench    # and Patho-Bench, likewise
 
 The environments lie in .interop/, which git ignores, and are made again when what they hold is changed here.
 """
@@ -131,6 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--folder", type=Path, default=ROOT / ".interop", help="where the environments lie")
     parser.add_argument("--only", nargs="+", choices=sorted(PEERS), help="these toolkits alone")
     parser.add_argument("--trident", type=Path, help="folder of a TRIDENT checkout, to try it as well")
+    parser.add_argument("--patho-bench", type=Path, help="folder of a Patho-Bench checkout, with --trident")
     parser.add_argument("--seconds", type=float, default=3600, help="how long all of it may take")
     parser.add_argument(
         "--may-be-missing",
@@ -141,6 +143,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     peers = {name: peer for name, peer in PEERS.items() if options.only is None or name in options.only}
     if options.trident is not None:
         peers["trident"] = Peer((str(options.trident.resolve()),), is_overruled=True)
+    if options.patho_bench is not None:
+        if options.trident is None:
+            parser.error("--patho-bench needs TRIDENT beside it: pass --trident FOLDER, too")
+        checkouts = (str(options.trident.resolve()), str(options.patho_bench.resolve()))
+        peers["patho_bench"] = Peer(checkouts, is_overruled=True)
     run_script(try_adapters, options.folder, peers, options.seconds, options.may_be_missing)
 
 

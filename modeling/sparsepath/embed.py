@@ -16,6 +16,7 @@ EXAMPLES = (
     "Examples:  `sparsepath embed slides/ --model ./uni2-h --out embeddings`   ·   "
     "`sparsepath embed list.csv --model ./uni2-h --out dense --whole-slide --dense`   ·   "
     "`sparsepath embed slides/ --model ./uni2-h --out tiles --tile-size 224 --minimum-tissue 0.1`   ·   "
+    "`sparsepath embed slides/ --model ./uni2-h --out tumor --regions annotations/ --annotation-class Tumor`   ·   "
     "several GPUs: `accelerate launch -m sparsepath embed slides/ --model ./uni2-h --out embeddings`   ·   "
     "two processes, also without a GPU: `torchrun --nproc_per_node 2 -m sparsepath embed slides/ "
     "--model ./uni2-h --out embeddings`   ·   "
@@ -76,6 +77,7 @@ def embed(
     tissue_mask: options.TissueMask = None,
     regions: Regions = None,
     split_slide: SplitSlide = False,
+    annotation_class: options.AnnotationClass = None,
     format: Format = "hdf5",
     origin: options.Origin = "bounds",
     batch_size: BatchSize = 1,
@@ -86,19 +88,15 @@ def embed(
     """Embed slides, one HDF5 file each; run it again to go on where it stopped."""
     from sparsepath_vit.slides import EmbedSettings, embed_slides
 
+    settings = EmbedSettings(
+        mpp, region_size, overlap, minimum_tissue, whole_slide, dense, origin, tile_size, attention,
+        tuple(annotation_class or ()),
+    )  # fmt: skip
     running = {"batch_size": batch_size, "workers": workers, "device": device, "dtype": dtype}
     report = embed_slides(
-        slides,
-        model,
-        out,
-        EmbedSettings(mpp, region_size, overlap, minimum_tissue, whole_slide, dense, origin, tile_size, attention),
-        slide_mpp=slide_mpp,
-        tissue_mask=tissue_mask,
-        regions=regions,
-        table_format=None if format == "hdf5" else format,
-        split_slide=split_slide,
-        **running,
-    )
+        slides, model, out, settings, slide_mpp=slide_mpp, tissue_mask=tissue_mask, regions=regions,
+        table_format=None if format == "hdf5" else format, split_slide=split_slide, **running,
+    )  # fmt: skip
     _finish(report, out)
 
 

@@ -30,6 +30,7 @@ def estimate(
     overlap: options.Overlap = 0,
     whole_slide: options.WholeSlide = False,
     tissue_mask: options.TissueMask = None,
+    annotation_class: options.AnnotationClass = None,
     origin: options.Origin = "bounds",
     workers: options.Workers = None,
     device: options.Device = None,
@@ -42,7 +43,10 @@ def estimate(
     config = _config_of(model)
     if prune_ratio is not None:
         config.prune_ratio = prune_ratio
-    settings = EmbedSettings(mpp, region_size, overlap, whole_slide=whole_slide, origin=origin)
+    classes = tuple(annotation_class or ())
+    settings = EmbedSettings(
+        mpp, region_size, overlap, whole_slide=whole_slide, origin=origin, annotation_classes=classes
+    )
     given = {"tissue_mask": tissue_mask, "workers": workers, "device": device, "dtype": dtype}
     result = estimate_for(config, slide, size, settings, slide_mpp=slide_mpp, **given)
     table = Table(show_header=False)

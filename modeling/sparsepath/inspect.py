@@ -27,6 +27,7 @@ def inspect(
     overlap: options.Overlap = 0,
     whole_slide: options.WholeSlide = False,
     tissue_mask: options.TissueMask = None,
+    annotation_class: options.AnnotationClass = None,
     origin: options.Origin = "bounds",
     patch_size: Annotated[int, typer.Option(min=1, help="Pixels of a patch token's side, of the model.")] = 14,
     max_size: Annotated[int, typer.Option(min=64, help="Pixels of the picture's longer side.")] = 1024,
@@ -35,7 +36,10 @@ def inspect(
     from sparsepath_vit.slides import EmbedSettings
     from sparsepath_vit.slides.inspection import inspect_slide
 
-    settings = EmbedSettings(mpp, region_size, overlap, whole_slide=whole_slide, origin=origin)
+    classes = tuple(annotation_class or ())
+    settings = EmbedSettings(
+        mpp, region_size, overlap, whole_slide=whole_slide, origin=origin, annotation_classes=classes
+    )
     has_problems = False
     for slide in slides:
         found = inspect_slide(

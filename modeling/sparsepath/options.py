@@ -23,6 +23,13 @@ WholeSlide = Annotated[bool, typer.Option("--whole-slide", help="All tissue of a
 TissueMask = Annotated[
     str | None, typer.Option(help="Image or GeoJSON instead of finding tissue; a folder of them; or 'all'.")
 ]
+AnnotationClass = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME",
+        help="Take polygons of this class alone, of GeoJSON --regions or a --tissue-mask; may be repeated.",
+    ),
+]
 Origin = Annotated[
     Literal["bounds", "slide"],
     typer.Option(

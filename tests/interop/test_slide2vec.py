@@ -8,16 +8,27 @@ import sys
 import h5py
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("slide2vec", reason="slide2vec is not installed: make interop tries its adapter")
 
 from slide2vec import list_models
-from slide2vec.api import ExecutionOptions, Model, Pipeline, PreprocessingConfig, SlideSpec, TilingConfig
+from slide2vec.api import (
+    DenseOptions,
+    ExecutionOptions,
+    Model,
+    Pipeline,
+    PreprocessingConfig,
+    SlideRegions,
+    SlideSpec,
+    TilingConfig,
+)
 from slide2vec.encoders import list_encoder_provider_diagnostics
 
 from sparsepath_vit import copy_tiny_checkpoint, tiny_checkpoint
+from sparsepath_vit.plugins import FeatureExtractor
 from sparsepath_vit.plugins.slide2vec_encoders import CHECKPOINTS_VARIABLE, register_slide2vec_encoders
-from sparsepath_vit.slides import EmbedSettings, embed_slides
+from sparsepath_vit.slides import EmbedSettings, Slide, embed_slides
 
 TILE = 224
 TILING = TilingConfig(
@@ -60,6 +71,26 @@ def test_its_coordinates_are_read(tissue_slide, tmp_path):
     assert report.failed == []
     with h5py.File(tmp_path / "own/tissue.h5") as file:
         assert (file["coords"][:] == corners).all() and file["coords"].attrs["patch_size"] == TILE
+
+
+@pytest.mark.parametrize("side", [224, 448])
+def test_dense_maps_are_the_tokens_of_each_region(tissue_slide, tmp_path, side):
+    corners = [(64, 96), (200, 300)]
+    regions = Model.from_preset("sparsepath-tiny", device="cpu").embed_regions_dense(
+        [SlideRegions(sample_id="tissue", image_path=tissue_slide, coordinates=corners, spacing_at_level_0=0.5)],
+        dense=DenseOptions(spacing_um=0.5, target_size=side, backend="openslide"),
+        execution=ExecutionOptions(output_dir=tmp_path, **EXECUTION),
+    )
+    extractor = FeatureExtractor(tiny_checkpoint())
+    assert [(region.x, region.y) for region in regions] == corners
+    for region, (x, y) in zip(regions, corners, strict=True):
+        with Slide(tissue_slide) as slide:
+            pixels = extractor.transform(slide.read_region(x, y, side, side, 0.5))
+        with torch.inference_mode():
+            expected = extractor.tokens(pixels[None])[1][0]
+        found = torch.load(region.path, weights_only=True)
+        assert found.shape == expected.shape == (192, side // 14, side // 14)
+        assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
 def test_a_folder_of_checkpoints_brings_a_name_for_each(tmp_path):

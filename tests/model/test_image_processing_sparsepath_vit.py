@@ -622,6 +622,29 @@ class TestWithTheModel:
             torch.testing.assert_close(torch.cat(results), expected, rtol=1e-4, atol=1e-4)
 
     @torch.inference_mode()
+    @pytest.mark.parametrize("task", ["image-feature-extraction", "image-classification"])
+    def test_a_pipeline_that_loads_a_checkpoint_batches_images_of_several_sizes(
+        self, processor_class, registered, tmp_path, task
+    ):
+        torch.manual_seed(0)
+        is_classifier = task == "image-classification"
+        model = (SparsePathViTForImageClassification if is_classifier else SparsePathViTModel)(self.config).eval()
+        model.save_pretrained(tmp_path)
+        processor_class(min_patch_coverage=0.3).save_pretrained(tmp_path)
+        pipe = pipeline(task, model=str(tmp_path))
+        images = [PIL.Image.fromarray(noise(*size, 0)) for size in ((30, 46), (75, 33), (56, 56))]
+        loaded = AutoImageProcessor.from_pretrained(tmp_path)  # not for a pipeline: tensors
+        expected = model(**loaded(images, return_tensors="pt"))
+        for batch_size in (1, 2, 3):
+            results = pipe(images, batch_size=batch_size, **({} if is_classifier else {"pool": True}))
+            if is_classifier:
+                scores = [{entry["label"]: entry["score"] for entry in result} for result in results]
+                results = [[score[f"LABEL_{index}"] for index in range(3)] for score in scores]
+            expected_numbers = expected.logits.softmax(dim=1) if is_classifier else expected.pooler_output
+            torch.testing.assert_close(torch.tensor(results).reshape(3, -1), expected_numbers, rtol=1e-4, atol=1e-4)
+        assert pipe.image_processor.to_dict() == loaded.to_dict()
+
+    @torch.inference_mode()
     def test_image_classification(self, processor_class):
         torch.manual_seed(0)
         model, processor = SparsePathViTForImageClassification(self.config).eval(), processor_class()

@@ -275,7 +275,7 @@ def test_values_of_zero_have_no_score(kind):
     model = small_model(SparsePathViTModel)
     grid = model.token_grid(random_pixels(1, 19, 9))
     (strip,) = token_strips.strips_of(grid, 1000)[0]
-    logits = PruneLogits(0.5, kind)
+    logits = PruneLogits(0.5, kind, 171)
     logits.add(torch.randn(2, 3, 16), torch.randn(2, 174, 16), torch.zeros(2, 174, 16), strip)
     scores = logits.scores()
     assert torch.isfinite(scores).all() and bool((scores == 0).all()) == (kind == "attention_value")

@@ -52,6 +52,12 @@ def test_tests_that_fail_always_count(no_processes, tmp_path):
         try_adapters(tmp_path, {"there": Peer(("there",))}, 60, may_be_missing=True)
 
 
+def test_patho_bench_needs_trident_beside_it(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        interop_tests.main(["--patho-bench", str(tmp_path)])
+    assert "--patho-bench needs TRIDENT beside it" in capsys.readouterr().err
+
+
 def test_without_time_nothing_is_started(no_processes, tmp_path, caplog):
     commands, _ = no_processes
     try_adapters(tmp_path, {"there": Peer(("there",))}, -1, may_be_missing=True)

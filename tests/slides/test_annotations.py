@@ -107,6 +107,40 @@ def test_a_line_says_what_became_of_which_class(slide, tmp_path, warnings_said):
     assert not warnings_said(lambda: share_of(slide, [feature(LEFT), feature(RIGHT)], tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("classes", "share"),
+    [
+        (("Tumor",), 0.25),
+        (("Tumor", "Stroma"), 0.75),
+        (("Region*",), 1.0),
+        (("without a class",), 0.5),
+        ((" Tumor ",), 0.25),
+    ],
+)
+def test_chosen_classes_alone_are_tissue_and_what_is_cut_out_stays_so(slide, tmp_path, classes, share, warnings_said):
+    quarter = rectangle(0, SIDE // 4)
+    polygons = {"Tumor": LEFT, "Stroma": RIGHT, "Region*": rectangle(0, SIDE), "Ignore*": quarter, None: RIGHT}
+    features = [feature(ring, classification={"name": name}) for name, ring in polygons.items()]
+    path = tmp_path / "mask.geojson"
+    path.write_text(json.dumps(features))
+    (line,) = warnings_said(lambda: find_tissue(slide, path, classes=classes))
+    assert f"taken as tissue: {classes[0].strip()} (1)" in line and "not asked for: " in line
+    cut = 0.25 if classes == ("Region*",) else 0
+    assert find_tissue(slide, path, classes=classes).share == share - cut
+    assert find_tissue(slide, path, classes=("Ignore*",)).share == 0.25  # asked for by name, it is tissue
+
+
+def test_a_class_that_no_polygon_has_is_named_with_those_there_are(slide, tmp_path):
+    path = tmp_path / "mask.geojson"
+    path.write_text(json.dumps([feature(LEFT, classification={"name": "Tumor"}), feature(RIGHT)]))
+    message = r"mask.geojson: no polygon is of the class 'Tumour'; there are: Tumor \(1\), without a class \(1\)\."
+    with pytest.raises(SlideError, match=message):
+        find_tissue(slide, path, classes=("Tumor", "Tumour"))
+    for mask in (None, "all", tmp_path / "mask.png"):
+        with pytest.raises(SlideError, match="annotation class 'Tumor' is one of GeoJSON, and the tissue mask is"):
+            find_tissue(slide, mask, classes=("Tumor",))
+
+
 def test_only_ignored_classes_are_an_error_that_names_them(slide, tmp_path):
     with pytest.raises(SlideError, match=r"marks nothing: all of its polygons are of classes .*\(Region\*"):
         share_of(slide, [feature(LEFT, classification={"name": "Region*"})], tmp_path)

@@ -218,15 +218,66 @@ def test_a_macro_with_more_pixels_than_the_scan_is_not_the_slide(tmp_path, rgb):
         Slide(path)
 
 
-def test_planes_in_several_files_are_not_read_from_one(tmp_path, rgb):
+def test_planes_in_several_files_are_read_from_these(tmp_path, rgb):
     """The first file's bytes were taken for all three colours."""
     parts = write_ome_parts(tmp_path, rgb)
     for path in parts:
-        with pytest.raises(UnsupportedSlideError, match="spread over several files"):
-            Slide(path)
-    parts[2].unlink()
-    with pytest.raises(UnsupportedSlideError, match="not beside it"):
+        assert whole(open_backend(path, 2**20)).tolist() == rgb.tolist()
+        assert set(describe(path).parts) == {part.name for part in parts} - {path.name}
+    other = parts[2].read_bytes()
+    parts[2].write_bytes(other[: len(other) // 2])
+    with pytest.raises(SlideError, match="ends"):
         Slide(parts[0])
+    parts[2].unlink()
+    with pytest.raises(UnsupportedSlideError, match="not beside it: put them there"):
+        Slide(parts[0])
+
+
+def test_planes_that_are_stored_otherwise_or_elsewhere_are_refused(tmp_path, rgb):
+    first, _, third = write_ome_parts(tmp_path, rgb)
+    with tifffile.TiffFile(third) as file:
+        description = file.ome_metadata.encode()
+    options = {"photometric": "minisblack", "metadata": None, "description": description}
+    tifffile.imwrite(third, rgb[..., 2], tile=(32, 32), **options)
+    with pytest.raises(UnsupportedSlideError, match="not stored alike"):
+        Slide(first)
+    inner = tmp_path / "inner"
+    inner.mkdir()
+    first, *_ = write_ome_parts(inner, rgb, names=("a_R.ome.tif", "../a_G.ome.tif", "../a_B.ome.tif"))
+    with pytest.raises(UnsupportedSlideError, match="names a file outside its folder"):
+        Slide(first)
+    only_planes = tmp_path / "planes.ome.tif"
+    description = b'<OME><BinaryOnly MetadataFile="a.companion.ome" UUID="urn:uuid:1"/></OME>'
+    tifffile.imwrite(only_planes, rgb[..., 0], photometric="minisblack", metadata=None, description=description)
+    with pytest.raises(UnsupportedSlideError, match=r"only holds planes of an image that a\.companion\.ome describes"):
+        Slide(only_planes)
+
+
+def test_a_pyramid_in_another_file_than_its_description(tmp_path, rgb):
+    """The scan is the second image and lies with its levels in b; a has the description and the macro."""
+    image = """<Image ID="Image:{n}" Name="{name}"><Pixels ID="Pixels:{n}" DimensionOrder="XYCZT" Type="uint8"
+        SizeX="{width}" SizeY="{height}" SizeC="3" SizeZ="1" SizeT="1" PhysicalSizeX="0.5" PhysicalSizeY="0.5">
+        <Channel ID="Channel:{n}:0" SamplesPerPixel="3"/>
+        <TiffData IFD="0" PlaneCount="1"><UUID FileName="{file}">urn:uuid:{n}</UUID></TiffData></Pixels></Image>"""
+    images = [("macro", 40, 30, "a.ome.tif"), ("scan", rgb.shape[1], rgb.shape[0], "b.ome.tif")]
+    listed = "".join(
+        image.format(n=number, name=name, width=width, height=height, file=file)
+        for number, (name, width, height, file) in enumerate(images)
+    )
+    tile = {"tile": (32, 32), "photometric": "rgb", "metadata": None}
+    for number, file in enumerate(("a.ome.tif", "b.ome.tif")):
+        description = f'<OME UUID="urn:uuid:{number}">{listed}</OME>'.encode()
+        with tifffile.TiffWriter(tmp_path / file) as tiff:
+            if number == 0:
+                tiff.write(rgb[:30, :40], description=description, **tile)
+                continue
+            tiff.write(rgb, description=description, subifds=1, **tile)
+            tiff.write(rgb[::2, ::2], subfiletype=1, **tile)
+    for file in ("a.ome.tif", "b.ome.tif"):
+        backend = open_backend(tmp_path / file, 2**20)
+        assert backend.level_dimensions == (rgb.shape[1::-1], rgb[::2, ::2].shape[1::-1])
+        assert whole(backend).tolist() == rgb.tolist() and Slide(tmp_path / file).mpp == 0.5
+        assert backend.read(1, 0, 0, *backend.level_dimensions[1]).tolist() == rgb[::2, ::2].tolist()
 
 
 def test_a_format_without_a_reader_is_not_called_damaged(tmp_path):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from slide_files import stained_image, write_leica, write_pyramid
 
-from sparsepath_vit.slides import EmbedSettings, Slide, SlideError, embed_regions, embed_slides
+from sparsepath_vit.slides import EmbedSettings, Slide, SlideError, StoreError, embed_regions, embed_slides
 from sparsepath_vit.slides.region_files import read_region_file, tokens_in_outline
 from sparsepath_vit.slides.regions import Box, Region
 
@@ -77,6 +77,25 @@ def test_coordinates_of_slide2vec_need_the_description_beside_them(tmp_path):
 def test_each_annotation_is_a_region_with_its_class(tmp_path):
     path = write_annotations(tmp_path / "a.geojson", (TRIANGLE, "Tumor"), (SQUARE, "Stroma"), (SQUARE, "Ignore*"))
     assert read_region_file(path) == [Box(64, 96, 256, 256, "Tumor"), Box(128, 128, 64, 64, "Stroma")]
+
+
+def test_annotations_of_one_class(small_slide, model_folder, tmp_path):
+    path = write_annotations(tmp_path / "a.geojson", (TRIANGLE, "Tumor"), (SQUARE, "Stroma"), (SQUARE, "Ignore*"))
+    assert read_region_file(path, ("Stroma",)) == [Box(128, 128, 64, 64, "Stroma")]
+    with pytest.raises(SlideError, match=r"class 'Necrosis'; there are: Tumor \(1\), Stroma \(1\), Ignore\* \(1\)"):
+        read_region_file(path, ("Necrosis",))
+    settings = EmbedSettings(mpp=0.5, annotation_classes=["Stroma"])
+    options = {"device": "cpu", "tissue_mask": "all"}
+    embed_slides(small_slide, model_folder, tmp_path / "out", settings, regions=path, **options)
+    with h5py.File(tmp_path / "out/small.h5") as file:
+        assert file["labels"].asstr()[:].tolist() == ["Stroma"] and file["coords"][:].tolist() == [[128, 128]]
+    with pytest.raises(StoreError, match=r"annotation_classes: \['Stroma'\] there, \[\] now"):
+        embed_slides(small_slide, model_folder, tmp_path / "out", EmbedSettings(mpp=0.5), regions=path, **options)
+    with pytest.raises(ValueError, match=r"annotation_classes=\('Stroma',\) choose among the polygons of GeoJSON"):
+        embed_slides(small_slide, model_folder, tmp_path / "other", settings, **options)
+    mask = write_annotations(tmp_path / "mask.geojson", (TRIANGLE, "Tumor"), (SQUARE, "Stroma"))
+    report = embed_slides(small_slide, model_folder, tmp_path / "mask", settings, tissue_mask=mask, device="cpu")
+    assert report.tokens == 16
 
 
 def test_other_files_are_refused_by_name(tmp_path):

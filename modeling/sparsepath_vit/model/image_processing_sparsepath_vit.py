@@ -20,7 +20,7 @@ from transformers.image_utils import (
     get_image_size_for_max_height_width,
 )
 from transformers.processing_utils import ImagesKwargs
-from transformers.utils import is_vision_available, logging, requires_backends
+from transformers.utils import TensorType, is_vision_available, logging, requires_backends
 
 from .image_inputs import check_pixel_count, flatten_images, load_rgb, name_of, white_level
 from .image_settings import check_resampling, check_settings, sides
@@ -41,6 +41,8 @@ AUTO_MAP = {
     }
 }
 BICUBIC = 3  # PIL.Image.Resampling.BICUBIC
+# Pipelines that hand what the processor returns to a model that takes lists of images.
+PIPELINES_OF_LISTS = ("image-feature-extraction", "image-classification")
 
 
 class SparsePathViTImageProcessorKwargs(ImagesKwargs, total=False):
@@ -126,6 +128,19 @@ class _SparsePathViTImageProcessing(RemoteCodeMixin):
     background_fraction = 0.95
     target_mpp = None
     max_pixels = 2**28
+    returns_lists = False
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """As every image processor; one that a pipeline loads returns lists with one tensor per image.
+
+        A pipeline puts a batch together from the results for single images. Tensors it concatenates, which fails for
+        images of different sizes; lists it leaves as they are, and SparsePathViT's models take them.
+        """
+        loaded = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        if kwargs.get("_from_pipeline") in PIPELINES_OF_LISTS:  # Transformers says which pipeline loads it
+            loaded.returns_lists = True
+        return loaded
 
     def __init__(self, **kwargs: Unpack[SparsePathViTImageProcessorKwargs]) -> None:
         kwargs.pop("auto_map", None)
@@ -148,7 +163,8 @@ class _SparsePathViTImageProcessing(RemoteCodeMixin):
 
             - **pixel_values** -- (B, 3, H, W) float32, normalised; padded with white at the bottom and right. With
               `pad_size`, H and W are its height and width. With `do_rescale=False, do_normalize=False` images of uint8
-              stay that, a quarter of the memory: a model whose config has `image_mean` normalises them itself.
+              stay that, a quarter of the memory: a model whose config has `image_mean` normalises them itself. A list
+              in a processor that `transformers.pipeline` loaded.
             - **patch_mask** -- (B, H / patch_size, W / patch_size) bool, True = present.
             - **image_sizes** -- (B, 2) int64, (height, width) in pixels of each image, padded to whole patches.
 
@@ -163,23 +179,26 @@ class _SparsePathViTImageProcessing(RemoteCodeMixin):
 
     @property
     def padding_value(self) -> int:
-        """White, and the place to say what Transformers' pipelines cannot do.
+        """White, and the place to say what a pipeline cannot do that was given this processor instead of loading it.
 
-        They ask for it when they are about to batch, and then concatenate images as they are: those of different sizes
-        end in torch's error. It is the only question they ask.
+        It asks for it when it is about to batch, and then concatenates images as they are: those of different sizes
+        end in torch's error. It is the only question it asks.
         """
-        if self.pad_size is None:
+        if self.pad_size is None and not self.returns_lists:
             logger.warning_once(
-                "A pipeline batches by concatenation, so all images of a call must be of one size. For others pass "
-                "batch_size=1, image_processor_kwargs={'pad_size': {'height': ..., 'width': ...}} (what is padded is "
-                "masked), or call the processor on the list and the model on what it returns."
+                "With an image processor of its own a pipeline batches by concatenation, so all images of a call must "
+                "be of one size. For others let it load the checkpoint, image processor included, from its folder; or "
+                "pass batch_size=1, or image_processor_kwargs={'pad_size': {'height': ..., 'width': ...}} (what is "
+                "padded is masked)."
             )
         return 255
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as written to preprocessor_config.json, with the classes of both backends."""
         auto_map = {auto_class: dict(classes) for auto_class, classes in AUTO_MAP.items()}
-        return {**super().to_dict(), "auto_map": auto_map}
+        settings = {**super().to_dict(), "auto_map": auto_map}
+        settings.pop("returns_lists", None)  # not of the checkpoint but of who loaded it
+        return settings
 
     def _validate_preprocess_kwargs(self, **kwargs: Any) -> None:
         check_settings(**kwargs)
@@ -209,11 +228,16 @@ class _SparsePathViTImageProcessing(RemoteCodeMixin):
             self._write_normalized(tensor, pixel_values[index], **kwargs)
             patch_mask[index, : presence.shape[0], : presence.shape[1]] = presence
         outputs = (pixel_values, patch_mask, (grid_sizes * patch_size).to(device))
+        tensor_type = kwargs.get("return_tensors")
+        if self.returns_lists and tensor_type in ("pt", TensorType.PYTORCH):
+            return BatchFeature(
+                {name: list(output) for name, output in zip(self.model_input_names, outputs, strict=True)}
+            )
         outputs = [self._to_backend(output) for output in outputs]
-        if kwargs.get("return_tensors") is None:
+        if tensor_type is None:
             outputs = [list(output) for output in outputs]
         data = dict(zip(self.model_input_names, outputs, strict=True))
-        return BatchFeature(data=data, tensor_type=kwargs.get("return_tensors"))
+        return BatchFeature(data=data, tensor_type=tensor_type)
 
     def _load(self, image: Any, name: str, mpp: float | None, **kwargs: Any) -> torch.Tensor:
         """One image as (3, height, width) at the resolution the model is to see, uint8 or float32 in 0..1."""

@@ -12,6 +12,7 @@ from transformers.utils.generic import can_return_tuple
 from .configuration_sparsepath_vit import SparsePathViTConfig
 from .embeddings import SparsePathViTEmbeddings
 from .encoder_sparsepath_vit import EncoderOutput, SparsePathViTEncoder
+from .image_lists import joined_images
 from .modeling_outputs_sparsepath_vit import (
     SparsePathViTImageClassifierOutput,
     SparsePathViTModelOutput,
@@ -47,8 +48,8 @@ class SparsePathViTModel(SparsePathViTPreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        pixel_values: torch.Tensor,
-        patch_mask: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | list[torch.Tensor],
+        patch_mask: torch.Tensor | list[torch.Tensor] | None = None,
         image_sizes: torch.Tensor | list[tuple[int, int]] | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
@@ -58,7 +59,8 @@ class SparsePathViTModel(SparsePathViTPreTrainedModel):
 
         Args:
             pixel_values: (batch, channels, height, width), normalised, or raw as uint8 where `config.image_mean` says
-                how to normalise; height and width multiples of the patch size.
+                how to normalise; height and width multiples of the patch size. Or a list of (channels, height, width)
+                of several sizes; what belongs to images is then a list, too.
             patch_mask: (batch, rows, columns) bool, True where a patch token is present; all are by default.
             image_sizes: (height, width) in pixels of each image, where smaller ones share a larger canvas; their
                 positions are then those of their own grid.
@@ -70,12 +72,9 @@ class SparsePathViTModel(SparsePathViTPreTrainedModel):
             ValueError: pixels, mask or sizes that do not fit, or pixels that are not finite.
         """
         keeps_states, keeps_attentions = self._output_switches(output_hidden_states, output_attentions)
-        encoded = self.encode(
-            pixel_values,
-            self.token_grid(pixel_values, patch_mask, image_sizes),
-            output_hidden_states=keeps_states,
-            output_attentions=keeps_attentions,
-        )
+        batch = joined_images(pixel_values, patch_mask, image_sizes, self.config.patch_size)
+        grid = self.token_grid(*batch)
+        encoded = self.encode(batch[0], grid, output_hidden_states=keeps_states, output_attentions=keeps_attentions)
         return self.finish(encoded, may_overwrite=not keeps_states)
 
     def finish(self, encoded: EncoderOutput, *, may_overwrite: bool = False) -> SparsePathViTModelOutput:
@@ -121,9 +120,9 @@ class SparsePathViTForImageClassification(SparsePathViTPreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        pixel_values: torch.Tensor,
+        pixel_values: torch.Tensor | list[torch.Tensor],
         labels: torch.Tensor | None = None,
-        patch_mask: torch.Tensor | None = None,
+        patch_mask: torch.Tensor | list[torch.Tensor] | None = None,
         image_sizes: torch.Tensor | list[tuple[int, int]] | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
@@ -132,7 +131,7 @@ class SparsePathViTForImageClassification(SparsePathViTPreTrainedModel):
         """Classifies images of any size; the arguments are those of `SparsePathViTModel`.
 
         Args:
-            pixel_values: (batch, channels, height, width).
+            pixel_values: (batch, channels, height, width), or a list of images.
             labels: (batch,) class indices, (batch, num_labels) for multi-label, (batch,) or (batch, num_labels) numbers
                 for regression; `config.problem_type` says which, or it is inferred as Transformers does.
             patch_mask: (batch, rows, columns) bool.
@@ -183,8 +182,8 @@ class SparsePathViTBackbone(BackboneMixin, SparsePathViTPreTrainedModel):
     @filter_output_hidden_states
     def forward(
         self,
-        pixel_values: torch.Tensor,
-        patch_mask: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | list[torch.Tensor],
+        patch_mask: torch.Tensor | list[torch.Tensor] | None = None,
         image_sizes: torch.Tensor | list[tuple[int, int]] | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
@@ -193,7 +192,7 @@ class SparsePathViTBackbone(BackboneMixin, SparsePathViTPreTrainedModel):
         """Computes the feature maps named by `config.out_features`.
 
         Args:
-            pixel_values: (batch, channels, height, width).
+            pixel_values: (batch, channels, height, width), or a list of images as `SparsePathViTModel` takes it.
             patch_mask: (batch, rows, columns) bool; absent places are zero in the maps.
             image_sizes: (height, width) in pixels of each image.
             output_hidden_states: whether to return the tokens after each layer.
@@ -204,12 +203,10 @@ class SparsePathViTBackbone(BackboneMixin, SparsePathViTPreTrainedModel):
             `feature_maps`, each (batch, hidden_size, rows, columns); with `config.reshape_hidden_states` off each
             (batch, 1 + rows * columns, hidden_size).
         """
-        encoded = self.encode(
-            pixel_values,
-            self.token_grid(pixel_values, patch_mask, image_sizes),
-            output_hidden_states=True,
-            output_attentions=self._output_switches(None, output_attentions)[1],
-        )
+        batch = joined_images(pixel_values, patch_mask, image_sizes, self.config.patch_size)
+        _, keeps_attentions = self._output_switches(None, output_attentions)
+        grid = self.token_grid(*batch)
+        encoded = self.encode(batch[0], grid, output_hidden_states=True, output_attentions=keeps_attentions)
         layers = [layer for layer, name in enumerate(self.stage_names) if name in self.out_features]
         view = self.feature_map if self.config.reshape_hidden_states else self._feature_sequence
         feature_maps = tuple(view(encoded, layer) for layer in layers)

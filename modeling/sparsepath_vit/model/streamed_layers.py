@@ -128,7 +128,8 @@ def run_in_strips(
         prepare_strips(strips, packed.new_empty(0, layer.attention.head_dim))
     scores, processes = [], None if share is None else share.processes
     for strips, start in zip(all_strips, grid.image_offsets[:-1], strict=True):
-        logits = PruneLogits(layer.attention.scaling, layer.config.prune_score) if score_tokens else None
+        num_tokens = sum(strip.own[1] - strip.own[0] for strip in strips)
+        logits = PruneLogits(layer.attention.scaling, layer.config.prune_score, num_tokens) if score_tokens else None
         attention = _run_strips(layer, packed, packed_output, strips, num_globals, most_tokens, logits, on_tokens)
         attended = attention.merged(processes).to(packed.dtype)
         global_tokens = slice(start, start + num_globals)

@@ -7,19 +7,21 @@ ten times as much, and files of millions of vertices are common.
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+ANNOTATION_SUFFIXES = (".geojson", ".json")
 Ring = np.ndarray  # (vertices, 2) float x and y; the last may be the first again
 
 _COORDINATES = re.compile(r'(?<!\\)("coordinates"\s*:\s*)(\[[\[\]\s\d.,eE+-]*\])')
 _END_OF_RING = re.compile(r"\](?:\s*\])+")
 _NO_BRACKETS = str.maketrans("", "", "[]")
 _KEPT_OUT = "background"  # a class of this name is no tissue, whoever wrote it
+_NO_CLASS = "without a class"
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,11 @@ class Polygon:
 
     rings: tuple[Ring, ...]
     class_name: str | None = None
+
+    @property
+    def shown_class(self) -> str:
+        """The class as messages name it and `Annotations.taken` finds it."""
+        return (self.class_name or _NO_CLASS).strip()
 
     @property
     def is_ignored(self) -> bool:
@@ -52,9 +59,22 @@ class Annotations:
         """How many polygons each class has, in the order of the file; "without a class" for those without."""
         counts: dict[str, int] = {}
         for polygon in self.polygons:
-            name = polygon.class_name or "without a class"
-            counts[name] = counts.get(name, 0) + 1
+            counts[polygon.shown_class] = counts.get(polygon.shown_class, 0) + 1
         return counts
+
+    def taken(self, classes: Sequence[str] = ()) -> list[Polygon]:
+        """The polygons of these classes, also of those that QuPath ignores; without names of all that it does not.
+
+        Raises:
+            ValueError: a class that none of the polygons has; the message names those that they have.
+        """
+        if not classes:
+            return [polygon for polygon in self.polygons if not polygon.is_ignored]
+        counts, wanted = self.counts(), {name.strip() for name in classes}
+        if missing := sorted(wanted - set(counts)):
+            there = ", ".join(f"{name} ({count:,})" for name, count in counts.items()) or "no polygons at all"
+            raise ValueError(f"no polygon is of the class {', '.join(map(repr, missing))}; there are: {there}")
+        return [polygon for polygon in self.polygons if polygon.shown_class in wanted]
 
 
 def read_annotations(path: Path) -> Annotations:

@@ -55,6 +55,7 @@ class SlideDescription:
         resolution: what the file states of its resolution; None where nothing believable.
         objective_power: as stated, for messages.
         bounds: (x, y, width, height) of the scanned area in level-0 pixels, where the file states it.
+        parts: names of the other files that planes of the chosen image lie in.
     """
 
     path: Path
@@ -74,6 +75,7 @@ class SlideDescription:
     resolution: Statement | None = None
     objective_power: str | None = None
     bounds: tuple[int, int, int, int] | None = None
+    parts: tuple[str, ...] = ()
 
 
 def describe(path: Path) -> SlideDescription:
@@ -142,6 +144,7 @@ def openslide_reads_rightly(found: SlideDescription) -> bool:
         and samples.bits == 8
         and samples.alpha is None
         and found.orientation == 1
+        and not found.parts
         and "C" not in found.axes
         and (samples.photometric, samples.count) in (("RGB", 3), ("YCBCR", 3), ("MINISBLACK", 1))
     )

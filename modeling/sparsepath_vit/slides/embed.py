@@ -91,7 +91,7 @@ def embed_slides(
     inputs, left_out = find_inputs([paths] if isinstance(paths, str | os.PathLike) else paths)
     slides = _by_name(inputs)
     _check_arguments(slides, settings, slide_mpp, tissue_mask)
-    _check_regions(slides, settings, regions)
+    _check_regions(slides, settings, regions, tissue_mask)
     _check_table_format(table_format)
     state = _process_state(device, split_slide)
     _check_split(settings, state, split_slide)
@@ -196,10 +196,19 @@ def _check_arguments(
 
 
 def _check_regions(
-    slides: dict[str, SlideInput], settings: EmbedSettings, regions: str | os.PathLike[str] | None
+    slides: dict[str, SlideInput],
+    settings: EmbedSettings,
+    regions: str | os.PathLike[str] | None,
+    tissue_mask: str | os.PathLike[str] | None,
 ) -> None:
-    """Raises ValueError for regions that no slide could have."""
+    """Raises ValueError for regions that no slide could have, and for classes of annotations where there are none."""
     if regions is None:
+        has_mask = tissue_mask not in (None, "all") or any(item.tissue_mask for item in slides.values())
+        if settings.annotation_classes and not has_mask:
+            raise ValueError(
+                f"annotation_classes={settings.annotation_classes!r} choose among the polygons of GeoJSON: give it as "
+                "tissue_mask (--tissue-mask) or regions (--regions)."
+            )
         return
     if not Path(regions).exists():
         raise ValueError(f"regions={str(regions)!r} does not exist: give coordinates, GeoJSON, or a folder of them.")

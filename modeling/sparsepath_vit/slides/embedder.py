@@ -64,6 +64,8 @@ class EmbedSettings:
             rounded up to whole tiles.
         attention: with `dense`, whether to store the attention of the global tokens to the kept patch tokens in the
             last layer: "mean" of all heads, "heads" each; None for not.
+        annotation_classes: which classes of annotations to take, of the regions where these are annotations, of the
+            tissue mask otherwise; empty for all that QuPath does not ignore.
     """
 
     mpp: float | None = None
@@ -75,12 +77,14 @@ class EmbedSettings:
     origin: str = "bounds"
     tile_size: int | None = None
     attention: str | None = None
+    annotation_classes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for field in fields(self):  # numbers of NumPy are no JSON
             value = getattr(self, field.name)
             if isinstance(value, np.generic):
                 object.__setattr__(self, field.name, value.item())
+        object.__setattr__(self, "annotation_classes", tuple(self.annotation_classes))
 
     @property
     def grid_region_size(self) -> int:
@@ -155,7 +159,9 @@ class SlideEmbedder:
 
     def _run_one(self, name: str, item: SlideInput, store: EmbeddingStore) -> None:
         if self.regions is not None:
-            item = with_regions(item, name, self.regions, self.slide_mpp, self.settings.origin)
+            settings = self.settings
+            classes = settings.annotation_classes
+            item = with_regions(item, name, self.regions, self.slide_mpp, settings.origin, classes)
         mask_file = item.tissue_mask or self._mask_file(name)
         source = source_of(item, self.slide_mpp, mask_file)
         was_done = store.is_done(name, source)
@@ -191,7 +197,9 @@ class SlideEmbedder:
     def _make(self, name: str, item: SlideInput, mask_file: str | Path | None, writer: SlideWriter) -> None:
         """Embeds one slide into its file."""
         with Slide(item.path, item.mpp or self.slide_mpp, origin=self.settings.origin, apart=True) as slide:
-            tissue = find_tissue(slide, mask_file)
+            # Of regions that are annotations the classes have been chosen: the mask is another file.
+            has_outlines = any(box.outline is not None for box in item.boxes)
+            tissue = find_tissue(slide, mask_file, classes=() if has_outlines else self.settings.annotation_classes)
             regions, blank, impossible = self._regions(slide, tissue, item)
             with writer, closing(self._embed(slide, tissue, regions, name)) as embeddings:
                 for region, embedding in embeddings:

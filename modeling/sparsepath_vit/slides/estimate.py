@@ -95,7 +95,7 @@ def estimate_for(
     workers = workers or default_workers()
     with Slide(slide, slide_mpp, origin=settings.origin, apart=True) as opened:
         mpp = DEFAULT_MPP if settings.mpp is None else settings.mpp
-        tissue = find_tissue(opened, tissue_mask)
+        tissue = find_tissue(opened, tissue_mask, classes=settings.annotation_classes)
         return estimate_slide(config, opened, tissue, settings, mpp, chosen, number_type, workers)
 
 

@@ -113,7 +113,7 @@ def _inspect_open_slide(
         return
     try:
         found.facts.append(("resolution", _resolution(slide, description)))
-        tissue = find_tissue(slide, tissue_mask)
+        tissue = find_tissue(slide, tissue_mask, classes=settings.annotation_classes)
         found.facts.append(("tissue", _tissue_share(slide, tissue)))
         regions = _regions(slide, tissue, settings, patch_size, mpp)
         found.facts.append(("embed", _what_embed_does(slide, tissue, regions, settings, patch_size, mpp)))
@@ -132,6 +132,8 @@ def _file_facts(description: SlideDescription) -> Iterator[tuple[str, str]]:
             len(others) > _MOST_LISTED
         )
         yield "image", f"{description.series_names[description.series]}; others: {listed or 'none'}"
+    if description.parts:
+        yield "parts", f"planes lie in {', '.join(description.parts)}"
     if samples is not None:
         yield "colour", _colour(samples, description)
     storage = {None: "", True: ", in tiles", False: ", in strips or one piece"}[description.tiled]

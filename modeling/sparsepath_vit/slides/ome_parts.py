@@ -1,8 +1,11 @@
 # Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
 """OME-TIFF in several files: which files one image is spread over."""
 
+import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 from ..runtime.extras import require
@@ -37,6 +40,53 @@ def files_of_ome(path: Path) -> list[Path]:
             names[name] = None
     files = [file for name in names if (file := path.parent / name).is_file()]
     return files if set(files) - {path} else []
+
+
+def open_parts(file: Any, pages: Sequence[Any]) -> list[Any]:
+    """The other files that pages of an image lie in, opened, in the order of the pages; closing `file` closes them.
+
+    Args:
+        file: an open `tifffile.TiffFile`.
+        pages: of one of its series; None for those whose file tifffile did not find.
+
+    Returns:
+        A `tifffile.TiffFile` each; tifffile closed them as soon as it had read their tags.
+    """
+    parts = list({id(page.parent): page.parent for page in pages if page is not None}.values())
+    parts = [part for part in parts if part is not file]
+    for part in parts:
+        if part.filehandle.closed:
+            part.filehandle.open()
+    return parts
+
+
+def reason_to_refuse_parts(file: Any, levels: Sequence[Any]) -> str | None:
+    """Why the planes of an image cannot be read from the files that they lie in; None where they can.
+
+    Args:
+        file: an open `tifffile.TiffFile`.
+        levels: of one of its series.
+    """
+    pages = [page for level in levels for page in level.pages]
+    if None in pages:
+        return "planes that its OME-XML lists are in other files, which are not beside it: put them there"
+    folder = os.path.dirname(os.path.abspath(file.filehandle.path))
+    for part in open_parts(file, pages):
+        if os.path.dirname(os.path.abspath(part.filehandle.path)) != folder:
+            return f"its OME-XML names a file outside its folder ({part.filehandle.path}): put it beside this one"
+    if any(page.hash != level.keyframe.hash for level in levels for page in level.pages):
+        return "its planes are not stored alike in the files they are spread over: export it as one file"
+    return None
+
+
+def describing_file(ome_xml: str) -> str | None:
+    """The name of the file that describes an image of which this one only holds planes; None where it does so itself.
+
+    Raises:
+        ElementTree.ParseError: damaged OME-XML.
+    """
+    parts = [part for part in ElementTree.fromstring(ome_xml) if tag_of(part) == "BinaryOnly"]
+    return parts[0].get("MetadataFile", "another file") if parts else None
 
 
 def _ome_xml(path: Path) -> str | None:

@@ -2,26 +2,33 @@
 """Regions that other tools chose: coordinates of TRIDENT, CLAM and slide2vec, annotations of QuPath."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..runtime.extras import require
-from .annotations import Polygon, read_annotations
+from .annotations import ANNOTATION_SUFFIXES, Polygon, read_annotations
 from .errors import SlideError
 from .outlines import fill
 from .reader import Slide
 from .regions import Box, Region, SlideInput
 
 COORDINATE_SUFFIXES = (".h5", "_patches.h5", ".hdf5", ".coordinates.npz")
-ANNOTATION_SUFFIXES = (".geojson", ".json")
 _CELLS = 4  # of a token's side, to decide how much of it lies in an annotation
 
 
-def with_regions(item: SlideInput, name: str, regions: Path, slide_mpp: float | None, origin: str) -> SlideInput:
+def with_regions(
+    item: SlideInput,
+    name: str,
+    regions: Path,
+    slide_mpp: float | None,
+    origin: str,
+    classes: Sequence[str] = (),
+) -> SlideInput:
     """A slide with the regions that a file, or the file of its name in a folder, gives it.
 
     Args:
@@ -30,29 +37,31 @@ def with_regions(item: SlideInput, name: str, regions: Path, slide_mpp: float | 
         regions: the file or folder.
         slide_mpp: resolution of all slides, where it is given.
         origin: where the run's coordinates start.
+        classes: of annotations, which to take; see `read_region_file`.
 
     Raises:
         SlideError: there is no such file, or it cannot be understood.
     """
     path = _file_of(regions, name)
-    boxes = read_region_file(path)
+    boxes = read_region_file(path, classes)
     if origin == "bounds" and path.suffix.lower() not in ANNOTATION_SUFFIXES and not _counts_as_we_do(path):
         _refuse_other_frame(item, path, slide_mpp)
     return replace(item, boxes=tuple(boxes), gives_labels=any(box.label is not None for box in boxes))
 
 
-def read_region_file(path: Path) -> list[Box]:
+def read_region_file(path: Path, classes: Sequence[str] = ()) -> list[Box]:
     """The regions in a file of coordinates (.h5 of TRIDENT and CLAM, .npz of slide2vec) or annotations (GeoJSON).
 
-    Of annotations each polygon is a region, with its class as label; classes that QuPath ignores are left out.
+    Of annotations each polygon is a region, with its class as label; classes that QuPath ignores are left out. With
+    `classes` polygons of these alone.
 
     Raises:
-        SlideError: the file cannot be read, holds nothing or does not say how large its regions are.
+        SlideError: the file cannot be read, holds nothing, none of a class, or does not say how large its regions are.
     """
     readers: dict[str, Callable[[Path], list[Box]]] = {
         **dict.fromkeys((".h5", ".hdf5"), _boxes_of_h5),
         ".npz": _boxes_of_npz,
-        **dict.fromkeys(ANNOTATION_SUFFIXES, _boxes_of_annotations),
+        **dict.fromkeys(ANNOTATION_SUFFIXES, partial(_boxes_of_annotations, classes=classes)),
     }
     reader = readers.get(path.suffix.lower())
     if reader is None:
@@ -148,8 +157,12 @@ def _boxes_of_npz(path: Path) -> list[Box]:
         return [Box(int(x), int(y), size, size) for x, y in zip(arrays["x"], arrays["y"], strict=True)]
 
 
-def _boxes_of_annotations(path: Path) -> list[Box]:
-    return [_box_of(polygon) for polygon in read_annotations(path).polygons if not polygon.is_ignored]
+def _boxes_of_annotations(path: Path, classes: Sequence[str]) -> list[Box]:
+    annotations = read_annotations(path)
+    try:
+        return [_box_of(polygon) for polygon in annotations.taken(classes)]
+    except ValueError as error:
+        raise SlideError(f"{path}: {error}.") from error
 
 
 def _box_of(polygon: Polygon) -> Box:

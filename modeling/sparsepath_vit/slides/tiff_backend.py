@@ -13,6 +13,7 @@ from ..runtime.extras import require
 from .declared_sizes import places_of_chunks
 from .description import SlideDescription, describe
 from .errors import SlideError, UnsupportedSlideError, decoding
+from .ome_parts import open_parts
 from .samples import to_rgb
 
 # How a stored image is turned to be displayed, and a displayed rectangle's place in the stored one: orientations of
@@ -48,7 +49,9 @@ class TifffileBackend:
             levels = self._file.series[description.series].levels
             self._levels = [list(level.pages) for level in levels]
             self._keyframes = [level.keyframe for level in levels]
-            self._check_complete()
+            for file in (self._file, *open_parts(self._file, [page for pages in self._levels for page in pages])):
+                _check_complete(file)
+            self._check_chunks()
             close_after_failure.pop_all()
         if description.samples is None:
             self._file.close()
@@ -62,17 +65,13 @@ class TifffileBackend:
         self._cache: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
         self._cached_bytes, self._cache_bytes = 0, cache_bytes
 
-    def _check_complete(self) -> None:
-        """A file cut short can still show its first levels: refuse it rather than embed what is left of it."""
-        pages, handle = self._file.pages, self._file.filehandle
-        count = len(pages)  # walks the chain of pages to where it ends or breaks
-        handle.seek(pages.next_page_offset)
-        link = handle.read(self._file.tiff.offsetsize)
-        if len(link) < self._file.tiff.offsetsize or any(link):
-            raise SlideError(f"the file ends before page {count + 1}")
+    def _check_chunks(self) -> None:
+        """As `_check_complete`, for what the pages of each level point to."""
         for level, level_pages in enumerate(self._levels):
-            if any(offset + size > handle.size for page in level_pages for offset, size in places_of_chunks(page)):
-                raise SlideError(f"the file ends inside the tiles of level {level}")
+            for page in level_pages:
+                most = page.parent.filehandle.size
+                if any(offset + size > most for offset, size in places_of_chunks(page)):
+                    raise SlideError(f"the file ends inside the tiles of level {level}")
 
     def read(self, level: int, x: int, y: int, width: int, height: int) -> np.ndarray:
         """See `Backend.read`."""
@@ -139,14 +138,14 @@ class TifffileBackend:
 
     def _decode_segment(self, level: int, page: Any, index: int) -> np.ndarray | None:
         """(height, width, samples) without the tile's padding; None where the file holds no bytes for it."""
-        keyframe = self._keyframes[level]
+        keyframe, handle = self._keyframes[level], page.parent.filehandle  # another file's for parts of an OME-TIFF
         offset, size = page.dataoffsets[index], page.databytecounts[index]
         if not size:
             return None
         with decoding(f"tile {index} cannot be decoded"):
             with self._lock:
-                self._file.filehandle.seek(offset)
-                data = self._file.filehandle.read(size)
+                handle.seek(offset)
+                data = handle.read(size)
             segment, place, _ = keyframe.decode(
                 data, index, jpegtables=keyframe.jpegtables, jpegheader=keyframe.jpegheader
             )
@@ -157,3 +156,13 @@ class TifffileBackend:
     def close(self) -> None:
         """See `Backend.close`."""
         self._file.close()
+
+
+def _check_complete(file: Any) -> None:
+    """A file cut short can still show its first levels: refuse it rather than embed what is left of it."""
+    pages, handle = file.pages, file.filehandle
+    count = len(pages)  # walks the chain of pages to where it ends or breaks
+    handle.seek(pages.next_page_offset)
+    link = handle.read(file.tiff.offsetsize)
+    if len(link) < file.tiff.offsetsize or any(link):
+        raise SlideError(f"the file {file.filename} ends before page {count + 1}")

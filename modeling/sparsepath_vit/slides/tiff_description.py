@@ -15,6 +15,7 @@ from . import resolution
 from .declared_sizes import check_page, check_pages, places_of_chunks
 from .description import SlideDescription, Statement
 from .errors import DeclaredSizeError
+from .ome_parts import describing_file, open_parts, reason_to_refuse_parts
 from .resolution import OmeImage
 from .samples import Samples, YCbCr, white_of
 
@@ -71,6 +72,9 @@ def describe_tiff(path: Path) -> tuple[SlideDescription, str | None]:
         images = _images(file)
         chosen, refusal = choose_image(images)
         series = file.series[chosen.index]
+        parts = open_parts(file, [page for level in series.levels for page in level.pages])
+        for part in parts:
+            check_pages(part)
         pages = [level.keyframe for level in series.levels]
         for level, level_page in enumerate(pages):
             check_page(level_page, level)
@@ -79,11 +83,11 @@ def describe_tiff(path: Path) -> tuple[SlideDescription, str | None]:
         page = pages[0]
         orientation = _number(page, "Orientation", 1)
         orientation = orientation if 1 <= orientation <= 8 else 1  # what no viewer turns
-        samples = _samples(file, page, chosen.ome)
+        samples = _samples(page, chosen.ome)
         separate = _pages_of_colours(series, samples, chosen.ome)
         if separate:
             samples = Samples(3, samples.bits, samples.kind, "RGB", None, samples.white)
-        refusal = refusal or _refused_files(file, series) or _refused_axes(series, separate)
+        refusal = refusal or _refused_axes(series, separate) or _refused_files(file, series)
         refusal = refusal or samples.reason_to_refuse() or _refused_colours(page)
         turned = orientation in (5, 6, 7, 8)
         stated = chosen.resolution
@@ -94,6 +98,7 @@ def describe_tiff(path: Path) -> tuple[SlideDescription, str | None]:
             levels=tuple(_size(level, turned) for level in pages), series_names=tuple(map(str, images)),
             axes=series.axes, samples=samples, planar=page.planarconfig == 2 or separate, orientation=orientation,
             codec=getattr(page.compression, "name", str(page.compression)), tiled=page.is_tiled, resolution=stated,
+            parts=tuple(part.filename for part in parts),
         )  # fmt: skip
         return description, _undecodable(pages)
 
@@ -153,7 +158,7 @@ def _ratio(value: tuple[float, ...]) -> float | None:
     return value[0] / value[1] if len(value) == 2 and value[1] else None
 
 
-def _samples(file: Any, page: Any, ome: OmeImage | None) -> Samples:
+def _samples(page: Any, ome: OmeImage | None) -> Samples:
     kind = _KINDS.get(_only(page.sampleformat), "unknown")
     bits = _only(page.bitspersample)
     photometric = getattr(page.photometric, "name", str(page.photometric))
@@ -165,7 +170,7 @@ def _samples(file: Any, page: Any, ome: OmeImage | None) -> Samples:
     stated = [float(value) for name in ("SMaxSampleValue", "MaxSampleValue") for value in _values(page, name)]
     lowest = [float(value) for name in ("SMinSampleValue", "MinSampleValue") for value in _values(page, name)]
     white = white_of(kind, bits, sorted(set(stated)), lowest, ome.significant_bits if ome else None)
-    ycbcr = _ycbcr(page) if _leaves_ycbcr(file, page, photometric) else None
+    ycbcr = _ycbcr(page) if _leaves_ycbcr(page, photometric) else None
     colormap = _colormap(page) if photometric == "PALETTE" else None
     return Samples(page.samplesperpixel, bits, kind, photometric, alpha, white, ycbcr, colormap)
 
@@ -190,21 +195,22 @@ def _number(page: Any, name: str, default: int) -> int:
     return int(values[0])
 
 
-def _leaves_ycbcr(file: Any, page: Any, photometric: str) -> bool:
+def _leaves_ycbcr(page: Any, photometric: str) -> bool:
     """Whether the decoder leaves luma and chroma, which the tags or the codec tell, for us to convert."""
     if page.compression in _JPEG_2000 and page.samplesperpixel == 3:
         states_ycbcr = photometric == "YCBCR" or page.compression == _APERIO_YCBCR
-        return states_ycbcr and not _codestream_transforms(file, page)
+        return states_ycbcr and not _codestream_transforms(page)
     return photometric == "YCBCR" and page.compression in _CODECS_WITHOUT_COLOURS
 
 
-def _codestream_transforms(file: Any, page: Any) -> bool:
+def _codestream_transforms(page: Any) -> bool:
     """Whether a JPEG 2000 code stream has its own colour transformation, which its decoder undoes: RGB comes out."""
     first = next((place for place in zip(page.dataoffsets, page.databytecounts, strict=True) if place[1]), None)
     if first is None:
         return False
-    file.filehandle.seek(first[0])
-    data = file.filehandle.read(min(first[1], 65536))
+    handle = page.parent.filehandle
+    handle.seek(first[0])
+    data = handle.read(min(first[1], 65536))
     place = data.find(b"\xff\x4f\xff\x51") + 2  # start of the code stream, then its marker segments
     while place >= 2 and place + 9 <= len(data) and data[place : place + 2] != b"\xff\x90":
         if data[place : place + 2] == b"\xff\x52":  # COD: length, style, progression, layers (2), transformation
@@ -248,12 +254,10 @@ def _pages_of_colours(series: Any, samples: Samples, ome: OmeImage | None) -> bo
 
 
 def _refused_files(file: Any, series: Any) -> str | None:
-    pages = [page for level in series.levels for page in level.pages]
-    if None in pages:
-        return "planes that its OME-XML lists are in other files, which are not beside it: export it as one file"
-    if any(page.parent is not file for page in pages):
-        return "its planes are spread over several files (multi-file OME-TIFF): export it as one file"
-    return None
+    described_in = describing_file(file.ome_metadata) if file.is_ome and file.ome_metadata else None
+    if described_in is not None:
+        return f"it only holds planes of an image that {described_in} describes: open that file"
+    return reason_to_refuse_parts(file, series.levels)
 
 
 def _refused_axes(series: Any, separate: bool) -> str | None:

@@ -4,6 +4,7 @@
 import logging
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from tqdm import tqdm
 
 from ..runtime.extras import require
 from ..runtime.short_repr import ShortRepr
-from .annotations import Annotations, read_annotations
+from .annotations import ANNOTATION_SUFFIXES, Annotations, Polygon, read_annotations
 from .errors import SlideError
 from .outlines import fill
 from .reader import Slide
@@ -129,6 +130,7 @@ def find_tissue(
     smallest_piece: float = 10_000.0,
     largest_hole: float = 50_000.0,
     remove_pen: bool = True,
+    classes: Sequence[str] = (),
 ) -> TissueMask:
     """Finds the slide's tissue, or takes it from `mask_file`.
 
@@ -149,15 +151,21 @@ def find_tissue(
         smallest_piece: square micrometres; smaller specks are dropped. On small images 0.5 % of the area, if less.
         largest_hole: square micrometres; holes up to this size are filled, unless they reach the image's edge.
         remove_pen: set False for green or bright blue stains.
+        classes: of polygons in `mask_file`, only these are tissue; what is cut out stays cut out.
 
     Raises:
-        SlideError: no tissue at all, an unusable mask file, or an unknown mpp.
+        SlideError: no tissue at all, an unusable mask file, a class that it does not hold, or an unknown mpp.
         ImportError: scikit-image is missing; the message gives the install command.
     """
+    if classes and Path(mask_file or "").suffix.lower() not in ANNOTATION_SUFFIXES:
+        raise SlideError(
+            f"{slide.path}: the annotation class {', '.join(map(repr, classes))} is one of GeoJSON, and the tissue "
+            f"mask is {mask_file or 'not given'}: pass --tissue-mask FILE.geojson."
+        )
     if mask_file == "all":
         return TissueMask.everywhere(slide)
     if mask_file is not None:
-        tissue = _read_mask(Path(mask_file), slide)
+        tissue = _read_mask(Path(mask_file), slide, classes)
         if not tissue.mask.any():
             raise SlideError(f"the tissue mask {mask_file} marks nothing of {slide.path}: check that it belongs to it.")
         return tissue
@@ -229,9 +237,9 @@ def _without_small(mask: np.ndarray, smallest: float, keep_at_edge: bool = False
     return kept[pieces]
 
 
-def _read_mask(path: Path, slide: Slide) -> TissueMask:
-    if path.suffix.lower() in (".geojson", ".json"):
-        return _read_polygons(path, slide)
+def _read_mask(path: Path, slide: Slide, classes: Sequence[str]) -> TissueMask:
+    if path.suffix.lower() in ANNOTATION_SUFFIXES:
+        return _read_polygons(path, slide, classes)
     try:
         with Image.open(path) as image:
             lossy = image.format == "JPEG"
@@ -281,7 +289,7 @@ def _placed(mask: np.ndarray, slide: Slide) -> TissueMask:
     return TissueMask.of_mask(whole, slide)
 
 
-def _read_polygons(path: Path, slide: Slide) -> TissueMask:
+def _read_polygons(path: Path, slide: Slide, classes: Sequence[str]) -> TissueMask:
     try:
         annotations = read_annotations(path)
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
@@ -290,10 +298,14 @@ def _read_polygons(path: Path, slide: Slide) -> TissueMask:
     scale = longest / min(_OVERVIEW_MAX_SIDE, max(1, round(longest * slide.mpp / _OVERVIEW_MPP)))
     width, height = (max(1, round(side / scale)) for side in slide.dimensions)
     tissue = TissueMask.of_mask(np.zeros((height, width), dtype=bool), slide)
-    _say_what_is_taken(annotations, path)
+    try:
+        marked = annotations.taken(classes)
+    except ValueError as error:
+        raise SlideError(f"the tissue mask {path}: {error}.") from error
+    chosen = {polygon.shown_class for polygon in marked}
+    cut_out = [polygon for polygon in annotations.polygons if polygon.is_cut_out and polygon.shown_class not in chosen]
+    _say_what_is_taken(annotations, marked, cut_out, path)
     _warn_of_places_beyond(annotations, path, slide)
-    marked = [polygon for polygon in annotations.polygons if not polygon.is_ignored]
-    cut_out = [polygon for polygon in annotations.polygons if polygon.is_cut_out]
     if annotations.polygons and not marked:
         raise SlideError(
             f"the tissue mask {path} marks nothing: all of its polygons are of classes that mean no tissue "
@@ -307,17 +319,20 @@ def _read_polygons(path: Path, slide: Slide) -> TissueMask:
     return tissue
 
 
-def _say_what_is_taken(annotations: Annotations, path: Path) -> None:
+def _say_what_is_taken(
+    annotations: Annotations, marked: Sequence[Polygon], cut_out: Sequence[Polygon], path: Path
+) -> None:
     """One line where not everything in the file is tissue, or where classes differ."""
     if len(annotations.counts()) < 2 and not annotations.others:
         return
-    ignored = {polygon.class_name for polygon in annotations.polygons if polygon.is_ignored}
-    cut_out = {polygon.class_name for polygon in annotations.polygons if polygon.is_cut_out}
+    taken, removed = ({polygon.shown_class for polygon in polygons} for polygons in (marked, cut_out))
+    starred = {polygon.shown_class for polygon in annotations.polygons if polygon.is_ignored} - taken - removed
     counted = {name: f"{name} ({count:,})" for name, count in annotations.counts().items()}
     parts = [
-        ("taken as tissue", [text for name, text in counted.items() if name not in ignored]),
-        ("cut out of it", [text for name, text in counted.items() if name in cut_out]),
-        ("ignored, as in QuPath", [text for name, text in counted.items() if name in ignored - cut_out]),
+        ("taken as tissue", [text for name, text in counted.items() if name in taken]),
+        ("cut out of it", [text for name, text in counted.items() if name in removed]),
+        ("ignored, as in QuPath", [text for name, text in counted.items() if name in starred]),
+        ("not asked for", [text for name, text in counted.items() if name not in taken | removed | starred]),
         ("not used", [f"{annotations.others:,} geometries that are no polygons"] * bool(annotations.others)),
     ]
     listed = "; ".join(f"{what}: {', '.join(names)}" for what, names in parts if names)
