@@ -37,10 +37,11 @@ from studies.results import append_rows
 with imports_of_extra("view", "bokeh"):
     import tifffile
 
-    from sparsepath_vit.slides import EmbeddedSlide, Slide, similar_places, token_similarity
+    from sparsepath_vit.slides import EmbeddedSlide, similar_places, token_similarity
+    from sparsepath_vit.slides.reading_process import reading_process
     from sparsepath_vit.slides.store import SlideWriter
     from sparsepath_vit.slides.token_values import similarity_values
-    from sparsepath_vit.slides.view import SlideViewer, ViewedSlide
+    from sparsepath_vit.slides.view import LastingSlide, SlideViewer, ViewedSlide
 
 logger = logging.getLogger("benchmark_viewer")
 
@@ -168,13 +169,14 @@ def in_browser(url: str) -> tuple[float, float] | None:
 
 def measure(folder: Path, tokens: int, channels: int) -> dict[str, Any]:
     """One row."""
+    reading_process()  # as `sparsepath view` starts it while it imports the rest
     side = -(-GLASS * round(tokens**0.5) * PATCH // (16 * TILE)) * 16 * TILE
     logger.info("making a slide of %d x %d pixels and %d tokens of %d channels", side, side, tokens, channels)
     with ProcessPoolExecutor(1, get_context("spawn")) as maker:  # its memory is none of the server's
         maker.submit(make_slide, folder / "slide.tiff", side).result()
         maker.submit(make_embedding, folder / "slide.h5", side, tokens, channels).result()
     start = time.perf_counter()
-    slide = ViewedSlide(Slide(folder / "slide.tiff"), EmbeddedSlide(folder / "slide.h5"))
+    slide = ViewedSlide(LastingSlide(folder / "slide.tiff"), EmbeddedSlide(folder / "slide.h5"))
     with SlideViewer([slide]) as viewer:
         opening = time.perf_counter() - start
         seen = in_browser(viewer.url)

@@ -1,15 +1,46 @@
 # Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
-"""The twelve tissue regions on which attention patterns are compared, as squares of any size."""
+"""Tissue regions of several studies: osteosarcoma with their classes, and twelve as squares of any size."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+OSTEOSARCOMA = Path("classification/osteosarcoma_roi")
 SLIDES = ("OS-1_1101x1101.png", "cmu1_1568x2912.jpg", "tcga_cr7395_2016x3360.jpg")
 CLASSES = ("non_tumor", "non_viable_tumor", "viable_tumor")
 REGIONS_OF_A_CLASS = 3
+
+
+def osteosarcoma_files(data_dir: Path) -> list[Path]:
+    """All osteosarcoma regions, sorted; the folder is the label.
+
+    Raises:
+        ValueError: there are none.
+    """
+    files = sorted((data_dir / OSTEOSARCOMA).glob("*/*.jpg"))
+    if not files:
+        raise ValueError(f"--data-dir {data_dir} holds no {OSTEOSARCOMA}/*/*.jpg.")
+    return files
+
+
+def osteosarcoma_regions(data_dir: Path) -> tuple[list[Path], np.ndarray, list[str]]:
+    """Files of the regions, their class indices, and the block of tissue that each was cut from.
+
+    Raises:
+        ValueError: there are none.
+    """
+    files = osteosarcoma_files(data_dir)
+    names = class_names(files)
+    # Case-3-A15-2939-11262_112.jpg: before two coordinates and a number
+    blocks = [path.stem.rsplit("_", 1)[0].rsplit("-", 2)[0] for path in files]
+    return files, np.array([names.index(path.parent.name) for path in files]), blocks
+
+
+def class_names(files: Sequence[Path]) -> list[str]:
+    """The classes of files that lie in folders named after them, in the order of their indices."""
+    return sorted({path.parent.name for path in files})
 
 
 def twelve_regions(folder: Path) -> Iterator[Path]:
@@ -23,7 +54,7 @@ def twelve_regions(folder: Path) -> Iterator[Path]:
     """
     yield from (folder / "rois" / name for name in SLIDES)
     for label in CLASSES:
-        files = sorted((folder / "classification" / "osteosarcoma_roi" / label).glob("*.jpg"))
+        files = sorted((folder / OSTEOSARCOMA / label).glob("*.jpg"))
         if len(files) < REGIONS_OF_A_CLASS:
             raise ValueError(f"expected {REGIONS_OF_A_CLASS} regions of {label}, found {len(files)} in {folder}.")
         yield from files[:REGIONS_OF_A_CLASS]

@@ -61,6 +61,9 @@ def view(
     from sparsepath_vit.runtime.extras import imports_of_extra
 
     with imports_of_extra("view", "bokeh.server.server", asked_by="sparsepath view"):
+        from sparsepath_vit.slides.reading_process import reading_process
+
+        reading_process()  # starts while the rest is imported
         from sparsepath_vit.slides.view import open_viewer
 
     if model is not None:

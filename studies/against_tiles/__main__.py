@@ -33,11 +33,12 @@ from sparsepath_vit.runtime.load_model import load_model
 from sparsepath_vit.runtime.measure import describe_run
 
 from ..real_weights.cache import cache_folder, cached_checkpoint
+from ..regions import osteosarcoma_regions
 from ..results import write_table
 
 with imports_of_extra("train", "sklearn"):
     from ..tiny_evidence.evidence import color_histogram, untrained_twin
-    from .datasets import TOKEN_DATASETS, TokenImage, osteosarcoma_regions, resized
+    from .datasets import TOKEN_DATASETS, TokenImage, resized
     from .features import (
         DENSE,
         PATTERNS,

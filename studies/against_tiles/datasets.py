@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-OSTEOSARCOMA = Path("classification/osteosarcoma_roi")
 POINTS = Path("segmentation/brca_m2c_points")
 NUCLEI = Path("segmentation/tnbc_nuclei")
 NUCLEUS_SHARE = 0.5  # of a patch's pixels, from which the token is one of a nucleus
@@ -32,21 +31,6 @@ class TokenImage:
     rows: np.ndarray
     columns: np.ndarray
     labels: np.ndarray
-
-
-def osteosarcoma_regions(data_dir: Path) -> tuple[list[Path], np.ndarray, list[str]]:
-    """Files of the regions, their class indices, and the block of tissue that each was cut from.
-
-    Raises:
-        ValueError: there are none.
-    """
-    files = sorted((data_dir / OSTEOSARCOMA).glob("*/*.jpg"))
-    if not files:
-        raise ValueError(f"--data-dir {data_dir} holds no {OSTEOSARCOMA}/*/*.jpg.")
-    names = sorted({path.parent.name for path in files})
-    # Case-3-A15-2939-11262_112.jpg: before two coordinates and a number
-    blocks = [path.stem.rsplit("_", 1)[0].rsplit("-", 2)[0] for path in files]
-    return files, np.array([names.index(path.parent.name) for path in files]), blocks
 
 
 def resized(path: Path, size: int) -> np.ndarray:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..against_tiles.datasets import TokenImage, cells_of_three_kinds, nuclei, osteosarcoma_regions
+from ..against_tiles.datasets import TokenImage, cells_of_three_kinds, nuclei
+from ..regions import osteosarcoma_files
 from ..tiny_evidence.evidence import region_and_tissue
 
 OSTEOSARCOMA_MPP = 1.0  # 10x
@@ -17,7 +18,7 @@ _TUMOUR, _STROMA = 1, 2  # of BRCA-M2C
 
 def tissue(data_dir: Path, patch_size: int) -> Iterator[TokenImage]:
     """Osteosarcoma regions: tokens of tissue, and of glass."""
-    for path in osteosarcoma_regions(data_dir)[0]:
+    for path in osteosarcoma_files(data_dir):
         pixels, mask = region_and_tissue(path, OSTEOSARCOMA_MPP, patch_size)
         if SMALLEST_SHARE <= mask.mean() <= 1 - SMALLEST_SHARE:
             rows, columns = np.indices(mask.shape).reshape(2, -1)

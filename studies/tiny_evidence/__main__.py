@@ -38,6 +38,7 @@ with imports_of_extra("train", "matplotlib", "skimage", "sklearn"):
     from sparsepath_vit.tasks.bootstrap import bootstrap_interval
     from sparsepath_vit.tasks.classification.metrics import evaluate_predictions
 
+    from ..regions import class_names, osteosarcoma_files, osteosarcoma_regions
     from ..results import ResultsTable
     from . import evidence
     from .figures import plot_fidelity_by_window, plot_probe, prune_maps_figure
@@ -50,7 +51,6 @@ UNTRAINED = "untrained"
 RATIOS = (0.3, 0.6, 0.8)
 CMU1 = Path("rois/cmu1_1568x2912.jpg")
 CMU1_MPP = 0.499
-OSTEOSARCOMA = Path("classification/osteosarcoma_roi")
 OSTEOSARCOMA_MPP = 1.0  # nominal for the 10x objective that the data set states
 SMALLEST_CLASS_SHARE = 0.02  # tissue or background below this share of the tokens: no curve worth the name
 Row = dict[str, Any]
@@ -122,19 +122,6 @@ def results_table(
             "another --output_dir."
         )
     return results
-
-
-def osteosarcoma_files(data_dir: Path) -> list[Path]:
-    """All osteosarcoma regions, sorted; the folder is the label."""
-    files = sorted((data_dir / OSTEOSARCOMA).glob("*/*.jpg"))
-    if not files:
-        raise ValueError(f"--data_dir {data_dir} holds no {OSTEOSARCOMA}/*/*.jpg.")
-    return files
-
-
-def source_block(path: Path) -> str:
-    """`Case-3-A15` of Case-3-A15-2939-11262_112.jpg: the block of tissue it was cut from, before two coordinates."""
-    return path.stem.rsplit("_", 1)[0].rsplit("-", 2)[0]
 
 
 def tissue_images(data_dir: Path) -> Iterator[tuple[Path, float]]:
@@ -244,10 +231,8 @@ def measure_fidelity(checkpoint: Checkpoint, arguments: argparse.Namespace) -> N
 
 def measure_probe(checkpoint: Checkpoint, arguments: argparse.Namespace) -> None:
     """(d) Linear probe on regions of source blocks it has not seen, features of CLS tokens."""
-    files = osteosarcoma_files(arguments.data_dir)
-    names = sorted({path.parent.name for path in files})
-    labels = np.array([names.index(path.parent.name) for path in files])
-    blocks = [source_block(path) for path in files]
+    files, labels, blocks = osteosarcoma_regions(arguments.data_dir)
+    names = class_names(files)
     intervals = tuple(f"balanced_accuracy{end}" for end in ("", "_low", "_high"))
     keys, values = ("features", "variant", "size"), ("regions", "blocks", *intervals, "predictions")
     results = results_table(checkpoint, arguments, "tiny_probe", keys, values)

@@ -11,6 +11,7 @@ from skimage.data import immunohistochemistry
 from small_models import small_model
 
 from sparsepath_vit import SparsePathViTImageProcessor, SparsePathViTModel
+from studies.regions import OSTEOSARCOMA, osteosarcoma_regions
 
 tiny_evidence = load_study("tiny_evidence")
 
@@ -28,11 +29,11 @@ def arguments(tmp_path_factory):
     (folder / "data" / "rois").mkdir(parents=True)
     with_glass(0, 0, 0.5).save(folder / "data" / tiny_evidence.CMU1, quality=95)
     for number, label in enumerate(("non_tumor", "non_viable_tumor", "viable_tumor")):
-        (folder / "data" / tiny_evidence.OSTEOSARCOMA / label).mkdir(parents=True)
+        (folder / "data" / OSTEOSARCOMA / label).mkdir(parents=True)
         for block in range(2):
             name = f"Case-{number}-A{block}-100-200_{block}.jpg"
             with_glass(100 * number, 150 * block, 0.3 * block).save(
-                folder / "data" / tiny_evidence.OSTEOSARCOMA / label / name, quality=95
+                folder / "data" / OSTEOSARCOMA / label / name, quality=95
             )
     model = small_model(SparsePathViTModel, patch_size=8, image_size=64)
     model.save_pretrained(folder / "checkpoint")
@@ -106,9 +107,18 @@ def test_measured_rows_are_not_measured_again(folder, arguments, run_script, mon
     assert {path.name: path.read_bytes() for path in (folder / "results").iterdir()} == before
 
 
-def test_the_block_of_a_region_is_its_name_without_coordinates():
-    path = tiny_evidence.Path("Case-48-P5-C18-17610-25605_104.jpg")
-    assert tiny_evidence.source_block(path) == "Case-48-P5-C18"
+def test_the_block_of_a_region_is_its_name_without_coordinates(tmp_path):
+    for label, name in (
+        ("viable", "Case-3-A15-2939-11262_112.jpg"),
+        ("non_tumor", "Case-48-P5-C18-17610-25605_104.jpg"),
+    ):
+        (tmp_path / OSTEOSARCOMA / label).mkdir(parents=True)
+        (tmp_path / OSTEOSARCOMA / label / name).touch()
+    files, labels, blocks = osteosarcoma_regions(tmp_path)
+    assert [file.parent.name for file in files] == ["non_tumor", "viable"] and labels.tolist() == [0, 1]
+    assert blocks == ["Case-48-P5-C18", "Case-3-A15"]
+    with pytest.raises(ValueError, match="holds no classification/osteosarcoma_roi"):
+        osteosarcoma_regions(tmp_path / "none")
 
 
 def test_removed_background_is_counted_among_the_lowest_scores():

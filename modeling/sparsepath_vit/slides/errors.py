@@ -24,6 +24,10 @@ class SlideError(ValueError):
     """A slide cannot be read, or not as asked. The message names the file and the way out."""
 
 
+class DecoderEndedError(SlideError):
+    """The process that decoded a slide ended: by the bytes asked for, or by those that another thread asked for."""
+
+
 class UnsupportedSlideError(SlideError):
     """The file is sound, and what it holds has no one right meaning as RGB, or no decoder here."""
 

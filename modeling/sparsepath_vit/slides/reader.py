@@ -308,7 +308,7 @@ class Slide:
                 raise UnsupportedSlideError(f"{self.path} is not supported here, because {error}.") from error
             except SlideError as error:
                 if level == 0:
-                    raise SlideError(
+                    raise type(error)(
                         f"{self.path}: pixels of the region at x={origin[0]:g}, y={origin[1]:g} cannot be decoded "
                         f"({error}). {DAMAGED}"
                     ) from error

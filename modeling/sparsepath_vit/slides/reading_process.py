@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from ..runtime.memory import free_bytes
-from .errors import DAMAGED, SlideError, UnsupportedSlideError
+from .errors import DAMAGED, DecoderEndedError, SlideError, UnsupportedSlideError
 from .reading_loop import answer_requests
 from .resolution import MppXY
 
@@ -203,7 +203,12 @@ class ApartBackend:
         except SlideError as error:
             if self._process.is_usable:
                 raise
-            raise SlideError(f"{self._path} cannot be read: {error}. {DAMAGED}") from error
+            raise DecoderEndedError(f"{self._path} cannot be read: {error}. {DAMAGED}") from error
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether its process ended, so that nothing more can be read."""
+        return not self._process.is_usable
 
     def read(self, level: int, x: int, y: int, width: int, height: int) -> np.ndarray:
         """See `Backend.read`."""

@@ -3,15 +3,20 @@
 
 import http.client
 import io
+import os
+import signal
 import socket
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 from PIL import Image
+from slide_files import stained_image, write_pyramid
 
 pytest.importorskip("bokeh", reason="needs the extra view")
 
 from sparsepath_vit.slides import EmbeddedSlide, Slide, SlideError
+from sparsepath_vit.slides import reading_process as reading
 from sparsepath_vit.slides.view import SlideViewer, ViewedSlide, open_viewer
 
 
@@ -22,7 +27,7 @@ def viewer(embedded):
 
 
 def get(viewer, path, headers=()):
-    connection = http.client.HTTPConnection("127.0.0.1", viewer.port, timeout=10)
+    connection = http.client.HTTPConnection("127.0.0.1", viewer.port, timeout=60)
     connection.request("GET", path, headers=dict(headers))
     answer = connection.getresponse()
     return answer.status, answer.read()
@@ -101,8 +106,6 @@ def test_stopping_gives_the_port_back(embedded):
 
 
 def test_what_cannot_be_shown_is_said_with_the_command(embedded, small_slide, tmp_path):
-    from slide_files import stained_image, write_pyramid
-
     with pytest.raises(SlideError, match=r"none/slide.h5 does not exist: `sparsepath embed .*--dense` makes it"):
         open_viewer([embedded[0]], [tmp_path / "none/slide.h5"])
     with pytest.raises(SlideError, match="1 slides and 2 embeddings were given"):
@@ -139,9 +142,29 @@ def test_overlays_are_those_that_the_file_holds(embedded, tmp_path):
     assert (first >= (x, y)).all() and (first < (x + width, y + height)).all()
 
 
-def test_a_slide_that_changed_since_is_shown_with_a_notice(embedded, tmp_path):
-    from slide_files import stained_image, write_pyramid
+def test_bytes_that_abort_the_decoder_cost_their_tile_alone(tmp_path, monkeypatch):
+    """Tiles are asked for side by side; each of them may be the one, and the server outlives it."""
+    slide = write_pyramid(tmp_path / "slide.tiff", stained_image(1536, 1536, []), tile=256)
+    with open_viewer([slide]) as viewer:
+        pyramid = viewer._slides[0].pyramid
+        zoom = pyramid.native_zoom
+        read = reading.ApartBackend.read
 
+        def read_and_break(self, level, x, y, width, height):
+            if x <= 600 < x + width and y <= 600 < y + height:  # the decoder of these pixels aborts
+                os.kill(self._process.pid, signal.SIGABRT)
+            return read(self, level, x, y, width, height)
+
+        monkeypatch.setattr(reading.ApartBackend, "read", read_and_break)
+        places = [(0, 0), (1, 1), (1, 0), (0, 1)]
+        paths = [f"{base(viewer)}/tiles/0/{zoom}/{column}/{row}.jpg" for column, row in places]
+        with ThreadPoolExecutor(len(paths)) as threads:
+            statuses = [status for status, _ in threads.map(lambda path: get(viewer, path), paths)]
+        assert statuses == [200, 500, 200, 200]
+        assert get(viewer, f"{base(viewer)}/")[0] == 200
+
+
+def test_a_slide_that_changed_since_is_shown_with_a_notice(embedded, tmp_path):
     changed = write_pyramid(tmp_path / "slide.tiff", stained_image(640, 512, [(0, 96, 384, 256)]))
     slide = ViewedSlide(Slide(changed), EmbeddedSlide(embedded[1]))
     assert "has changed since" in slide.notice and "`sparsepath embed --dense` again" in slide.notice
@@ -149,8 +172,6 @@ def test_a_slide_that_changed_since_is_shown_with_a_notice(embedded, tmp_path):
 
 
 def test_without_a_resolution_places_are_pixels(tmp_path):
-    from slide_files import stained_image, write_pyramid
-
     slide = ViewedSlide(Slide(write_pyramid(tmp_path / "s.tiff", stained_image(640, 512, []), mpp=None)))
     assert slide.mpp is None and slide.layers == [] and slide.regions() is None
     assert np.allclose(slide.to_page(np.array([30, 50])), [30, -50])

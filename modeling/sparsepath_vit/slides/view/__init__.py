@@ -7,11 +7,18 @@ from ...runtime.lazy_loading import lazy_names
 
 if TYPE_CHECKING:
     from .contents import ViewedSlide
+    from .lasting_slide import LastingSlide
     from .opening import open_viewer
     from .server import SlideViewer
 
 __getattr__, __dir__ = lazy_names(
-    __name__, {"contents": ("ViewedSlide",), "opening": ("open_viewer",), "server": ("SlideViewer",)}
+    __name__,
+    {
+        "contents": ("ViewedSlide",),
+        "lasting_slide": ("LastingSlide",),
+        "opening": ("open_viewer",),
+        "server": ("SlideViewer",),
+    },
 )
 
-__all__ = ["SlideViewer", "ViewedSlide", "open_viewer"]
+__all__ = ["LastingSlide", "SlideViewer", "ViewedSlide", "open_viewer"]

@@ -10,8 +10,10 @@ from ..embedded_slide import EmbeddedSlide
 from ..errors import SlideError
 from ..feature_colors import fit_feature_colors
 from ..reader import Slide
+from ..reading_process import reading_process
 from ..token_probabilities import TokenProbe
 from .contents import ViewedSlide
+from .lasting_slide import LastingSlide
 from .server import SlideViewer
 
 PathLike = str | os.PathLike[str]
@@ -57,7 +59,8 @@ def open_viewer(
         raise SlideError("no slides were given: pass at least one file.")
     if len(slides) > 1 and (values or polygons):
         raise SlideError("values and polygons are of one slide: pass only one, or leave them out.")
-    opened = [Slide(path, mpp=slide_mpp, origin=origin) for path in slides]
+    reading_process()  # starts while files are looked for
+    opened = [LastingSlide(Path(path), slide_mpp, origin) for path in slides]
     files = _embedding_files(opened, [Path(path) for path in embeddings])
     embedded = [None if file is None else EmbeddedSlide(file) for file in files]
     if embedded and None not in embedded and len({item.features.shape[1] for item in embedded}) > 1:

@@ -9,6 +9,7 @@ from collections import OrderedDict
 import numpy as np
 from PIL import Image
 
+from ..errors import DecoderEndedError
 from ..reader import Slide
 
 TILE_SIZE = 512
@@ -36,7 +37,7 @@ class TilePyramid:
         self.native_zoom = max(0, math.ceil(math.log2(longest / TILE_SIZE)))
         self.max_zoom = self.native_zoom + _ENLARGED_ZOOMS
         self._overview: Image.Image | None = None
-        self._lock, self._overview_lock = threading.Lock(), threading.Lock()
+        self._lock, self._overview_lock, self._again_lock = threading.Lock(), threading.Lock(), threading.Lock()
         self._cache: OrderedDict[tuple[int, int, int], bytes] = OrderedDict()
 
     @property
@@ -58,7 +59,13 @@ class TilePyramid:
             if key in self._cache:
                 self._cache.move_to_end(key)
                 return self._cache[key]
-        encoded = jpeg(self._pixels(zoom, column, row))
+        try:
+            pixels = self._pixels(zoom, column, row)
+        except DecoderEndedError:
+            # Perhaps by another tile that was decoded at the same time: read alone, each answers for itself.
+            with self._again_lock:
+                pixels = self._pixels(zoom, column, row)
+        encoded = jpeg(pixels)
         with self._lock:
             self._cache[key] = encoded
             while len(self._cache) > _CACHED_TILES:

@@ -45,7 +45,7 @@ class FeatureSettings:
         size: pixels of the longer side; None for the ROI as it is.
         view: "field_of_view" shows the whole ROI in `size` pixels, "pixels" the middle of it at its own resolution.
         tile_size: None for the ROI in one forward; else it is cut into tiles of this many pixels, whose features are
-            averaged (tiles at the right and bottom edge are smaller).
+            averaged, weighted by area (tiles at the right and bottom edge are smaller).
         mask_background: whether white patches are left out.
         batch_size: ROIs (or tiles) per forward. No effect on the numbers beyond rounding.
         workers: threads that read ahead.
@@ -161,7 +161,7 @@ def _mean_of_tiles(
     image: np.ndarray,
     settings: FeatureSettings,
 ) -> np.ndarray:
-    """(1, pooled_size): the mean over the image's tiles; remnants narrower than a patch are no tiles."""
+    """(1, pooled_size): the mean over the image's pixels by tiles; remnants narrower than a patch are no tiles."""
     side, patch_size = settings.tile_size, model.config.patch_size
     height, width = image.shape[:2]
     tops = [top for top in range(0, height, side) if height - top >= patch_size]
@@ -171,12 +171,15 @@ def _mean_of_tiles(
         pooled(model, processor, tiles[first : first + settings.batch_size], settings.mask_background)
         for first in range(0, len(tiles), settings.batch_size)
     ]
-    return np.concatenate(features).mean(axis=0, keepdims=True)
+    areas = [tile.shape[0] * tile.shape[1] for tile in tiles]
+    return np.average(np.concatenate(features), axis=0, weights=areas)[None].astype(np.float32)
 
 
 def model_key(model: "SparsePathViTModel", processor: "SparsePathViTImageProcessor", settings: FeatureSettings) -> str:
     """Hash of the model's identity and of the settings that change the numbers."""
     shown = {name: value for name, value in asdict(settings).items() if name not in ("batch_size", "workers")}
+    if settings.tile_size is not None:
+        shown["mean"] = "weighted by area"  # it once was not
     return identity_digest({"model": model_identity(model, processor), "shown": shown})
 
 
