@@ -237,7 +237,11 @@ def _by_rule(rows: list[Row], names: Sequence[str]) -> list[list[str]]:
 
 def against_tiles() -> str:
     """Balanced accuracy of regions, and its paired difference to averaged tiles of the same pixels."""
-    rows = read("against_tiles_regions")
+    return _against_tiles("against_tiles_regions")
+
+
+def _against_tiles(name: str) -> str:
+    rows = read(name)
     sizes, variants = (list(dict.fromkeys(row[name] for row in rows)) for name in ("size", "variant"))
     of = {(row["size"], row["variant"]): row for row in rows}
     table = [[variant, *(_accuracy_beside_tiles(of[size, variant]) for size in sizes)] for variant in variants]
@@ -248,6 +252,61 @@ def _accuracy_beside_tiles(row: Row) -> str:
     names = [f"balanced_accuracy{ending}_minus_tiles" for ending in ("", "_low", "_high")]
     accuracy, (difference, low, high) = float(row["balanced_accuracy"]), (float(row[name]) for name in names)
     return f"{accuracy:.2f}" if low == high == 0 else f"{accuracy:.2f}, {difference:+.2f} ({low:+.2f} to {high:+.2f})"
+
+
+def positions() -> str:
+    """The same of regions whose positions repeat in each window of the model's training."""
+    return _against_tiles("against_tiles_positions")
+
+
+def border_tokens() -> str:
+    """The same of labelled tokens, of all and of those near the border of two tiles."""
+    rows = read("against_tiles_tokens")
+    keys = list(dict.fromkeys((row["dataset"], row["scope"]) for row in rows))
+    variants = list(dict.fromkeys(row["variant"] for row in rows))
+    of = {(row["dataset"], row["scope"], row["variant"]): row for row in rows}
+    table = [
+        [f"{dataset}: {scope} ({of[dataset, scope, variants[0]]['items']})"]
+        + [_accuracy_beside_tiles(of[dataset, scope, variant]) for variant in variants]
+        for dataset, scope in keys
+    ]
+    return markdown(["accuracy, difference to tiles (95 %)", *variants], table)
+
+
+def prune_layers() -> str:
+    """Areas under the ROC of the prune score, layer by layer, and of saturation."""
+    rows = read("prune_layers")
+    targets = list(dict.fromkeys(row["target"] for row in rows))
+    of = {(row["target"], row["layer"], row["score"]): row for row in rows}
+    layers = list(dict.fromkeys(row["layer"] for row in rows if row["layer"] != "0"))
+    scores = ("attention", "attention_value", "attention_value, centred")
+    table = [["saturation", *(interval(of[target, "0", "saturation"], "auroc") for target in targets)]]
+    for layer in layers:
+        areas = [" / ".join(f"{float(of[target, layer, name]['auroc']):.2f}" for name in scores) for target in targets]
+        table.append([f"layer {layer}", *areas])
+    return markdown(
+        ["AUROC", *(f"{target} ({of[target, '0', 'saturation']['images']} images)" for target in targets)], table
+    )
+
+
+def memory() -> str:
+    """Peaks of memory of one forward on a CPU."""
+
+    def row_of(row: Row) -> list[str]:
+        gibibytes = {
+            name: int(row[f"{name}_bytes"]) / 2**30 for name in ("hidden_states", "peak_growth", "process_peak")
+        }
+        name = TITLES.get(row["architecture"], row["architecture"])
+        title = f"{name}, {row['layers']} layers, {SHORT_DTYPES[row['dtype']]}, p = {row['prune_ratio']}"
+        whole = "" if row["tokens_per_strip"] == "default" else ", whole layers"
+        return [
+            f"{title}{whole}, {row['size']} px",
+            *(f"{gibibytes[name]:.2f}" for name in gibibytes),
+            row["times_hidden_states"],
+        ]
+
+    titles = ["GiB", "hidden states", "peak above weights and pixels", "whole process", "peak / hidden states"]
+    return markdown(titles, map(row_of, read("benchmark_memory")))
 
 
 def viewer() -> str:
@@ -283,6 +342,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "draws": draws,
     "draw_definition": draw_definition,
     "against_tiles": against_tiles,
+    "positions": positions,
+    "border_tokens": border_tokens,
+    "prune_layers": prune_layers,
+    "memory": memory,
     "viewer": viewer,
     "draw_layers": draw_layers,
     "representatives": representatives,

@@ -49,10 +49,14 @@ _SOURCES = (
     "attention_sdpa_tiles.py",
     "attention_triton.py",
     "attention_triton_tables.py",
+    "attention_triton_context_tables.py",
     "attention_triton_launch.py",
+    "attention_triton_context.py",
     "attention_triton_functions.py",
     "attention_triton_forward.py",
     "attention_triton_backward.py",
+    "attention_triton_mean.py",
+    "attention_triton_context_backward.py",
     "attention_operator.py",
 )
 _MODEL_FOLDER = Path(__file__).parents[1] / "modeling" / "sparsepath_vit" / "model"

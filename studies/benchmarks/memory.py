@@ -6,11 +6,15 @@ Each case runs in a process of its own: what one has freed would hide what the n
 
 import dataclasses
 import multiprocessing
+import operator
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
+from tempfile import TemporaryDirectory
 
 import psutil
 import torch
+from torch import distributed
 from tqdm import tqdm
 
 from sparsepath_vit.conversion import architecture
@@ -30,7 +34,8 @@ class MemoryCase:
         prune_ratio: share of the patch tokens removed.
         prune_after_layer: counted from 1.
         tokens_per_strip: of the configuration; 0 for whole layers, `None` for the default.
-        num_threads: of the CPU.
+        num_threads: of the CPU, in each process.
+        num_processes: that share the image; what counts is the largest of them.
     """
 
     architecture: str
@@ -41,23 +46,30 @@ class MemoryCase:
     prune_after_layer: int
     tokens_per_strip: int | None
     num_threads: int
+    num_processes: int = 1
 
 
 def measure_memory(cases: Sequence[MemoryCase]) -> Iterator[dict[str, object]]:
     """One row a case, as they are done."""
     context = multiprocessing.get_context("spawn")
     for case in tqdm(cases, desc="memory", unit="forward", leave=False):
-        with ProcessPoolExecutor(1, mp_context=context) as process:
-            yield process.submit(_measure, case).result()
+        with ProcessPoolExecutor(case.num_processes, mp_context=context) as processes, TemporaryDirectory() as meeting:
+            ranks = range(case.num_processes)
+            rows = [processes.submit(_measure, case, rank, f"file://{meeting}/processes") for rank in ranks]
+            yield max((row.result() for row in rows), key=operator.itemgetter("peak_growth_bytes"))
 
 
-def _measure(case: MemoryCase) -> dict[str, object]:
+def _measure(case: MemoryCase, rank: int, meeting: str) -> dict[str, object]:
     torch.set_num_threads(case.num_threads)
+    torch.manual_seed(0)  # the same weights in all processes
     model, pixel_values = _model(case), _pixels(case)
+    if case.num_processes > 1:
+        distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=case.num_processes)
     config, grid = model.config, model.token_grid(pixel_values)
     hidden_bytes = grid.num_tokens * config.hidden_size * model.dtype.itemsize
     held = psutil.Process().memory_info().rss
-    with torch.inference_mode(), measured("cpu") as measurement:
+    share = model.split_over_processes() if case.num_processes > 1 else nullcontext()
+    with torch.inference_mode(), share, measured("cpu") as measurement:
         model(pixel_values)
     growth = measurement.peak_bytes - held
     return {
@@ -66,6 +78,7 @@ def _measure(case: MemoryCase) -> dict[str, object]:
         "size": case.size,
         "tokens": grid.num_tokens,
         "dtype": case.dtype,
+        "processes": case.num_processes,
         "prune_ratio": case.prune_ratio,
         "prune_after_layer": case.prune_after_layer,
         "tokens_per_strip": "default" if case.tokens_per_strip is None else case.tokens_per_strip,

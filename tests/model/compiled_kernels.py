@@ -8,8 +8,11 @@ Run as a program, because Triton decides on import whether kernels are compiled 
 takes (kernel, dtype, head_dim, tile size, compute capability) and prints a list of {"registers", "spilled_bytes",
 "shared_bytes", "matrix_products", "asynchronous_copies"}. Of "add_scaled" and "gated_silu" it takes the width, of
 "split_logsumexp" and "prune_score" the head_dim, and ignores the tile size. Attention kernels report "instructions",
-too: those of one step of a tile's three loops, "whole", "rest" and "masked". Another version of Triton is counted by
-putting its folder first on PYTHONPATH.
+too: those of one step of a tile's three loops, "whole", "rest" and "masked". "forward stratified" and the others of
+that kind are the same kernels with context tokens, those that stream keys with a fourth loop, "context"; "forward
+weighted" has weights of keys, too. "context_key_value", "mean_block", "mean_all", "mean_merge" and "mean_gradient" come
+beside them.
+Another version of Triton is counted by putting its folder first on PYTHONPATH.
 """
 
 import json
@@ -25,36 +28,51 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
+from sparsepath_vit.model import attention_triton_context, fused_elementwise_triton, prune_score_triton
 from sparsepath_vit.model import attention_triton_launch as kernels
-from sparsepath_vit.model import fused_elementwise_triton, prune_score_triton
 from sparsepath_vit.model.attention_triton_launch import launch_shape
 
 TRITON_TYPES = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
-INTEGER_TABLES = ("table_ptr", "image_ptr")
+INTEGER_TABLES = (
+    *("table_ptr", "image_ptr", "entry_ptr", "tile_entry_ptr", "entry_offset_ptr", "step_ptr", "step_bound_ptr"),
+    *("context_length_ptr", "length_ptr"),
+)
+FLOAT32_TENSORS = (
+    *("partial", "logsumexp", "delta", "score", "context_bias", "bias", "weight", "grad_mean"),
+    *("mean_output", "mean_logsumexp", "mean_delta"),
+)
 LOOPS = ("whole", "rest", "masked")
 
 
-def source(kernel, dtype, constants):
-    """The kernel with the arguments of a fused projection: aligned pointers, strides divisible by 16."""
+def source(kernel, dtype, constants, form="weighted"):
+    """The kernel with the arguments of a fused projection: aligned pointers, strides divisible by 16.
+
+    Keys have weights where the form is "weighted" and there are context tokens where it is that or "stratified".
+    """
+    names = [parameter.name for parameter in kernel.params]
+    absent = [] if form == "weighted" else ["weight_ptr"]
+    if not form:
+        absent += [name for name in names if name.startswith(("context_", "mean_", "grad_mean", "partial_mean"))]
+        absent += ["entry_ptr", "tile_entry_ptr", "entry_offset_ptr"]
+    constants = constants | dict.fromkeys(absent)
     signature, hints = {}, {}
     for index, parameter in enumerate(kernel.params):
         name = parameter.name
-        if parameter.is_constexpr:
+        if parameter.is_constexpr or name in absent:
             signature[name] = "constexpr"
             continue
         if name in INTEGER_TABLES:
             signature[name] = "*i32"
         elif name == "image_offset_ptr":
             signature[name] = "*i64"
-        elif name.startswith(("partial", "logsumexp", "delta", "score")):
+        elif name.startswith(FLOAT32_TENSORS):
             signature[name] = "*fp32"
         elif name.endswith("_ptr"):
             signature[name] = TRITON_TYPES[dtype]
         else:
             signature[name] = "fp32" if name.endswith("scale") or name == "eps" else "i32"
-        if name.endswith(("_ptr", "stride")):
+        if name.endswith(("_ptr", "stride")) or name == "context_size":
             hints[(index,)] = [["tt.divisibility", 16]]
-    names = {parameter.name for parameter in kernel.params}
     return ASTSource(kernel, signature, {name: value for name, value in constants.items() if name in names}, hints)
 
 
@@ -79,6 +97,7 @@ def loop_lengths(binary):
 
 
 def compile_attention_kernel(name, dtype, head_dim, tile_size, capability):
+    name, _, form = name.partition(" ")
     shape = launch_shape(name, head_dim, getattr(torch, dtype), tile_size, capability // 10)
     constants = {
         "NUM_GLOBALS": 9,
@@ -88,12 +107,26 @@ def compile_attention_kernel(name, dtype, head_dim, tile_size, capability):
         "BLOCK_G": 16,
         "BLOCK_M": shape.block_m,
         "BLOCK_N": shape.block_n,
+        "BLOCK_R": 16,
     }
     options = {"num_warps": shape.num_warps, "num_stages": shape.num_stages}
-    kernel = source(getattr(kernels, f"{name}_kernel"), dtype, constants)
+    kernel = source(getattr(kernels, f"{name}_kernel"), dtype, constants, form)
     report, binary = report_of(kernel, options, capability)
     # Loops of the global queries' splits come first.
-    return report | {"instructions": dict(zip(LOOPS, loop_lengths(binary)[-len(LOOPS) :], strict=True))}
+    loops = (*LOOPS, "context") if form and name != "backward_key_value" else LOOPS
+    return report | {"instructions": dict(zip(loops, loop_lengths(binary)[-len(loops) :], strict=True))}
+
+
+def compile_stratified_kernel(name, dtype, head_dim, capability):
+    """Kernels that are launched with context tokens only."""
+    options = {"num_warps": 4}
+    constants = {"NUM_GLOBALS": 9, "RADIUS": 1, "HEAD_DIM": head_dim, "BLOCK_G": 16, "BLOCK_E": 16, "BLOCK_N": 32}
+    if name == "context_key_value":
+        constants |= {"BLOCK_M": attention_triton_context.context_block(getattr(torch, dtype)), "BLOCK_R": 16}
+        options = attention_triton_context.context_launch_options(getattr(torch, dtype), head_dim)
+    kernel = source(getattr(attention_triton_context, f"{name}_kernel"), dtype, constants)
+    report, binary = report_of(kernel, options, capability)
+    return report | {"loops": loop_lengths(binary)}
 
 
 def compile_fused_kernel(name, dtype, width, capability):
@@ -125,6 +158,8 @@ def compile_kernel(name, dtype, size, tile_size, capability):
         return compile_fused_kernel(name, dtype, size, capability)
     if name in ("split_logsumexp", "prune_score"):
         return compile_prune_score_kernel(name, dtype, size, capability)
+    if name.startswith(("mean", "context")):
+        return compile_stratified_kernel(name, dtype, size, capability)
     return compile_attention_kernel(name, dtype, size, tile_size, capability)
 
 

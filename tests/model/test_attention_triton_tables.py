@@ -101,9 +101,9 @@ class Lowered(Exception):
     """Inductor took the graph; its code is not compiled, which takes a CPU a minute."""
 
 
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(("batch", "num_context_tokens"), [(1, 0), (3, 0), (1, 9), (3, 9)])
 @pytest.mark.parametrize("is_dynamic", [True, False], ids=["symbolic sizes", "fixed sizes"])
-def test_inductor_takes_the_making_of_the_tables(is_dynamic, batch, monkeypatch):
+def test_inductor_takes_the_making_of_the_tables(is_dynamic, batch, num_context_tokens, monkeypatch):
     """torch 2.11 failed on the cumulative sum of a filled tensor, and, on GPUs, on a search in a slice."""
     from torch._inductor.graph import GraphLowering
 
@@ -115,11 +115,13 @@ def test_inductor_takes_the_making_of_the_tables(is_dynamic, batch, monkeypatch)
 
     def tables(pixels):
         size = (pixels.shape[2] // 4, pixels.shape[3] // 4)
-        grid = TokenGrid.create([size] * batch, num_global_tokens=3, window_size=4, device=pixels.device)
+        settings = {"num_global_tokens": 3, "window_size": 4, "num_context_tokens": num_context_tokens}
+        grid = TokenGrid.create([size] * batch, **settings, device=pixels.device)
         pruned = grid.select(torch.arange(0, sum(grid.counts), 2), [count // 2 for count in grid.counts])
-        return attention_tiles(grid).table, attention_tiles(pruned).table
+        made = [attention_tiles(one) for one in (grid, pruned)]
+        return [one.table if one.context is None else (one.table, *one.context) for one in made]
 
     torch._dynamo.reset()
     compiled = torch.compile(tables, fullgraph=True, dynamic=is_dynamic)
     with torch._inductor.config.patch(force_disable_caches=True), pytest.raises(Exception, match="lowered"):
-        compiled(torch.empty(batch, 3, 40, 48))
+        compiled(torch.empty(batch, 3, 48, 52))

@@ -191,6 +191,8 @@ class TestStrips:
         projection.register_forward_pre_hook(lambda module, arguments: calls.append(arguments[0].shape[2] // PATCH))
         in_strips = embeddings(pixels, grid)
         assert calls == [3] * (rows // 3) + ([rows % 3] if rows % 3 else [])
+        monkeypatch.setattr(embeddings_module, "_TOKENS_AT_ONCE", 1)  # one row after the other
+        assert_close(embeddings(pixels, grid), in_strips.double(), 1e-6)
         monkeypatch.setattr(embeddings_module, "ROWS_PER_STRIP", rows)
         assert_close(in_strips, embeddings(pixels, grid).double(), 1e-6)
 

@@ -331,7 +331,9 @@ class TestDropout:
 
 
 class TestBackends:
-    def test_where_the_kernel_would_run_the_tiles_do_and_say_so(self, monkeypatch, caplog):
+    def test_where_a_backend_takes_no_weighted_keys_the_tiles_run_and_say_so(self, monkeypatch, caplog):
+        without = dataclasses.replace(attention_backends.TRITON, takes_key_weights=False)
+        monkeypatch.setitem(attention_backends.BACKENDS, "triton", without)
         monkeypatch.setattr(attention_backends, "_missing", lambda name, device: None)
         monkeypatch.setattr(attention_backends, "_unwanted", lambda name, device: None)
         attention_backends._log_once.cache_clear()

@@ -158,6 +158,14 @@ class TestWholeLayers:
         assert streamed == [model.encoder.layers[0], model.encoder.layers[3]]
         assert_same(outputs_of(model, 0, random_pixels(1, 19, 9)), found, 1e-5)
 
+    def test_a_hook_that_collects_what_the_mlp_computes(self):
+        """GELU works in place where nobody else has its input."""
+        model, seen = small_model(SparsePathViTModel, mlp_type="gelu"), []
+        outputs = outputs_of(model, 0, random_pixels(1, 19, 9))["pooler_output"]
+        model.encoder.layers[0].mlp.fc1.register_forward_hook(lambda module, arguments, output: seen.append(output))
+        assert torch.equal(outputs_of(model, 0, random_pixels(1, 19, 9))["pooler_output"], outputs)
+        assert seen[0].min() < -1  # GELU gives at least -0.17
+
     def test_weights_of_another_dtype(self, model, streamed):
         model.encoder.layers[2].to(torch.float64)
         with torch.no_grad():
@@ -206,6 +214,23 @@ class TestMemory:
             encoder_sparsepath_vit.run_in_strips(model.encoder.layers[0], tokens, grid, overwrites=True)
         assert max(largest) == 3 + 2 * 36 and sum(largest) == 3 + 540 + 3 * (3 + 540)
 
+    def test_a_row_of_blocks_larger_than_a_strip_goes_through_the_mlp_in_parts(self):
+        model, pixels, parts = small_model(SparsePathViTModel, tokens_per_strip=10), random_pixels(1, 60, 9), []
+        layer, multiplied = model.encoder.layers[0], nn.functional.linear
+        with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+            grid = model.token_grid(pixels)
+            tokens = model.embeddings(pixels, grid)
+            expected = layer(tokens.clone(), grid)[0]
+
+            def linear(states, weight, bias=None):
+                parts.append(len(states) if weight is layer.mlp.fc1.weight else 0)
+                return multiplied(states, weight, bias)
+
+            patch.setattr(nn.functional, "linear", linear)
+            found, _ = encoder_sparsepath_vit.run_in_strips(layer, tokens, grid, overwrites=True)
+        assert max(parts) == 10 and sum(parts) == 540 + 3
+        assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+
     def test_removed_tokens_leave_memory(self, monkeypatch):
         """Regression: the tokens before pruning were kept until the end, beside those that were left."""
         model, alive = small_model(SparsePathViTModel, prune_ratio=0.5, tokens_per_strip=30), []
@@ -239,6 +264,7 @@ def test_a_strip_is_larger_on_cuda():
     config = small_config()
     assert tokens_per_strip(config, torch.device("cpu")) == 4096
     assert tokens_per_strip(config, torch.device("cuda", 1)) >= 16384
+    assert tokens_per_strip(config, torch.device("cpu"), is_shared=True) == 2048
     config.tokens_per_strip = 100
     assert tokens_per_strip(config, torch.device("cuda")) == tokens_per_strip(config, torch.device("cpu")) == 100
 
@@ -249,7 +275,7 @@ def test_values_of_zero_have_no_score(kind):
     model = small_model(SparsePathViTModel)
     grid = model.token_grid(random_pixels(1, 19, 9))
     (strip,) = token_strips.strips_of(grid, 1000)[0]
-    logits = PruneLogits(0.5, kind)
+    logits = PruneLogits(0.5, kind, 171)
     logits.add(torch.randn(2, 3, 16), torch.randn(2, 174, 16), torch.zeros(2, 174, 16), strip)
     scores = logits.scores()
     assert torch.isfinite(scores).all() and bool((scores == 0).all()) == (kind == "attention_value")

@@ -40,8 +40,7 @@ def block_attention(
         grid: where the tokens are.
         context: the context tokens of the layer, see `draw_context_tokens`; `None` where the grid has none.
         scale: positive factor on the logits, head_dim ** -0.5 by default.
-        dropout: share of attention probabilities set to zero, in [0, 1). The kernel has none: above 0 the tiles run, as
-            they do where keys have weights.
+        dropout: share of attention probabilities set to zero, in [0, 1). The kernel has none: above 0 the tiles run.
 
     Returns:
         (batch, heads, tokens, head_dim). Bitwise reproducible on the same machine.

@@ -10,7 +10,8 @@ import os
 
 import torch
 
-from .attention_backend import AttentionBackend, PreparedGrid
+from .attention_backend import AttentionBackend, LayerContext, PreparedGrid
+from .attention_triton_context_tables import ContextTables
 from .attention_triton_tables import AttentionTiles, attention_tiles
 from .token_grid import TokenGrid
 
@@ -68,8 +69,17 @@ def _check_query(query: torch.Tensor) -> None:
 
 
 def _prepare(grid: TokenGrid) -> PreparedGrid:
-    table, image_offsets, *numbers = attention_tiles(grid)
-    return PreparedGrid([table, image_offsets], numbers)
+    table, image_offsets, *numbers, weights, context = attention_tiles(grid)
+    optional = [*([] if weights is None else [weights]), *(context or [])]
+    return PreparedGrid([table, image_offsets, *optional], [*numbers, int(weights is not None)])
+
+
+def prepared_tiles(prepared: PreparedGrid) -> AttentionTiles:
+    """The tiles that were prepared."""
+    table, image_offsets, *optional = prepared.tensors
+    *numbers, has_weights = prepared.numbers
+    weights = optional.pop(0) if has_weights else None
+    return AttentionTiles(table, image_offsets, *numbers, weights, ContextTables(*optional) if optional else None)
 
 
 def _forward(
@@ -80,19 +90,18 @@ def _forward(
     scale: float,
     dropout: float,
     generator: torch.Generator | None,
+    context: LayerContext | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     from .attention_triton_launch import launch_block_attention
 
-    tiles = AttentionTiles(*prepared.tensors, *prepared.numbers)
-    return launch_block_attention(query, key, value, tiles, scale)
+    return launch_block_attention(query, key, value, prepared_tiles(prepared), scale, context)
 
 
 def _forward_strip(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, prepared: PreparedGrid, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    tiles = AttentionTiles(*prepared.tensors, *prepared.numbers)
     output, logsumexp = _forward(query, key, value, prepared, scale, 0.0, None)
-    return output, logsumexp[:, : tiles.num_global_tokens] * math.log(2.0)
+    return output, logsumexp[:, : prepared_tiles(prepared).num_global_tokens] * math.log(2.0)
 
 
 def _backward(
@@ -106,11 +115,12 @@ def _backward(
     scale: float,
     dropout: float,
     generator: torch.Generator | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    context: LayerContext | None = None,
+) -> tuple[torch.Tensor, ...]:
     from .attention_triton_launch import launch_block_attention_backward
 
-    tiles = AttentionTiles(*prepared.tensors, *prepared.numbers)
-    return launch_block_attention_backward(grad_output, query, key, value, output, logsumexp, tiles, scale)
+    tiles = prepared_tiles(prepared)
+    return launch_block_attention_backward(grad_output, query, key, value, output, logsumexp, tiles, scale, context)
 
 
 TRITON = AttentionBackend(
@@ -124,6 +134,6 @@ TRITON = AttentionBackend(
     backward=_backward,
     forward_strip=_forward_strip,
     has_dropout=False,
-    takes_key_weights=False,
+    takes_key_weights=True,
     returns_logsumexp=True,
 )

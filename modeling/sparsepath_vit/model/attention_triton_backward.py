@@ -1,6 +1,6 @@
 # Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
 # ruff: noqa: ANN001, ANN201, ANN202 (Triton infers types)
-"""The backward kernels of block-local attention; `attention_triton_launch.py` launches them.
+"""The backward kernels of block-local and stratified attention; `attention_triton_launch.py` launches them.
 
 The neighbourhood is symmetric, so the tiles of the forward serve as queries with the keys streamed past them, and as
 keys with the queries streamed past them. Probabilities are recomputed from the base-2 log-sum-exps of the forward.
@@ -8,12 +8,18 @@ There are no atomics: one program writes each number, and partial results are ad
 """
 
 from .attention_triton_functions import (
+    add_mean_rows,
+    context_of_tile,
+    load_bias,
     load_rows,
     load_runs,
     load_split,
     load_tile,
+    near_rows,
     split_runs,
     step_at,
+    step_bias,
+    store_grad_mean,
     store_rows,
     tokens_at,
 )
@@ -44,16 +50,19 @@ def delta_kernel(
 
 @triton.jit
 def _add_grad_query_of(
-    grad_query, query, grad_output, logsumexp, delta, key_states, value_states, tokens, is_key, logit_scale,
+    grad_query, query, grad_output, logsumexp, delta, key_states, value_states, tokens, is_key, bias, logit_scale,
     HEAD_DIM: tl.constexpr, BOUNDED: tl.constexpr,
 ):  # fmt: skip
-    """Adds what the keys `tokens` contribute, where BOUNDED only those that are keys."""
+    """Adds what the keys `tokens` contribute, where BOUNDED only those that are keys, with their bias."""
     key = load_rows(key_states, tokens, is_key, HEAD_DIM, BOUNDED)
     value = load_rows(value_states, tokens, is_key, HEAD_DIM, BOUNDED)
     logits = tl.dot(query, tl.trans(key), input_precision="ieee")
-    probabilities = tl.exp2(logits * logit_scale - logsumexp[:, None])
-    if BOUNDED:
-        probabilities = tl.where(is_key[None, :], probabilities, 0.0)
+    if bias is None:
+        probabilities = tl.exp2(logits * logit_scale - logsumexp[:, None])
+        if BOUNDED:
+            probabilities = tl.where(is_key[None, :], probabilities, 0.0)
+    else:  # of absent keys it is -inf
+        probabilities = tl.exp2(logits * logit_scale + bias[None, :] - logsumexp[:, None])
     grad_probabilities = tl.dot(grad_output, tl.trans(value), input_precision="ieee")
     grad_logits = probabilities * (grad_probabilities - delta[:, None])
     return tl.dot(grad_logits.to(key.dtype), key, grad_query, input_precision="ieee")
@@ -61,8 +70,8 @@ def _add_grad_query_of(
 
 @triton.jit
 def _grad_query(
-    query, grad_output, logsumexp, delta, key_states, value_states, logit_scale, whole, num_whole, rest, num_rest,
-    NUM_RUNS: tl.constexpr, NUM_REST_RUNS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr,
+    query, grad_output, logsumexp, delta, key_states, value_states, weight_ptr, logit_scale, whole, num_whole, rest,
+    num_rest, NUM_RUNS: tl.constexpr, NUM_REST_RUNS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the queries, of whole steps of keys and the rest."""
     grad_query = tl.zeros_like(query).to(tl.float32)
@@ -70,23 +79,44 @@ def _grad_query(
     for position in range(0, num_whole, BLOCK_N):
         step_key = step_at(key_states, position, whole, NUM_RUNS)
         step_value = step_at(value_states, position, whole, NUM_RUNS)
+        bias = step_bias(weight_ptr, position, whole, step_tokens, NUM_RUNS)
         grad_query = _add_grad_query_of(
-            grad_query, query, grad_output, logsumexp, delta, step_key, step_value, step_tokens, None, logit_scale,
-            HEAD_DIM, BOUNDED=False,
+            grad_query, query, grad_output, logsumexp, delta, step_key, step_value, step_tokens, None, bias,
+            logit_scale, HEAD_DIM, BOUNDED=False,
         )  # fmt: skip
     BLOCK_R: tl.constexpr = BLOCK_N // 2
     for position in range(0, num_rest // BLOCK_R * BLOCK_R, BLOCK_R):
         tokens = tokens_at(position + tl.arange(0, BLOCK_R), rest, NUM_REST_RUNS)
+        bias = load_bias(weight_ptr, tokens, None, BOUNDED=False)
         grad_query = _add_grad_query_of(
-            grad_query, query, grad_output, logsumexp, delta, key_states, value_states, tokens, None, logit_scale,
+            grad_query, query, grad_output, logsumexp, delta, key_states, value_states, tokens, None, bias, logit_scale,
             HEAD_DIM, BOUNDED=False,
         )  # fmt: skip
     for position in range(num_rest // BLOCK_R * BLOCK_R, num_rest, 16):
         positions = position + tl.arange(0, 16)
         tokens, is_key = tokens_at(positions, rest, NUM_REST_RUNS), positions < num_rest
+        bias = load_bias(weight_ptr, tokens, is_key, BOUNDED=True)
         grad_query = _add_grad_query_of(
-            grad_query, query, grad_output, logsumexp, delta, key_states, value_states, tokens, is_key, logit_scale,
-            HEAD_DIM, BOUNDED=True,
+            grad_query, query, grad_output, logsumexp, delta, key_states, value_states, tokens, is_key, bias,
+            logit_scale, HEAD_DIM, BOUNDED=True,
+        )  # fmt: skip
+    return grad_query
+
+
+@triton.jit
+def _grad_query_of_context(
+    grad_query, query, grad_output, logsumexp, delta, key_states, value_states, bias_ptr, length, logit_scale,
+    HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Goes on over the image's context tokens."""
+    step_tokens = tl.arange(0, BLOCK_N)
+    for position in range(0, length, BLOCK_N):
+        step_key = (key_states[0] + position * key_states[1], key_states[1])
+        step_value = (value_states[0] + position * value_states[1], value_states[1])
+        bias = tl.load(bias_ptr + position + step_tokens)
+        grad_query = _add_grad_query_of(
+            grad_query, query, grad_output, logsumexp, delta, step_key, step_value, step_tokens, None, bias,
+            logit_scale, HEAD_DIM, BOUNDED=False,
         )  # fmt: skip
     return grad_query
 
@@ -96,10 +126,11 @@ def backward_query_kernel(
     query_ptr, key_ptr, value_ptr, grad_output_ptr, grad_query_ptr, logsumexp_ptr, delta_ptr, table_ptr, image_ptr,
     partial_ptr, query_stride, query_head_stride, key_stride, key_head_stride, value_stride, value_head_stride,
     grad_output_stride, grad_output_head_stride, num_tokens, first_program, num_splits, num_split_programs, scale,
-    logit_scale, NUM_GLOBALS: tl.constexpr, NUM_RUNS: tl.constexpr, HEAD_DIM: tl.constexpr, PARTS: tl.constexpr,
-    BLOCK_G: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    logit_scale, weight_ptr, context_key_ptr, context_value_ptr, context_bias_ptr, context_length_ptr, context_size,
+    entry_ptr, tile_entry_ptr, NUM_GLOBALS: tl.constexpr, NUM_RUNS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    PARTS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of the queries; programs as in the forward."""
+    """Gradient of the queries; programs, and what may be None, as in the forward."""
     program, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     query_states = (query_ptr + head * query_head_stride, query_stride)
     key_states = (key_ptr + head * key_head_stride, key_stride)
@@ -117,8 +148,8 @@ def backward_query_kernel(
         delta = tl.load(delta_ptr + queries, mask=is_query, other=0.0)
         whole, num_whole, rest, num_rest = split_runs(first, length, BLOCK_N)
         grad_query = _grad_query(
-            query, grad_output, logsumexp, delta, key_states, value_states, logit_scale, whole, num_whole, rest,
-            num_rest, 1, 1, HEAD_DIM, BLOCK_N,
+            query, grad_output, logsumexp, delta, key_states, value_states, weight_ptr, logit_scale, whole, num_whole,
+            rest, num_rest, 1, 1, HEAD_DIM, BLOCK_N,
         )  # fmt: skip
         store_rows((partial_ptr, HEAD_DIM), row + indices, is_query, grad_query, HEAD_DIM)
     else:
@@ -134,19 +165,28 @@ def backward_query_kernel(
             delta = tl.load(delta_ptr + queries, mask=is_query, other=0.0)
             whole, num_whole, rest, num_rest = load_runs(tile_ptr, NUM_GLOBALS, NUM_RUNS, BLOCK_N)
             grad_query = _grad_query(
-                query, grad_output, logsumexp, delta, key_states, value_states, logit_scale, whole, num_whole, rest,
-                num_rest, NUM_RUNS, NUM_RUNS + 1, HEAD_DIM, BLOCK_N,
+                query, grad_output, logsumexp, delta, key_states, value_states, weight_ptr, logit_scale, whole,
+                num_whole, rest, num_rest, NUM_RUNS, NUM_RUNS + 1, HEAD_DIM, BLOCK_N,
             )  # fmt: skip
+            if context_key_ptr is not None:
+                entry = tl.load(tile_entry_ptr + tile_program // PARTS)
+                _, length, bias_ptr, shift, stride = context_of_tile(
+                    entry_ptr, entry, context_length_ptr, context_bias_ptr, context_size, HEAD_DIM
+                )
+                grad_query = _grad_query_of_context(
+                    grad_query, query, grad_output, logsumexp, delta, (context_key_ptr + shift, stride),
+                    (context_value_ptr + shift, stride), bias_ptr, length, logit_scale, HEAD_DIM, BLOCK_N,
+                )  # fmt: skip
             grad_query_states = (grad_query_ptr + head * HEAD_DIM, tl.num_programs(1) * HEAD_DIM)
             store_rows(grad_query_states, queries, is_query, grad_query * scale, HEAD_DIM)
 
 
 @triton.jit
 def _add_grad_key_value_of(
-    gradients, key, value, query_states, grad_output_states, row_ptrs, tokens, is_query, logit_scale,
+    gradients, key, value, bias, query_states, grad_output_states, row_ptrs, tokens, is_query, logit_scale,
     HEAD_DIM: tl.constexpr, BOUNDED: tl.constexpr,
 ):  # fmt: skip
-    """Adds what the queries `tokens` contribute, where BOUNDED only those that are queries."""
+    """Adds what the queries `tokens` contribute, where BOUNDED only those that are queries; bias: of the keys."""
     grad_key, grad_value = gradients
     query = load_rows(query_states, tokens, is_query, HEAD_DIM, BOUNDED)
     grad_output = load_rows(grad_output_states, tokens, is_query, HEAD_DIM, BOUNDED)
@@ -157,7 +197,10 @@ def _add_grad_key_value_of(
     else:
         logsumexp, delta = tl.load(row_ptrs[0] + tokens), tl.load(row_ptrs[1] + tokens)
     logits = tl.dot(key, tl.trans(query), input_precision="ieee")  # (keys, queries)
-    probabilities = tl.exp2(logits * logit_scale - logsumexp[None, :])
+    if bias is None:
+        probabilities = tl.exp2(logits * logit_scale - logsumexp[None, :])
+    else:
+        probabilities = tl.exp2(logits * logit_scale + bias[:, None] - logsumexp[None, :])
     grad_value = tl.dot(probabilities.to(query.dtype), grad_output, grad_value, input_precision="ieee")
     grad_probabilities = tl.dot(value, tl.trans(grad_output), input_precision="ieee")
     grad_logits = probabilities * (grad_probabilities - delta[None, :])
@@ -167,7 +210,7 @@ def _add_grad_key_value_of(
 
 @triton.jit
 def _grad_key_value(
-    key, value, query_states, grad_output_states, row_ptrs, logit_scale, whole, num_whole, rest, num_rest,
+    key, value, bias, query_states, grad_output_states, row_ptrs, logit_scale, whole, num_whole, rest, num_rest,
     NUM_RUNS: tl.constexpr, NUM_REST_RUNS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the keys and values, of whole steps of queries and the rest; row_ptrs: of log-sum-exp and delta."""
@@ -179,41 +222,56 @@ def _grad_key_value(
         first = tokens_at(position, whole, NUM_RUNS)
         step_rows = (row_ptrs[0] + first, row_ptrs[1] + first)
         gradients = _add_grad_key_value_of(
-            gradients, key, value, step_query, step_grad_output, step_rows, step_tokens, None, logit_scale, HEAD_DIM,
-            BOUNDED=False,
+            gradients, key, value, bias, step_query, step_grad_output, step_rows, step_tokens, None, logit_scale,
+            HEAD_DIM, BOUNDED=False,
         )  # fmt: skip
     BLOCK_R: tl.constexpr = BLOCK_N // 2
     for position in range(0, num_rest // BLOCK_R * BLOCK_R, BLOCK_R):
         tokens = tokens_at(position + tl.arange(0, BLOCK_R), rest, NUM_REST_RUNS)
         gradients = _add_grad_key_value_of(
-            gradients, key, value, query_states, grad_output_states, row_ptrs, tokens, None, logit_scale, HEAD_DIM,
-            BOUNDED=False,
+            gradients, key, value, bias, query_states, grad_output_states, row_ptrs, tokens, None, logit_scale,
+            HEAD_DIM, BOUNDED=False,
         )  # fmt: skip
     for position in range(num_rest // BLOCK_R * BLOCK_R, num_rest, 16):
         positions = position + tl.arange(0, 16)
         tokens, is_query = tokens_at(positions, rest, NUM_REST_RUNS), positions < num_rest
         gradients = _add_grad_key_value_of(
-            gradients, key, value, query_states, grad_output_states, row_ptrs, tokens, is_query, logit_scale, HEAD_DIM,
-            BOUNDED=True,
+            gradients, key, value, bias, query_states, grad_output_states, row_ptrs, tokens, is_query, logit_scale,
+            HEAD_DIM, BOUNDED=True,
         )  # fmt: skip
     return gradients
 
 
-@triton.jit(do_not_specialize=["num_tokens", "first_program", "num_splits", "num_split_programs"])
+@triton.jit(
+    do_not_specialize=[
+        *("num_tokens", "first_program", "num_splits", "num_split_programs", "num_entries", "num_images", "most_parts")
+    ]
+)
 def backward_key_value_kernel(
     query_ptr, key_ptr, value_ptr, grad_output_ptr, grad_key_ptr, grad_value_ptr, logsumexp_ptr, delta_ptr, table_ptr,
     image_ptr, partial_key_ptr, partial_value_ptr, query_stride, query_head_stride, key_stride, key_head_stride,
     value_stride, value_head_stride, grad_output_stride, grad_output_head_stride, num_tokens, first_program, num_splits,
-    num_split_programs, scale, logit_scale, NUM_GLOBALS: tl.constexpr, NUM_RUNS: tl.constexpr, HEAD_DIM: tl.constexpr,
-    PARTS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    num_split_programs, scale, logit_scale, weight_ptr, mean_query_ptr, grad_mean_ptr, mean_logsumexp_ptr,
+    mean_delta_ptr, partial_mean_ptr, partial_mean_split_ptr, num_entries, num_images, most_parts, entry_ptr,
+    tile_entry_ptr, entry_offset_ptr,
+    NUM_GLOBALS: tl.constexpr, NUM_RUNS: tl.constexpr, HEAD_DIM: tl.constexpr, PARTS: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of keys and values; programs as in the forward, a tile's tokens as keys and its runs as queries."""
+    """Gradients of keys and values; programs as in the forward, a tile's tokens as keys and its runs as queries.
+
+    With context tokens, the mean query is a further query of the blocks around, and of all tokens of its image.
+    """
     program, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     query_states = (query_ptr + head * query_head_stride, query_stride)
     key_states = (key_ptr + head * key_head_stride, key_stride)
     value_states = (value_ptr + head * value_head_stride, value_stride)
     grad_output_states = (grad_output_ptr + head * grad_output_head_stride, grad_output_stride)
     row_ptrs = (logsumexp_ptr + head * num_tokens, delta_ptr + head * num_tokens)
+    mean_stride = tl.num_programs(1) * HEAD_DIM
+    if mean_query_ptr is not None:
+        mean_rows = (
+            grad_mean_ptr + head * HEAD_DIM, mean_stride, mean_logsumexp_ptr, mean_delta_ptr, num_entries + num_images
+        )  # fmt: skip
     if program < num_split_programs:
         image_start, indices, first, length, row = load_split(image_ptr, program, num_splits, NUM_GLOBALS, BLOCK_G)
         is_key = indices < NUM_GLOBALS
@@ -221,9 +279,26 @@ def backward_key_value_kernel(
         value = load_rows(value_states, image_start + indices, is_key, HEAD_DIM, True)
         whole, num_whole, rest, num_rest = split_runs(first, length, BLOCK_N)
         grad_key, grad_value = _grad_key_value(
-            key, value, query_states, grad_output_states, row_ptrs, logit_scale, whole, num_whole, rest, num_rest, 1, 1,
-            HEAD_DIM, BLOCK_N,
+            key, value, None, query_states, grad_output_states, row_ptrs, logit_scale, whole, num_whole, rest, num_rest,
+            1, 1, HEAD_DIM, BLOCK_N,
         )  # fmt: skip
+        if mean_query_ptr is not None:
+            image = program // num_splits // tl.cdiv(NUM_GLOBALS, BLOCK_G)
+            first_row, end_row = tl.load(entry_offset_ptr + image), tl.load(entry_offset_ptr + image + 1)
+            share = tl.cdiv(end_row + 1 - first_row, num_splits)
+            first_row += program % num_splits * share
+            mean_query = mean_query_ptr + image * mean_stride + head * HEAD_DIM
+            bias = tl.where(is_key, 0.0, float("-inf"))
+            gradients = (grad_key, grad_value, tl.zeros([BLOCK_R, key.shape[1]], tl.float32))
+            for row_of_step in range(first_row, tl.minimum(first_row + share, end_row + 1), BLOCK_R):
+                rows = row_of_step + tl.arange(0, BLOCK_R)
+                is_row = rows < tl.minimum(first_row + share, end_row + 1)
+                rows = tl.where(rows < end_row, rows, num_entries + image)  # the last one is that of the image
+                gradients = add_mean_rows(
+                    gradients, key, value, bias[:, None], mean_query, mean_rows, rows, is_row, logit_scale, HEAD_DIM
+                )
+            grad_key, grad_value, grad_mean = gradients
+            store_grad_mean(partial_mean_split_ptr, program, grad_mean, HEAD_DIM)
         store_rows((partial_key_ptr, HEAD_DIM), row + indices, is_key, grad_key, HEAD_DIM)
         store_rows((partial_value_ptr, HEAD_DIM), row + indices, is_key, grad_value, HEAD_DIM)
     else:
@@ -234,11 +309,24 @@ def backward_key_value_kernel(
             is_key = keys < end
             key = load_rows(key_states, keys, is_key, HEAD_DIM, True)
             value = load_rows(value_states, keys, is_key, HEAD_DIM, True)
+            bias = load_bias(weight_ptr, keys, is_key, BOUNDED=True)
             whole, num_whole, rest, num_rest = load_runs(tile_ptr, NUM_GLOBALS, NUM_RUNS, BLOCK_N)
             grad_key, grad_value = _grad_key_value(
-                key, value, query_states, grad_output_states, row_ptrs, logit_scale, whole, num_whole, rest, num_rest,
-                NUM_RUNS, NUM_RUNS + 1, HEAD_DIM, BLOCK_N,
+                key, value, bias, query_states, grad_output_states, row_ptrs, logit_scale, whole, num_whole, rest,
+                num_rest, NUM_RUNS, NUM_RUNS + 1, HEAD_DIM, BLOCK_N,
             )  # fmt: skip
+            if mean_query_ptr is not None:
+                entry = tl.load(tile_entry_ptr + tile_program // PARTS)
+                image, rows, is_row = near_rows(entry_ptr, entry, num_entries, NUM_RUNS // 2, BLOCK_R)
+                mean_query = mean_query_ptr + image * mean_stride + head * HEAD_DIM
+                if weight_ptr is None:
+                    bias = tl.where(is_key, 0.0, float("-inf"))
+                gradients = (grad_key, grad_value, tl.zeros([BLOCK_R, key.shape[1]], tl.float32))
+                grad_key, grad_value, grad_mean = add_mean_rows(
+                    gradients, key, value, bias[:, None], mean_query, mean_rows, rows, is_row, logit_scale, HEAD_DIM
+                )
+                row = tile_program // PARTS * most_parts + tile_program % PARTS
+                store_grad_mean(partial_mean_ptr, row, grad_mean, HEAD_DIM)
             stride = tl.num_programs(1) * HEAD_DIM
             store_rows((grad_key_ptr + head * HEAD_DIM, stride), keys, is_key, grad_key * scale, HEAD_DIM)
             store_rows((grad_value_ptr + head * HEAD_DIM, stride), keys, is_key, grad_value, HEAD_DIM)

@@ -1,6 +1,6 @@
 # Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
 # ruff: noqa: ANN001, ANN201, ANN202 (Triton infers types)
-"""The forward kernels of block-local attention; `attention_triton_launch.py` launches them.
+"""The forward kernels of block-local and stratified attention; `attention_triton_launch.py` launches them.
 
 A program takes at most BLOCK_M patch tokens of one tile of `AttentionTiles` and streams its keys through an online
 softmax (FlashAttention-2, arXiv 2307.08691). A tile lies in one block, so every query sees every key: only the last few
@@ -8,16 +8,23 @@ keys are masked, where their number is no multiple of the step. Global queries s
 over the keys and reduced (flash-decoding). There are no atomics: one program writes each number, and partial results
 are added in a fixed order.
 
+Context tokens are the last keys of a tile, with a bias: what is added to a logit, the base-2 logarithm of what the key
+stands for, or -inf inside the neighbourhood. Keys that count for more than themselves have one, too.
+
 Log-sum-exps are base 2: probabilities come from exp2, and log2(e) is part of the logit scale.
 """
 
 from .attention_triton_functions import (
+    context_of_tile,
+    load_bias,
+    load_correction,
     load_rows,
     load_runs,
     load_split,
     load_tile,
     split_runs,
     step_at,
+    step_bias,
     store_rows,
     tokens_at,
 )
@@ -31,17 +38,23 @@ except ImportError as error:
 
 @triton.jit
 def _attend_to(
-    state, query, key_states, value_states, tokens, is_key, logit_scale, HEAD_DIM: tl.constexpr, BOUNDED: tl.constexpr
+    state, query, key_states, value_states, tokens, is_key, bias, logit_scale, HEAD_DIM: tl.constexpr,
+    BOUNDED: tl.constexpr,
 ):  # fmt: skip
-    """One step of the online softmax: the keys `tokens`, where BOUNDED only those that are keys."""
+    """One step of the online softmax: the keys `tokens`, where BOUNDED only those that are keys, with their bias."""
     output, row_max, row_sum = state
     key = load_rows(key_states, tokens, is_key, HEAD_DIM, BOUNDED)
     value = load_rows(value_states, tokens, is_key, HEAD_DIM, BOUNDED)
     logits = tl.dot(query, tl.trans(key), input_precision="ieee")
-    if BOUNDED:
-        logits = tl.where(is_key[None, :], logits, float("-inf"))
-    new_max = tl.maximum(row_max, tl.max(logits, axis=1) * logit_scale)
-    probabilities = tl.exp2(logits * logit_scale - new_max[:, None])
+    if bias is None:
+        if BOUNDED:
+            logits = tl.where(is_key[None, :], logits, float("-inf"))
+        new_max = tl.maximum(row_max, tl.max(logits, axis=1) * logit_scale)
+        probabilities = tl.exp2(logits * logit_scale - new_max[:, None])
+    else:  # of absent keys it is -inf
+        logits = logits * logit_scale + bias[None, :]
+        new_max = tl.maximum(row_max, tl.max(logits, axis=1))
+        probabilities = tl.exp2(logits - new_max[:, None])
     correction = tl.exp2(row_max - new_max)
     row_sum = row_sum * correction + tl.sum(probabilities, axis=1)
     output = output * correction[:, None]
@@ -51,7 +64,7 @@ def _attend_to(
 
 @triton.jit
 def _attend(
-    query, key_states, value_states, logit_scale, whole, num_whole, rest, num_rest, NUM_RUNS: tl.constexpr,
+    query, key_states, value_states, weight_ptr, logit_scale, whole, num_whole, rest, num_rest, NUM_RUNS: tl.constexpr,
     NUM_REST_RUNS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over whole steps and the rest: output, running maximum and running sum."""
@@ -64,29 +77,60 @@ def _attend(
             step_at(key_states, position, whole, NUM_RUNS),
             step_at(value_states, position, whole, NUM_RUNS),
         )
-        state = _attend_to(state, query, step_key, step_value, step_tokens, None, logit_scale, HEAD_DIM, BOUNDED=False)
+        bias = step_bias(weight_ptr, position, whole, step_tokens, NUM_RUNS)
+        state = _attend_to(
+            state, query, step_key, step_value, step_tokens, None, bias, logit_scale, HEAD_DIM, BOUNDED=False
+        )
     BLOCK_R: tl.constexpr = BLOCK_N // 2
     for position in range(0, num_rest // BLOCK_R * BLOCK_R, BLOCK_R):
         tokens = tokens_at(position + tl.arange(0, BLOCK_R), rest, NUM_REST_RUNS)
-        state = _attend_to(state, query, key_states, value_states, tokens, None, logit_scale, HEAD_DIM, BOUNDED=False)
+        bias = load_bias(weight_ptr, tokens, None, BOUNDED=False)
+        state = _attend_to(
+            state, query, key_states, value_states, tokens, None, bias, logit_scale, HEAD_DIM, BOUNDED=False
+        )
     for position in range(num_rest // BLOCK_R * BLOCK_R, num_rest, 16):
         positions = position + tl.arange(0, 16)
         tokens, is_key = tokens_at(positions, rest, NUM_REST_RUNS), positions < num_rest
-        state = _attend_to(state, query, key_states, value_states, tokens, is_key, logit_scale, HEAD_DIM, BOUNDED=True)
+        bias = load_bias(weight_ptr, tokens, is_key, BOUNDED=True)
+        state = _attend_to(
+            state, query, key_states, value_states, tokens, is_key, bias, logit_scale, HEAD_DIM, BOUNDED=True
+        )
     return state
 
 
-@triton.jit(do_not_specialize=[*("num_tokens", "first_program", "num_splits", "num_split_programs", "global_shift")])
+@triton.jit
+def _attend_to_context(
+    state, query, key_states, value_states, bias_ptr, length, logit_scale, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    """Goes on over the image's context tokens, in whole steps: those that do not count have a bias of -inf."""
+    step_tokens = tl.arange(0, BLOCK_N)
+    for position in range(0, length, BLOCK_N):
+        step_key = (key_states[0] + position * key_states[1], key_states[1])
+        step_value = (value_states[0] + position * value_states[1], value_states[1])
+        bias = tl.load(bias_ptr + position + step_tokens)
+        state = _attend_to(
+            state, query, step_key, step_value, step_tokens, None, bias, logit_scale, HEAD_DIM, BOUNDED=False
+        )
+    return state
+
+
+@triton.jit(
+    do_not_specialize=[
+        *("num_tokens", "first_program", "num_splits", "num_split_programs", "global_shift", "num_entries")
+    ]
+)
 def forward_kernel(
     query_ptr, key_ptr, value_ptr, output_ptr, logsumexp_ptr, table_ptr, image_ptr, partial_output_ptr, partial_max_ptr,
     partial_sum_ptr, query_stride, query_head_stride, key_stride, key_head_stride, value_stride, value_head_stride,
-    num_tokens, first_program, num_splits, num_split_programs, logit_scale, global_shift,
-    NUM_GLOBALS: tl.constexpr, NUM_RUNS: tl.constexpr, HEAD_DIM: tl.constexpr, PARTS: tl.constexpr,
+    num_tokens, first_program, num_splits, num_split_programs, logit_scale, global_shift, weight_ptr, context_key_ptr,
+    context_value_ptr, context_bias_ptr, context_length_ptr, context_size, mean_output_ptr, num_entries, entry_ptr,
+    tile_entry_ptr, NUM_GLOBALS: tl.constexpr, NUM_RUNS: tl.constexpr, HEAD_DIM: tl.constexpr, PARTS: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """First the global queries, whose programs wait for memory while others compute, then the tiles; grid y: heads.
 
-    Keys are addressed by packed index, queries by their place, which is another one in a strip.
+    Keys are addressed by packed index, queries by their place, which is another one in a strip. `weight_ptr` is None
+    where all keys count once, what follows it where there are no context tokens.
     """
     program, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     query_states = (query_ptr + head * query_head_stride, query_stride)
@@ -98,8 +142,9 @@ def forward_kernel(
         query = load_rows(query_states, image_start - global_shift + queries, is_query, HEAD_DIM, True)
         whole, num_whole, rest, num_rest = split_runs(first, length, BLOCK_N)
         output, row_max, row_sum = _attend(
-            query, key_states, value_states, logit_scale, whole, num_whole, rest, num_rest, 1, 1, HEAD_DIM, BLOCK_N
-        )
+            query, key_states, value_states, weight_ptr, logit_scale, whole, num_whole, rest, num_rest, 1, 1, HEAD_DIM,
+            BLOCK_N,
+        )  # fmt: skip
         store_rows((partial_output_ptr, HEAD_DIM), row + queries, is_query, output, HEAD_DIM)
         tl.store(partial_max_ptr + row + queries, row_max, mask=is_query)
         tl.store(partial_sum_ptr + row + queries, row_sum, mask=is_query)
@@ -111,12 +156,26 @@ def forward_kernel(
             is_query = queries < end
             query = load_rows(query_states, queries, is_query, HEAD_DIM, True)
             whole, num_whole, rest, num_rest = load_runs(tile_ptr, NUM_GLOBALS, NUM_RUNS, BLOCK_N)
-            output, row_max, row_sum = _attend(
-                query, key_states, value_states, logit_scale, whole, num_whole, rest, num_rest, NUM_RUNS, NUM_RUNS + 1,
-                HEAD_DIM, BLOCK_N,
+            state = _attend(
+                query, key_states, value_states, weight_ptr, logit_scale, whole, num_whole, rest, num_rest, NUM_RUNS,
+                NUM_RUNS + 1, HEAD_DIM, BLOCK_N,
             )  # fmt: skip
+            if context_key_ptr is not None:
+                entry = tl.load(tile_entry_ptr + tile_program // PARTS)
+                image, length, bias_ptr, shift, stride = context_of_tile(
+                    entry_ptr, entry, context_length_ptr, context_bias_ptr, context_size, HEAD_DIM
+                )
+                context_states = ((context_key_ptr + shift, stride), (context_value_ptr + shift, stride))
+                state = _attend_to_context(
+                    state, query, context_states[0], context_states[1], bias_ptr, length, logit_scale, HEAD_DIM, BLOCK_N
+                )
+            output, row_max, row_sum = state
+            output = output / row_sum[:, None]
+            if context_key_ptr is not None:
+                mean_states = (mean_output_ptr + head * HEAD_DIM, stride)
+                output += load_correction(mean_states, entry, num_entries + image, HEAD_DIM)[None, :]
             output_states = (output_ptr + head * HEAD_DIM, tl.num_programs(1) * HEAD_DIM)
-            store_rows(output_states, queries, is_query, output / row_sum[:, None], HEAD_DIM)
+            store_rows(output_states, queries, is_query, output, HEAD_DIM)
             logsumexp_ptr += head * num_tokens
             tl.store(logsumexp_ptr + queries, row_max + tl.log2(row_sum), mask=is_query)
 

@@ -8,6 +8,7 @@ one address, and the *rest*, which is the global tokens and what remains of each
 p of it is packed token p + shifts[0], and at ends[i] the shift grows by shifts[i + 1].
 """
 
+from .attention_triton_context_tables import ENTRY_COLUMNS
 from .attention_triton_tables import NUM_TILE_COLUMNS
 
 try:
@@ -17,6 +18,8 @@ except ImportError as error:
     raise ImportError("The attention kernel needs Triton, which is not installed: pip install triton.") from error
 
 _FIRST_RUN_COLUMN = tl.constexpr(NUM_TILE_COLUMNS)
+_ENTRY_COLUMNS = tl.constexpr(len(ENTRY_COLUMNS))
+_IMAGE_COLUMN = tl.constexpr(ENTRY_COLUMNS.index("image"))
 
 
 @triton.jit
@@ -107,3 +110,94 @@ def tokens_at(positions, runs, NUM_RUNS: tl.constexpr):
 def step_at(states, position, runs, NUM_RUNS: tl.constexpr):
     """The states from the first token of a whole step on."""
     return states[0] + tokens_at(position, runs, NUM_RUNS).to(tl.int64) * states[1], states[1]
+
+
+@triton.jit
+def load_bias(weight_ptr, tokens, is_key, BOUNDED: tl.constexpr):
+    """What is added to the logits of keys, -inf for absent ones; None where all count once and `weight_ptr` is None."""
+    bias = None
+    if weight_ptr is not None:
+        if BOUNDED:
+            bias = tl.load(weight_ptr + tokens, mask=is_key, other=float("-inf"))
+        else:
+            bias = tl.load(weight_ptr + tokens)
+    return bias
+
+
+@triton.jit
+def step_bias(weight_ptr, position, runs, step_tokens, NUM_RUNS: tl.constexpr):
+    """`load_bias` of a whole step."""
+    bias = None
+    if weight_ptr is not None:
+        bias = tl.load(weight_ptr + tokens_at(position, runs, NUM_RUNS) + step_tokens)
+    return bias
+
+
+@triton.jit
+def context_of_tile(entry_ptr, entry, length_ptr, bias_ptr, context_size, HEAD_DIM: tl.constexpr):
+    """Of the context tokens that a tile sees: image, how many, where their biases start, shift and stride of states."""
+    image = tl.load(entry_ptr + entry.to(tl.int64) * _ENTRY_COLUMNS + _IMAGE_COLUMN)
+    stride = tl.num_programs(1) * HEAD_DIM
+    shift = image.to(tl.int64) * context_size * stride + tl.program_id(1) * HEAD_DIM
+    return image, tl.load(length_ptr + image), bias_ptr + entry.to(tl.int64) * context_size, shift, stride
+
+
+@triton.jit
+def load_row(states, token, HEAD_DIM: tl.constexpr):
+    """(head_dim to the next power of two,) float32 of one token; zero beyond HEAD_DIM."""
+    dims = tl.arange(0, triton.next_power_of_2(HEAD_DIM))
+    row_ptr = states[0] + token.to(tl.int64) * states[1]
+    return tl.load(row_ptr + dims, mask=dims < HEAD_DIM, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_correction(mean_states, entry, all_row, HEAD_DIM: tl.constexpr):
+    """What a block's queries get added: what the mean query gets from all tokens, less what it gets from its keys."""
+    return load_row(mean_states, all_row, HEAD_DIM) - load_row(mean_states, entry, HEAD_DIM)
+
+
+@triton.jit
+def add_mean_rows(
+    gradients, key, value, bias, mean_query, mean_rows, rows, is_row, logit_scale, HEAD_DIM: tl.constexpr
+):  # fmt: skip
+    """Adds what some rows of the mean query contribute to the gradients of keys, of values and of itself.
+
+    The mean query is a pointer, the same for all rows, and `mean_rows` is (gradients and their stride, log-sum-exps,
+    what the softmax subtracts, number of all rows). The bias is (keys, rows or 1), -inf for absent keys.
+    """
+    grad_key, grad_value, grad_mean = gradients
+    head = tl.program_id(1).to(tl.int64)
+    query = load_rows((mean_query, 0), rows, is_row, HEAD_DIM, True)
+    grad_output = load_rows((mean_rows[0], mean_rows[1]), rows, is_row, HEAD_DIM, True).to(value.dtype)
+    logsumexp = tl.load(mean_rows[2] + head * mean_rows[4] + rows, mask=is_row, other=float("inf"))
+    delta = tl.load(mean_rows[3] + head * mean_rows[4] + rows, mask=is_row, other=0.0)
+    logits = tl.dot(key, tl.trans(query), input_precision="ieee")  # (keys, rows)
+    probabilities = tl.exp2(logits * logit_scale + bias - logsumexp[None, :])
+    grad_value = tl.dot(probabilities.to(value.dtype), grad_output, grad_value, input_precision="ieee")
+    grad_probabilities = tl.dot(value, tl.trans(grad_output), input_precision="ieee")
+    grad_logits = (probabilities * (grad_probabilities - delta[None, :])).to(key.dtype)
+    grad_key = tl.dot(grad_logits, query, grad_key, input_precision="ieee")
+    return grad_key, grad_value, tl.dot(tl.trans(grad_logits), key, grad_mean, input_precision="ieee")
+
+
+@triton.jit
+def store_grad_mean(partial_ptr, row, grad_mean, HEAD_DIM: tl.constexpr):
+    """Stores what one program contributes to the gradient of the mean query, the sum of its rows."""
+    dims = tl.arange(0, triton.next_power_of_2(HEAD_DIM))
+    partial_ptr += (row.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * HEAD_DIM
+    tl.store(partial_ptr + dims, tl.sum(grad_mean, axis=0), mask=dims < HEAD_DIM)
+
+
+@triton.jit
+def near_rows(entry_ptr, entry, num_entries, RADIUS: tl.constexpr, BLOCK_R: tl.constexpr):
+    """The rows of the mean query that see a block's tokens: those of the blocks around it, and of its image."""
+    SIDE: tl.constexpr = 2 * RADIUS + 1
+    entry_ptr += entry.to(tl.int64) * _ENTRY_COLUMNS
+    image, row, column = tl.load(entry_ptr + 2), tl.load(entry_ptr + 3), tl.load(entry_ptr + 4)
+    num_rows, num_columns = tl.load(entry_ptr + 5), tl.load(entry_ptr + 6)
+    indices = tl.arange(0, BLOCK_R)
+    near_row, near_column = row + indices // SIDE - RADIUS, column + indices % SIDE - RADIUS
+    is_row = (near_row >= 0) & (near_row < num_rows) & (near_column >= 0) & (near_column < num_columns)
+    rows = entry + (near_row - row) * (num_columns + 1) + near_column - column
+    is_image = indices == SIDE * SIDE
+    return image, tl.where(is_image, num_entries + image, rows), is_image | (is_row & (indices < SIDE * SIDE))

@@ -1,5 +1,5 @@
 # Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
-"""Block-local attention on NVIDIA GPUs: launches the Triton kernels, forward and backward, bitwise reproducible.
+"""Block-local and stratified attention on NVIDIA GPUs: launches the Triton kernels, bitwise reproducible.
 
 Queries, keys and values are read in place through their strides, so that a fused projection is never copied. Nothing
 waits for the device, so a forward can be captured in a CUDA graph.
@@ -10,12 +10,22 @@ from typing import NamedTuple
 
 import torch
 
+from .attention_backend import LayerContext
 from .attention_precision import FP_FUSION
 from .attention_triton_backward import (
     backward_key_value_kernel,
     backward_query_kernel,
     backward_reduce_kernel,
     delta_kernel,
+)
+from .attention_triton_context import (
+    MEAN_ROWS,
+    MeanGradients,
+    StratifiedLayer,
+    add_context_gradients,
+    grad_mean_query,
+    mean_gradients,
+    stratified_layer,
 )
 from .attention_triton_forward import forward_kernel, forward_reduce_kernel
 from .attention_triton_tables import AttentionTiles
@@ -112,11 +122,12 @@ def _launch(
     states: tuple[torch.Tensor, ...],
     tensors: tuple[torch.Tensor, ...],
     tiles: AttentionTiles,
-    numbers: tuple[float, ...],
+    numbers: tuple[object, ...],
+    **constants: int,
 ) -> None:
     """Launches one of the three kernels that work on tiles, once for each width of them.
 
-    `states` are read with their strides.
+    `states` are read with their strides; `numbers` come after those that all three take.
     """
     num_tokens, num_heads, head_dim = states[0].shape  # of queries: a strip has fewer of them than of keys
     capability = torch.cuda.get_device_capability()[0] if states[0].is_cuda else 0
@@ -141,6 +152,7 @@ def _launch(
             BLOCK_G=programs.block_g,
             BLOCK_M=shape.block_m,
             BLOCK_N=shape.block_n,
+            **constants,
             num_warps=shape.num_warps,
             num_stages=shape.num_stages,
             enable_fp_fusion=FP_FUSION,
@@ -148,16 +160,29 @@ def _launch(
         num_split_programs = 0  # the global tokens are done by the first launch
 
 
+def _context_arguments(layer: StratifiedLayer | None) -> tuple[object, ...]:
+    """What the kernels that stream keys take of a layer's context tokens."""
+    if layer is None:
+        return (None,) * 5
+    return layer.key, layer.value, layer.bias, layer.slots.lengths, layer.bias.shape[1]
+
+
 def launch_block_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tiles: AttentionTiles, scale: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    tiles: AttentionTiles,
+    scale: float,
+    context: LayerContext | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Block-local attention of packed tokens, or of a strip of them, read in place.
+    """Block-local or stratified attention of packed tokens, or block-local of a strip of them, read in place.
 
     Args:
         query: (M, heads, head_dim), of a strip (G + S, heads, head_dim); contiguous in the last dimension.
         key, value: (M, heads, head_dim), views of a fused projection or not, as the query.
         tiles: where the tokens are.
         scale: positive factor on the logits.
+        context: the context tokens of the layer; `None` for block-local attention.
 
     Returns:
         The output in the query's shape, and the base-2 log-sum-exp (heads, queries) of each query's logits, float32.
@@ -169,26 +194,17 @@ def launch_block_attention(
     partial = logsumexp.new_empty((num_images, num_heads, num_splits, tiles.num_global_tokens, head_dim))
     # Two tensors: halves of one would be aligned for some numbers of heads only, and the kernel compiled for both.
     partial_max, partial_sum = (partial.new_empty(partial.shape[:-1]) for _ in range(2))
-    tensors = (output, logsumexp, tiles.table, tiles.image_offsets)
+    tensors = (output, logsumexp, tiles.table, tiles.image_offsets, partial, partial_max, partial_sum)
     with torch.cuda.device_of(query):
-        _launch(
-            forward_kernel,
-            "forward",
-            (query, key, value),
-            (*tensors, partial, partial_max, partial_sum),
-            tiles,
-            (scale * math.log2(math.e), tiles.global_shift),
-        )
+        layer, of_mean = None, (None, 0, None, None)
+        if context is not None:
+            layer = stratified_layer(key, value, tiles, context, scale)
+            of_mean = (layer.mean_output, len(tiles.context.entries), *tiles.context[:2])
+        numbers = (scale * math.log2(math.e), tiles.global_shift, tiles.weights, *_context_arguments(layer), *of_mean)
+        _launch(forward_kernel, "forward", (query, key, value), tensors, tiles, numbers)
         forward_reduce_kernel[(num_images * tiles.num_global_tokens, num_heads)](
-            output,
-            logsumexp,
-            tiles.image_offsets,
-            partial,
-            partial_max,
-            partial_sum,
-            num_tokens,
-            num_splits,
-            tiles.global_shift,
+            *(output, logsumexp, tiles.image_offsets, partial, partial_max, partial_sum),
+            *(num_tokens, num_splits, tiles.global_shift),
             NUM_GLOBALS=tiles.num_global_tokens,
             HEAD_DIM=head_dim,
             BLOCK_S=_MAX_SPLITS,  # not of their number, which would compile for each
@@ -206,32 +222,82 @@ def launch_block_attention_backward(
     logsumexp: torch.Tensor,
     tiles: AttentionTiles,
     scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of `launch_block_attention` with respect to query, key and value, each (M, heads, head_dim)."""
+    context: LayerContext | None = None,
+) -> tuple[torch.Tensor, ...]:
+    """Gradients of `launch_block_attention` with respect to query, key and value, each (M, heads, head_dim).
+
+    With context tokens also with respect to the mean queries, (images, heads, head_dim).
+    """
     num_tokens, num_heads, head_dim = query.shape
-    programs = _programs(tiles, num_tokens)
+    num_images, num_splits, _, num_split_programs = _programs(tiles, num_tokens)
     # The gradient of a sum is one number expanded to all: its last dimension is not contiguous.
     grad_output = grad_output if grad_output.stride(-1) == 1 else grad_output.contiguous()
     grad_query, grad_key, grad_value = gradients = [query.new_empty(query.shape) for _ in range(3)]
-    delta = torch.empty_like(logsumexp)
-    partial_shape = (3, programs.num_images, num_heads, programs.num_splits, tiles.num_global_tokens, head_dim)
-    partial_query, partial_key, partial_value = partial = logsumexp.new_empty(partial_shape)
-    states, scales = (query, key, value, grad_output), (scale, scale * math.log2(math.e))
-    tables = (logsumexp, delta, tiles.table, tiles.image_offsets)
-    query_tensors = (grad_query, *tables, partial_query)
-    key_value_tensors = (grad_key, grad_value, *tables, partial_key, partial_value)
+    partial = logsumexp.new_empty((3, num_images, num_heads, num_splits, tiles.num_global_tokens, head_dim))
+    states, scales = (query, key, value, grad_output), (scale, scale * math.log2(math.e), tiles.weights)
     with torch.cuda.device_of(query):
-        delta_shape = {"HEAD_DIM": head_dim, "BLOCK_M": 64, "enable_fp_fusion": FP_FUSION}
-        delta_kernel[(triton.cdiv(num_tokens, 64), num_heads)](
-            output, grad_output, delta, *grad_output.stride()[:2], num_tokens, **delta_shape
-        )
-        _launch(backward_query_kernel, "backward_query", states, query_tensors, tiles, scales)
-        _launch(backward_key_value_kernel, "backward_key_value", states, key_value_tensors, tiles, scales)
-        backward_reduce_kernel[(programs.num_images * tiles.num_global_tokens, num_heads)](
-            *(*gradients, tiles.image_offsets, *partial, programs.num_splits, scale),
-            NUM_GLOBALS=tiles.num_global_tokens,
-            HEAD_DIM=head_dim,
-            BLOCK_S=_MAX_SPLITS,  # not of their number, which would compile for each
-            enable_fp_fusion=FP_FUSION,
-        )
-    return grad_query, grad_key, grad_value
+        delta = _delta(output, grad_output, logsumexp)
+        layer, of_mean, of_blocks = None, None, (None, None)
+        if context is not None:
+            layer, of_blocks = stratified_layer(key, value, tiles, context, scale), tiles.context[:2]
+            of_mean = mean_gradients(grad_output, delta, layer, tiles, _most_parts(tiles, query), num_split_programs)
+        tables = (logsumexp, delta, tiles.table, tiles.image_offsets)
+        tensors, numbers = (grad_query, *tables, partial[0]), (*scales, *_context_arguments(layer), *of_blocks)
+        _launch(backward_query_kernel, "backward_query", states, tensors, tiles, numbers)
+        tensors, numbers = (grad_key, grad_value, *tables, *partial[1:]), _mean_arguments(tiles, layer, of_mean)
+        rows = max(MEAN_ROWS, triton.next_power_of_2((2 * tiles.neighbor_radius + 1) ** 2 + 1))
+        name = "backward_key_value"
+        _launch(backward_key_value_kernel, name, states, tensors, tiles, (*scales, *numbers), BLOCK_R=rows)
+        _join_splits(gradients, partial, tiles, scale)
+        if context is None:
+            return grad_query, grad_key, grad_value
+        of_slots = (gradients[1:], grad_output, query, (logsumexp, delta), layer, of_mean, tiles, scale)
+        return *gradients, grad_mean_query(add_context_gradients(*of_slots), of_mean, layer, tiles, scale)
+
+
+def _join_splits(gradients: list[torch.Tensor], partial: torch.Tensor, tiles: AttentionTiles, scale: float) -> None:
+    """Stores the gradients of the global tokens; `partial` is (3, images, heads, splits, globals, head_dim)."""
+    _, num_images, num_heads, num_splits, num_globals, head_dim = partial.shape
+    backward_reduce_kernel[(num_images * num_globals, num_heads)](
+        *(*gradients, tiles.image_offsets, *partial, num_splits, scale),
+        NUM_GLOBALS=num_globals,
+        HEAD_DIM=head_dim,
+        BLOCK_S=_MAX_SPLITS,  # not of their number, which would compile for each
+        enable_fp_fusion=FP_FUSION,
+    )
+
+
+def _delta(output: torch.Tensor, grad_output: torch.Tensor, logsumexp: torch.Tensor) -> torch.Tensor:
+    """Output times its gradient, summed over head_dim, (heads, M) float32."""
+    num_tokens, num_heads, head_dim = output.shape
+    delta = torch.empty_like(logsumexp)
+    delta_kernel[(triton.cdiv(num_tokens, 64), num_heads)](
+        *(output, grad_output, delta, *grad_output.stride()[:2], num_tokens),
+        HEAD_DIM=head_dim,
+        BLOCK_M=64,
+        enable_fp_fusion=FP_FUSION,
+    )
+    return delta
+
+
+def _most_parts(tiles: AttentionTiles, query: torch.Tensor) -> int:
+    """How many programs a tile has at most where its tokens are keys."""
+    capability = torch.cuda.get_device_capability()[0] if query.is_cuda else 0
+    shapes = {
+        size: launch_shape("backward_key_value", query.shape[-1], query.dtype, size, capability)
+        for size, _, _ in tiles.widths()
+    }
+    return max(size // shape.block_m for size, shape in shapes.items())
+
+
+def _mean_arguments(
+    tiles: AttentionTiles, layer: StratifiedLayer | None, of_mean: MeanGradients | None
+) -> tuple[object, ...]:
+    """What the kernel of keys and values takes of the mean queries."""
+    if layer is None:
+        return (*(None,) * 6, *(0,) * 3, *(None,) * 3)
+    return (
+        *(layer.mean_query, of_mean.output, of_mean.logsumexp, of_mean.delta, of_mean.partial),
+        *(of_mean.partial_splits, len(tiles.context.entries), len(layer.mean_query), of_mean.most_parts),
+        *tiles.context[:3],
+    )

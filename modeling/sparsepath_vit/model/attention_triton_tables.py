@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 
+from .attention_triton_context_tables import ContextTables, context_tables
 from .token_grid import TokenGrid, per_image
 from .token_strips import TokenStrip
 
@@ -42,6 +43,8 @@ class AttentionTiles(NamedTuple):
         num_narrow: how many are narrow.
         global_shift: of a strip, its first key of the global tokens, `image_offsets` being where these keys start and
             end; 0 where all tokens are queries.
+        weights: (M,) float32, base-2 logarithm of what each packed token counts for; `None` where all count once.
+        context: what is needed beside where there are context tokens.
     """
 
     table: torch.Tensor
@@ -53,6 +56,8 @@ class AttentionTiles(NamedTuple):
     num_medium: int
     num_narrow: int
     global_shift: int = 0
+    weights: torch.Tensor | None = None
+    context: ContextTables | None = None
 
     def widths(self) -> list[tuple[int, int, int]]:
         """(patch tokens a tile takes, first tile, tiles) of each width that there are tiles of."""
@@ -77,24 +82,53 @@ def attention_tiles(grid: TokenGrid) -> AttentionTiles:
     tile_size = attention_tile_size(grid.window_size)
     counts = _most_tiles(grid, tile_size)
     image_offsets = _starts([count + grid.num_global_tokens for count in grid.counts], grid.device)
-    table = _sorted_by_size(_pieces(grid, image_offsets, tile_size), tile_sizes(tile_size), counts).to(torch.int32)
+    entries = _entries(grid, image_offsets)
+    table = _sorted_by_size(_pieces(grid, entries, tile_size), tile_sizes(tile_size), counts)
+    context = None
+    if grid.has_context:
+        columns = (entries.start, entries.end, entries.image, entries.row, entries.column, *entries.counts)
+        context = context_tables(torch.stack(columns, dim=1), table[:, -1], grid)
+    table = table[:, :-1].to(torch.int32).contiguous()
     global_shift = 0
     if isinstance(grid, TokenStrip):
         image_offsets, global_shift = per_image(grid.global_keys, grid.device), grid.global_keys[0]
     numbers = (grid.num_global_tokens, grid.neighbor_radius, tile_size, *counts, global_shift)
-    return AttentionTiles(table, image_offsets.to(torch.int32), *numbers)
+    return AttentionTiles(table, image_offsets.to(torch.int32), *numbers, _log_weights(grid), context)
 
 
-def _pieces(grid: TokenGrid, image_offsets: torch.Tensor, tile_size: int) -> torch.Tensor:
-    """(pieces, columns of the table): each entry of `TokenGrid.block_offsets` in as many pieces as a block may have.
+def _log_weights(grid: TokenGrid) -> torch.Tensor | None:
+    """(M,) float32: base-2 logarithm of what each packed token counts for, 0 for global tokens."""
+    if grid.weights is None:
+        return None
+    of_all = torch.zeros(grid.num_tokens, device=grid.device)
+    return of_all.index_copy(0, grid.patch_indices(), grid.weights.float().log2())
 
-    Some are empty: of blocks with fewer tokens, and of the entries that end a block row and are no block.
+
+class _Entries(NamedTuple):
+    """(entries,) int64 of each entry of `TokenGrid.block_offsets`: a block, or the end of a block row.
+
+    Attributes:
+        start, end: packed index of its first token and after its last one; equal where it ends a block row.
+        image, image_start: which image, and the packed index of its first token.
+        row, column: of the block.
+        counts: block rows and block columns of the image.
     """
+
+    start: torch.Tensor
+    end: torch.Tensor
+    image: torch.Tensor
+    image_start: torch.Tensor
+    row: torch.Tensor
+    column: torch.Tensor
+    counts: tuple[torch.Tensor, torch.Tensor]
+
+
+def _entries(grid: TokenGrid, image_offsets: torch.Tensor) -> _Entries:
     offsets, device = grid.block_offsets, grid.device
     entry = torch.arange(len(offsets), device=device)
     if grid.batch_size == 1:
-        num_rows, num_columns = (torch.full((1,), count, device=device) for count in grid.block_counts[0])
-        place, image_start = entry, image_offsets[:1]
+        num_rows, num_columns = (torch.full_like(entry, count) for count in grid.block_counts[0])
+        place, image, image_start = entry, torch.zeros_like(entry), image_offsets[:1].expand_as(entry)
     else:
         image = grid.entry_shifts // grid.num_global_tokens - 1
         num_rows = per_image([rows for rows, _ in grid.block_counts], device)[image]
@@ -102,15 +136,24 @@ def _pieces(grid: TokenGrid, image_offsets: torch.Tensor, tile_size: int) -> tor
         place = entry - _starts([rows * (columns + 1) for rows, columns in grid.block_counts], device)[image]
         image_start = image_offsets[image]
     row, column = place // (num_columns + 1), place % (num_columns + 1)
-    runs = _near_runs(grid, entry, row, column, num_rows, num_columns)
     # An entry that ends a block row holds no tokens: it ends where it starts.
     end = offsets[entry + (column < num_columns)]
-    first = torch.arange(0, _pieces_of_a_block(grid, tile_size) * tile_size, tile_size, device=device)
-    start = torch.minimum(offsets[:, None] + first, end[:, None])  # (entries, pieces)
-    end = torch.minimum(start + tile_size, end[:, None])
+    return _Entries(offsets, end, image, image_start, row, column, (num_rows, num_columns))
+
+
+def _pieces(grid: TokenGrid, entries: _Entries, tile_size: int) -> torch.Tensor:
+    """(pieces, columns of the table and the entry): each entry in as many pieces as a block may have.
+
+    Some are empty: of blocks with fewer tokens, and of the entries that end a block row and are no block.
+    """
+    entry = torch.arange(len(entries.start), device=grid.device)
+    runs = _near_runs(grid, entry, entries.row, entries.column, *entries.counts)
+    first = torch.arange(0, _pieces_of_a_block(grid, tile_size) * tile_size, tile_size, device=grid.device)
+    start = torch.minimum(entries.start[:, None] + first, entries.end[:, None])  # (entries, pieces)
+    end = torch.minimum(start + tile_size, entries.end[:, None])
     if isinstance(grid, TokenStrip):  # the others only answer
         start, end = (places.clamp(*grid.own) - grid.query_shift for places in (start, end))
-    keys = [column[:, None].expand_as(start) for column in (image_start.expand_as(entry), *runs)]
+    keys = [column[:, None].expand_as(start) for column in (entries.image_start, *runs, entry)]
     return torch.stack([start, end, *keys], dim=2).flatten(0, 1)
 
 

@@ -15,6 +15,7 @@ from .token_grid import TokenGrid, per_image
 # At inference a larger image is embedded in strips of this many token rows, so that neither its patches nor its
 # position map are in memory at once beside the tokens themselves.
 ROWS_PER_STRIP = 32
+_TOKENS_AT_ONCE = 4_096  # of a wide image fewer rows
 
 # Called as a forward proceeds, with the number of patch tokens that the embeddings or a layer have just finished.
 OnTokens = Callable[[int], None]
@@ -210,9 +211,8 @@ class SparsePathViTEmbeddings(nn.Module):
         and after it.
         """
         size, (first_row, last_row) = tuple(places.shape), rows
-        for strip in strips:
-            self.patch_embeddings.check(strip)
-            patches = self.patch_embeddings(strip)[0]  # (rows, columns, hidden_size)
+        for part in self._checked_parts(strips, size[1]):
+            patches = self.patch_embeddings(part)[0]  # (rows, columns, hidden_size)
             end_row = first_row + patches.shape[0]
             if patches.shape[1] != size[1] or end_row > last_row:
                 raise ValueError(
@@ -225,6 +225,13 @@ class SparsePathViTEmbeddings(nn.Module):
             first_row = end_row
         if first_row != last_row:
             raise ValueError(f"strips hold {first_row - rows[0]} token rows: the grid has {last_row - rows[0]}.")
+
+    def _checked_parts(self, strips: Iterable[torch.Tensor], columns: int) -> Iterator[torch.Tensor]:
+        """The strips of an image that is `columns` tokens wide, of a wide one in parts."""
+        height = max(1, _TOKENS_AT_ONCE // columns) * self.config.patch_size
+        for strip in strips:
+            self.patch_embeddings.check(strip)
+            yield from strip.split(height, dim=2)
 
     def _position_map(self, size: tuple[int, int], first_row: int, num_rows: int) -> torch.Tensor:
         """Position embeddings of some rows of a grid, resampled bicubically: (num_rows, columns, hidden_size)."""

@@ -130,7 +130,11 @@ class SparsePathViTMLP(nn.Module):
         hidden_states = self.fc1(hidden_states)
         if self.is_gated:
             return self.fc2(gated_silu(hidden_states, may_fuse=not self.training))
-        return self.fc2(nn.functional.gelu(hidden_states))
+        is_seen = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
+        if is_seen or self.fc1._forward_hooks:
+            return self.fc2(nn.functional.gelu(hidden_states))
+        # In place: beside the keys this is the largest tensor of a strip, and nobody else has it.
+        return self.fc2(torch.ops.aten.gelu_(hidden_states))
 
 
 class SparsePathViTLayer(GradientCheckpointingLayer):

@@ -30,12 +30,22 @@ from .token_strips import TokenStrip, strips_of
 # multiprocessors of an H100, so that the second is half empty; for 16,384 tokens it has 5.8 rounds.
 TOKENS_PER_STRIP = {"cuda": 16_384}
 TOKENS_PER_STRIP_ELSEWHERE = 4_096
+# Several processes have less of everything but the strips. 2,048 tokens are still as fast on a CPU.
+TOKENS_PER_STRIP_OF_SHARES = {"cpu": 2_048}
 
 
-def tokens_per_strip(config: SparsePathViTConfig, device: torch.device) -> int:
-    """`config.tokens_per_strip`, or what is best on a device where that is `None`; 0 for no strips."""
+def tokens_per_strip(config: SparsePathViTConfig, device: torch.device, is_shared: bool = False) -> int:
+    """`config.tokens_per_strip`, or what is best on a device where that is `None`; 0 for no strips.
+
+    Args:
+        config: of the model.
+        device: where the tokens are.
+        is_shared: whether several processes share the image.
+    """
     if config.tokens_per_strip is not None:
         return config.tokens_per_strip
+    if is_shared and device.type in TOKENS_PER_STRIP_OF_SHARES:
+        return TOKENS_PER_STRIP_OF_SHARES[device.type]
     return TOKENS_PER_STRIP.get(device.type, TOKENS_PER_STRIP_ELSEWHERE)
 
 
@@ -108,21 +118,22 @@ def run_in_strips(
     """
     output = hidden_states if overwrites else torch.empty_like(hidden_states)
     packed, packed_output = hidden_states.flatten(0, 1), output.flatten(0, 1)  # (M, hidden_size), views
-    most_tokens, num_globals = tokens_per_strip(layer.config, hidden_states.device), grid.num_global_tokens
-    share = grid if isinstance(grid, TokenShare) else None
+    share, num_globals = grid if isinstance(grid, TokenShare) else None, grid.num_global_tokens
+    most_tokens = tokens_per_strip(layer.config, hidden_states.device, is_shared=share is not None) or grid.num_tokens
     if share is not None:
         share.fetch_surroundings(packed)
         on_tokens = in_proportion(on_tokens, share.num_owned, share.whole.counts[0])
-    all_strips = strips_of(grid, most_tokens) if share is None else [share.strips(most_tokens or share.counts[0])]
+    all_strips = strips_of(grid, most_tokens) if share is None else [share.strips(most_tokens)]
     for strips in all_strips:
         prepare_strips(strips, packed.new_empty(0, layer.attention.head_dim))
     scores, processes = [], None if share is None else share.processes
     for strips, start in zip(all_strips, grid.image_offsets[:-1], strict=True):
-        logits = PruneLogits(layer.attention.scaling, layer.config.prune_score) if score_tokens else None
-        attention = _run_strips(layer, packed, packed_output, strips, num_globals, logits, on_tokens)
+        num_tokens = sum(strip.own[1] - strip.own[0] for strip in strips)
+        logits = PruneLogits(layer.attention.scaling, layer.config.prune_score, num_tokens) if score_tokens else None
+        attention = _run_strips(layer, packed, packed_output, strips, num_globals, most_tokens, logits, on_tokens)
         attended = attention.merged(processes).to(packed.dtype)
         global_tokens = slice(start, start + num_globals)
-        _finish(layer, packed[global_tokens], attended, packed_output[global_tokens])
+        _finish(layer, packed[global_tokens], attended, packed_output[global_tokens], most_tokens)
         if logits is not None:
             scores.append(logits.scores(processes))
     if not score_tokens:
@@ -136,6 +147,7 @@ def _run_strips(
     output: torch.Tensor,
     strips: list[TokenStrip],
     num_globals: int,
+    most_tokens: int,
     logits: PruneLogits | None,
     on_tokens: OnTokens | None,
 ) -> MergedAttention:
@@ -158,16 +170,20 @@ def _run_strips(
         if logits is not None:
             logits.add(query[:, :num_globals], key, value, strip)
         own = slice(*strip.own_in_batch)
-        _finish(layer, hidden_states[own], attended[:, num_globals:], output[own])
+        _finish(layer, hidden_states[own], attended[:, num_globals:], output[own], most_tokens)
         if on_tokens is not None:
             on_tokens(own.stop - own.start)
     return attention
 
 
-def _finish(layer: nn.Module, hidden_states: torch.Tensor, attended: torch.Tensor, output: torch.Tensor) -> None:
+def _finish(
+    layer: nn.Module, hidden_states: torch.Tensor, attended: torch.Tensor, output: torch.Tensor, most_tokens: int
+) -> None:
     """The layer after attention: (tokens, hidden_size), with (heads, tokens, head_dim) attended, to the output."""
-    branch = layer.attention.projection(attended.transpose(0, 1).flatten(1))
-    layer.add_branches(hidden_states, branch, output)
+    for start in range(0, len(hidden_states), most_tokens):  # one row of blocks may have more tokens than a strip
+        part = slice(start, start + most_tokens)
+        branch = layer.attention.projection(attended[:, part].transpose(0, 1).flatten(1))
+        layer.add_branches(hidden_states[part], branch, output[part])
 
 
 class _Window:

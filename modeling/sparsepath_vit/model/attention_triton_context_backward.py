@@ -1,0 +1,109 @@
+# Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
+# ruff: noqa: ANN001, ANN201, ANN202 (Triton infers types)
+"""The backward kernels of context tokens as keys; `attention_triton_context.py` launches them.
+
+All queries of an image outside their neighbourhood see them, so the queries are split, and partial results are added in
+a fixed order. Queries come in steps of one block, for which a bias says which of the keys count, and for how much.
+"""
+
+from .attention_triton_functions import add_mean_rows, load_rows, store_grad_mean, store_rows
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError as error:
+    raise ImportError("The attention kernel needs Triton, which is not installed: pip install triton.") from error
+
+
+@triton.jit
+def _share(first, end, split, num_splits):
+    """First and end of one split of a range."""
+    size = tl.cdiv(end - first, num_splits)
+    return tl.minimum(first + split * size, end), tl.minimum(first + (split + 1) * size, end)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_entries", "num_images", "num_splits"])
+def context_key_value_kernel(
+    query_ptr, grad_output_ptr, context_key_ptr, context_value_ptr, bias_ptr, logsumexp_ptr, delta_ptr, step_ptr,
+    step_bound_ptr, entry_offset_ptr, mean_query_ptr, mean_logsumexp_ptr, mean_delta_ptr, grad_mean_ptr,
+    partial_key_ptr, partial_value_ptr, partial_mean_ptr, query_stride, query_head_stride, grad_output_stride,
+    grad_output_head_stride, num_tokens, context_size, num_entries, num_images, num_splits, logit_scale,
+    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Gradients of BLOCK_M context tokens from a split of the queries; grid (images * tiles * splits, heads).
+
+    Partial gradients are (splits, images * slots, heads, head_dim), of the mean query one for each program and head.
+    """
+    head, num_heads = tl.program_id(1).to(tl.int64), tl.num_programs(1)
+    split, tile = tl.program_id(0) % num_splits, tl.program_id(0) // num_splits
+    tiles_of_image = context_size // BLOCK_M
+    image, first_slot = tile // tiles_of_image, tile % tiles_of_image * BLOCK_M
+    stride = num_heads * HEAD_DIM
+    slots = image.to(tl.int64) * context_size + first_slot + tl.arange(0, BLOCK_M)
+    key = load_rows((context_key_ptr + head * HEAD_DIM, stride), slots, None, HEAD_DIM, False)
+    value = load_rows((context_value_ptr + head * HEAD_DIM, stride), slots, None, HEAD_DIM, False)
+    bias_ptrs = bias_ptr + first_slot + tl.arange(0, BLOCK_M)
+    logsumexp_ptr += head * num_tokens
+    delta_ptr += head * num_tokens
+    grad_key, grad_value = tl.zeros_like(key).to(tl.float32), tl.zeros_like(key).to(tl.float32)
+    first, end = _share(tl.load(step_bound_ptr + 2 * image), tl.load(step_bound_ptr + 2 * image + 1), split, num_splits)
+    for step in range(first, end):
+        step_start, step_end = tl.load(step_ptr + 3 * step), tl.load(step_ptr + 3 * step + 1)
+        bias = tl.load(bias_ptrs + tl.load(step_ptr + 3 * step + 2).to(tl.int64) * context_size)
+        tokens = step_start + tl.arange(0, BLOCK_N)
+        is_query = tokens < step_end
+        query = load_rows((query_ptr + head * query_head_stride, query_stride), tokens, is_query, HEAD_DIM, True)
+        grad_output = load_rows(
+            (grad_output_ptr + head * grad_output_head_stride, grad_output_stride), tokens, is_query, HEAD_DIM, True
+        )
+        logsumexp = tl.load(logsumexp_ptr + tokens, mask=is_query, other=float("inf"))
+        delta = tl.load(delta_ptr + tokens, mask=is_query, other=0.0)
+        logits = tl.dot(key, tl.trans(query), input_precision="ieee") * logit_scale  # (keys, queries)
+        probabilities = tl.exp2(logits + bias[:, None] - logsumexp[None, :])
+        grad_value = tl.dot(probabilities.to(query.dtype), grad_output, grad_value, input_precision="ieee")
+        grad_probabilities = tl.dot(value, tl.trans(grad_output), input_precision="ieee")
+        grad_logits = probabilities * (grad_probabilities - delta[None, :])
+        grad_key = tl.dot(grad_logits.to(query.dtype), query, grad_key, input_precision="ieee")
+    mean_query = mean_query_ptr + image * stride + head * HEAD_DIM
+    mean_rows = (grad_mean_ptr + head * HEAD_DIM, stride, mean_logsumexp_ptr, mean_delta_ptr, num_entries + num_images)
+    gradients = (grad_key, grad_value, tl.zeros([BLOCK_R, key.shape[1]], tl.float32))
+    first, end = _share(tl.load(entry_offset_ptr + image), tl.load(entry_offset_ptr + image + 1), split, num_splits)
+    for row in range(first, end, BLOCK_R):
+        rows = row + tl.arange(0, BLOCK_R)
+        row_bias_ptrs = bias_ptrs[:, None] + rows.to(tl.int64)[None, :] * context_size
+        row_bias = tl.load(row_bias_ptrs, mask=(rows < end)[None, :], other=float("-inf"))
+        gradients = add_mean_rows(
+            gradients, key, value, row_bias, mean_query, mean_rows, rows, rows < end, logit_scale, HEAD_DIM
+        )
+    grad_key, grad_value, grad_mean = gradients
+    partial_rows = (split.to(tl.int64) * num_images * context_size + slots) * num_heads + head
+    is_slot = slots >= 0
+    store_rows((partial_key_ptr, HEAD_DIM), partial_rows, is_slot, grad_key, HEAD_DIM)
+    store_rows((partial_value_ptr, HEAD_DIM), partial_rows, is_slot, grad_value, HEAD_DIM)
+    store_grad_mean(partial_mean_ptr, tl.program_id(0), grad_mean, HEAD_DIM)
+
+
+@triton.jit
+def _add_to_token(states_ptr, partial_ptr, rows, is_split, place, scale, HEAD_DIM: tl.constexpr):
+    """Adds the splits of one context token's gradient, in order, to what it received as itself."""
+    total = tl.sum(load_rows((partial_ptr, HEAD_DIM), rows, is_split, HEAD_DIM, True), axis=0) * scale
+    dims = tl.arange(0, triton.next_power_of_2(HEAD_DIM))
+    states_ptr += place * HEAD_DIM
+    own = tl.load(states_ptr + dims, mask=dims < HEAD_DIM, other=0.0).to(tl.float32)
+    tl.store(states_ptr + dims, (own + total).to(states_ptr.dtype.element_ty), mask=dims < HEAD_DIM)
+
+
+@triton.jit(do_not_specialize=["num_splits"])
+def context_reduce_kernel(
+    grad_key_ptr, grad_value_ptr, partial_key_ptr, partial_value_ptr, token_ptr, weight_ptr, num_splits, scale,
+    HEAD_DIM: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """Joins the splits of one context token, which is the only one that its patch token is; grid (slots, heads)."""
+    slot, head, num_heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    if tl.load(weight_ptr + slot) > 0:
+        splits = tl.arange(0, BLOCK_S)
+        is_split = splits < num_splits
+        rows = (splits.to(tl.int64) * tl.num_programs(0) + slot) * num_heads + head
+        place = tl.load(token_ptr + slot).to(tl.int64) * num_heads + head
+        _add_to_token(grad_key_ptr, partial_key_ptr, rows, is_split, place, scale, HEAD_DIM)
+        _add_to_token(grad_value_ptr, partial_value_ptr, rows, is_split, place, 1.0, HEAD_DIM)
