@@ -1,7 +1,7 @@
 # Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
 """Tries each adapter against the toolkit itself, in an environment of its own: `make interop`.
 
-    python scripts/interop_tests.py                                # eva, LazySlide, slide2vec, torchao
+    python scripts/interop_tests.py                                # LazySlide, torchao, slide2vec, eva
     python scripts/interop_tests.py --only lazyslide
     python scripts/interop_tests.py --trident ../TRIDENT           # and TRIDENT, from a checkout: no index has it
     python scripts/interop_tests.py --trident ../TRIDENT --patho-bench ../Patho-Bench    # and Patho-Bench, likewise
@@ -36,11 +36,11 @@ class Peer:
 
 
 PEERS = {
-    # eva's own command line fails with newer jsonargparse.
-    "eva": Peer(("kaiko-eva[vision]>=0.4.5,<0.5", "jsonargparse[omegaconf,signatures]==4.41.*")),
     "lazyslide": Peer(("lazyslide>=0.13,<0.14", "lazyslide-models>=0.1,<0.2")),
     "torchao": Peer(("torchao>=0.15",)),
     "slide2vec": Peer(("slide2vec>=7.1.4,<8",), is_overruled=True),
+    # Last, since its own evaluation takes longest. Its command line fails with newer jsonargparse.
+    "eva": Peer(("kaiko-eva[vision]>=0.4.5,<0.5", "jsonargparse[omegaconf,signatures]==4.41.*")),
 }
 
 

@@ -212,6 +212,48 @@ def test_a_click_shows_the_similarity_that_numpy_computes(window, opened):
     until(lambda: np.abs(window.picture()[int(y), int(x)] - color).max() <= 3, "its colour")
 
 
+def cell_means(corners, values, tokens_per_side):
+    """(rows, columns): the mean of the values of each cell's tokens, and the corner of the first cell."""
+    origin = corners.min(axis=0)
+    cells = {}
+    for corner, value in zip(((corners - origin) // (tokens_per_side * PATCH)).astype(int), values, strict=True):
+        cells.setdefault((corner[1], corner[0]), []).append(value)
+    means = np.full(np.max(list(cells), axis=0) + 1, np.nan)
+    for place, of_cell in cells.items():
+        means[place] = np.mean(of_cell)
+    return means, origin
+
+
+def test_tokens_of_a_grid_too_large_for_the_browser_share_cells_and_are_clicked_one_by_one(window, opened, monkeypatch):
+    monkeypatch.setattr("sparsepath_vit.slides.view.contents._MOST_CELLS", 100)
+    slide = opened._slides[0]
+    embedded = slide.embedded
+    features = embedded.features.rows(np.arange(len(embedded.kept))).astype(float)
+    norms = np.linalg.norm(features, axis=1)
+    values = slide.values("norm of the features")
+    merged = slide.merged(values)
+    assert merged > 1
+    expected, origin = cell_means(embedded.kept, norms, merged)
+    window.choose("layer", "norm of the features")
+
+    def shows(numbers):
+        found = window.overlay()
+        is_it = found is not None and found.shape == numbers.shape
+        return is_it and np.allclose(found, numbers, rtol=1e-3, atol=3e-3, equal_nan=True)
+
+    until(lambda: shows(expected), "the norms, merged")
+    window.page.evaluate('Bokeh.documents[0].get_model_by_name("opacity").value = 1')
+    window.show(0, 0)
+    colors = values.colors(merged)
+    row, column = np.argwhere(colors.present)[3]
+    x, y = (origin + np.array([column + 0.5, row + 0.5]) * merged * PATCH).astype(int)
+    until(lambda: np.abs(window.picture()[y, x] - colors.colors[row, column].astype(int)).max() <= 2, "its colour")
+    token = 25
+    window.click(*(embedded.kept[token] + PATCH / 2))
+    cosines = features @ features[token] / norms / norms[token]
+    until(lambda: shows(cell_means(embedded.kept, cosines, merged)[0]), "the similarity to one token, merged")
+
+
 def test_similar_places_of_all_slides_are_listed_and_jumped_to(window, opened):
     window.show(0, 0)
     embedded = opened._slides[0].embedded
