@@ -56,12 +56,13 @@ class Step(NamedTuple):
 
 STEPS = {
     "environment": Step("gpu_timings", 5),
-    "correctness": Step("gpu_checks", 75),
-    "bitwise": Step("gpu_checks", 15),
+    "correctness": Step("gpu_checks", 110),
+    "bitwise": Step("gpu_checks", 25),
     "attention_speed": Step("gpu_timings", 60, 25),
+    "stratified_speed": Step("gpu_stratified", 25, 10),
     "profile": Step("gpu_timings", 10),
-    "compilations": Step("gpu_checks", 20),
-    "cuda_graph": Step("gpu_checks", 15),
+    "compilations": Step("gpu_launches", 40),
+    "cuda_graph": Step("gpu_launches", 25),
     "model": Step("gpu_timings", 130, 45),
     "attention_peers": Step("gpu_timings", 80, 45),
     "tests": Step("", 150),
@@ -273,13 +274,14 @@ def kernel_tests(arguments: argparse.Namespace, log: TextIO) -> Any:
     """The kernel's tests, compiled on a GPU."""
     from studies.benchmarks.acceptance import Finding
 
-    command = [sys.executable, "-m", "pytest", "tests/model/test_attention_triton.py"]
+    files = ["tests/model/test_attention_triton.py", "tests/model/test_attention_triton_context.py"]
+    command = [sys.executable, "-m", "pytest", *files]
     command += ["-k", "TestBadInput", "-p", "no:cacheprovider"] if arguments.rehearse else ["-n", "8", "-x"]
     limit = PATIENCE * STEPS["tests"].seconds
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit, check=False)
     log.write(result.stdout + result.stderr)
     last = (result.stdout.strip().splitlines() or ["no output"])[-1].strip("= ")
-    return Finding("tests/model/test_attention_triton.py", last, "all pass", result.returncode == 0)
+    return Finding(" ".join(files), last, "all pass", result.returncode == 0)
 
 
 def is_device_well() -> bool:

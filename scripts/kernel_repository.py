@@ -56,7 +56,7 @@ _SOURCES = (
     "attention_triton_forward.py",
     "attention_triton_backward.py",
     "attention_triton_mean.py",
-    "attention_triton_context_backward.py",
+    "attention_triton_context_kernels.py",
     "attention_operator.py",
 )
 _MODEL_FOLDER = Path(__file__).parents[1] / "modeling" / "sparsepath_vit" / "model"

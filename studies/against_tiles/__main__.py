@@ -32,7 +32,7 @@ from sparsepath_vit.runtime.extras import ScriptParser, imports_of_extra, run_sc
 from sparsepath_vit.runtime.load_model import load_model
 from sparsepath_vit.runtime.measure import describe_run
 
-from ..real_weights.cache import cache_folder, cached_checkpoint
+from ..real_weights.cache import chosen_checkpoint
 from ..regions import osteosarcoma_regions
 from ..results import write_table
 
@@ -77,12 +77,7 @@ def run(arguments: argparse.Namespace) -> None:
     parts = arguments.parts.split(",")
     if unknown := sorted(set(parts) - set(PARTS)):
         raise ValueError(f"--parts {', '.join(unknown)} unknown: choose from {', '.join(PARTS)}.")
-    source = arguments.model_name_or_path or cached_checkpoint()
-    if source is None:
-        raise ValueError(
-            f"there are no weights in {cache_folder()}: run python -m studies.real_weights, or name a converted "
-            "checkpoint with --model-name-or-path."
-        )
+    source = chosen_checkpoint(arguments.model_name_or_path)
     encoder = Encoder(*load_model(source, "cpu", "float32", model_class=SparsePathViTModel))
     described = {"model": Path(source).name, **describe_run("cpu")}
     for part, rows_of in zip(PARTS, (region_rows, token_rows, position_rows), strict=True):

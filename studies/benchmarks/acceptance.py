@@ -39,6 +39,7 @@ class Scale:
         sizes: pixels of a square image, of the whole models.
         tokens: patch tokens, of attention alone.
         windows: tokens per block side, of attention alone.
+        context_tokens: of stratified attention.
         heads: attention heads.
         head_dim: width of each.
         repeats: measurements of each; the median counts.
@@ -55,6 +56,7 @@ class Scale:
     sizes: tuple[int, ...] = (224, 896, 1400, 3430, 6860, 13720)
     tokens: tuple[int, ...] = (10_000, 60_025, 240_100, 1_000_000)
     windows: tuple[int, ...] = (8, 16, 64)
+    context_tokens: int = 1024
     heads: int = 24
     head_dim: int = 64
     repeats: int = 3
@@ -83,6 +85,7 @@ REHEARSAL = Scale(
     sizes=(56, 224),
     tokens=(49,),
     windows=(4,),
+    context_tokens=6,
     heads=2,
     head_dim=16,
     repeats=1,

@@ -37,6 +37,7 @@ class AttentionCase:
         device: where it runs.
         global_tokens: G.
         is_clustered: whether what is kept lies together, as tissue does; otherwise it is drawn at random.
+        context_tokens: at most how many; 0 for block-local attention.
     """
 
     tokens: int
@@ -48,6 +49,7 @@ class AttentionCase:
     device: str
     global_tokens: int = 9
     is_clustered: bool = False
+    context_tokens: int = 0
 
     def grid(self) -> TokenGrid:
         """The tokens, pruned at random with a fixed seed."""
@@ -57,6 +59,7 @@ class AttentionCase:
             num_global_tokens=self.global_tokens,
             window_size=self.window_size,
             device=self.device,
+            num_context_tokens=self.context_tokens,
         )
         if self.kept_share == 1.0:
             return grid

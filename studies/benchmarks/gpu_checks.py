@@ -1,5 +1,5 @@
 # Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
-"""Steps of the acceptance that check the kernel: against float64, bitwise, in a CUDA graph, and what it compiles."""
+"""Steps of the acceptance that check the kernel: against float64, and bitwise."""
 
 import concurrent.futures
 import dataclasses
@@ -10,17 +10,16 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from sparsepath_vit.conversion import architecture
-from sparsepath_vit.model import attention_triton_launch as launch
+from sparsepath_vit import block_attention, set_block_attention_backend
 from sparsepath_vit.model.attention_specification import naive_block_attention
 from sparsepath_vit.model.attention_triton_launch import launch_block_attention, launch_block_attention_backward
 from sparsepath_vit.model.attention_triton_tables import attention_tiles
-from sparsepath_vit.model.modeling_sparsepath_vit import SparsePathViTModel
+from sparsepath_vit.model.context_tokens import ContextTokens
 from sparsepath_vit.model.token_grid import TokenGrid
 
-from .acceptance import Finding, Scale, wait
+from .acceptance import Finding, Scale
 from .attention import AttentionCase, grid_places
-from .model import random_weights
+from .gpu_stratified import context_of, layer_context
 
 # ||kernel - float64|| / ||float64||. float32 products are exact ones, not TF32, which would give about 3e-4.
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -47,6 +46,7 @@ PATTERNS = (
     (8, 1, 80, 9),
 )
 LAYOUTS = ("full", "random", "clustered", "masked batch", "images of three sizes", "large logits")
+STRATIFIED_LAYOUTS = ("context tokens", "context tokens and weights", "context tokens, masked batch")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,37 +68,47 @@ class KernelCase:
             rows = window // 3
         settings = {"num_global_tokens": num_globals, "window_size": window, "neighbor_radius": radius}
         settings["device"] = self.device
+        if self.layout in STRATIFIED_LAYOUTS:
+            settings["num_context_tokens"] = max(8, rows * columns // 16)
         if self.layout == "images of three sizes":
             sizes = [(rows // 2, columns), (1, 1), (rows, columns // 2 + 1)]
             return TokenGrid.create(sizes, **settings)
-        if self.layout == "masked batch":
+        if "masked batch" in self.layout:
             generator = torch.Generator().manual_seed(3)
             present = torch.rand(2, rows, columns, generator=generator) < 0.6
             present[0, : window + 1] = False  # whole blocks of background
             present[:, -1, -1] = True
             return TokenGrid.create([(rows, columns)] * 2, present=present.to(self.device), **settings)
         grid = TokenGrid.create([(rows, columns)], **settings)
-        if self.layout not in ("random", "clustered"):
+        if self.layout not in ("random", "clustered", "context tokens and weights"):
             return grid
         side = max(rows, columns)
         places = grid_places(side, self.layout == "clustered")
         places = places[(places // side < rows) & (places % side < columns)]
         places = places // side * columns + places % side
         kept = places[: round(0.4 * rows * columns)].to(self.device)
-        return grid.select(grid.raster_order()[kept].sort().values, [len(kept)])
+        weights = 1 + kept % 9 if self.layout == "context tokens and weights" else None
+        return grid.select(grid.raster_order()[kept].sort().values, [len(kept)], weights)
 
 
 def kernel_cases(scale: Scale) -> list[list[KernelCase]]:
-    """Groups of cases that share compiled kernels: bfloat16 over all patterns, the other dtypes over every other."""
+    """Groups of cases that share compiled kernels: bfloat16 over all patterns, the other dtypes over every other.
+
+    With context tokens bfloat16 over every other and the rest over the first: they compile twice as many kernels.
+    """
     if scale.is_rehearsal:
         chosen = [((4, 1, 16, 5), torch.float32), ((4, 1, 16, 5), torch.float16)]
     else:
         chosen = [(pattern, torch.bfloat16) for pattern in PATTERNS]
         chosen += [(pattern, torch.float16) for pattern in PATTERNS[::2]]
         chosen += [(pattern, torch.float32) for pattern in (PATTERNS[0], *PATTERNS[1::2])]
+    stratified = {(pattern, torch.bfloat16) for pattern in PATTERNS[::2]}
+    stratified |= {(PATTERNS[0], dtype) for dtype in TOLERANCES} | {chosen[0]}
     return [
-        [KernelCase(pattern, layout, dtype, scale.device, scale.is_rehearsal) for layout in LAYOUTS]
+        [KernelCase(pattern, layout, dtype, scale.device, scale.is_rehearsal) for layout in layouts]
         for pattern, dtype in chosen
+        for layouts in (LAYOUTS, STRATIFIED_LAYOUTS if (pattern, dtype) in stratified else ())
+        if layouts
     ]
 
 
@@ -115,9 +125,10 @@ def check_kernel_case(case: KernelCase) -> dict[str, object]:
             LARGE_LOGIT / scale / (fused[0, ::37].flatten(1) @ fused[1, ::41].flatten(1).T).abs().max()
         ) ** 0.5
     query, key, value, weights = fused.to(case.dtype).unbind(0)
-    computed = _kernel_results(query, key, value, weights, grid, scale)
+    context = context_of(grid)
+    computed = _kernel_results(query, key, value, weights, grid, context, scale)
     states = [tensor.double().requires_grad_() for tensor in (query, key, value)]
-    expected = naive_block_attention(*states, grid, scale)
+    expected = naive_block_attention(*states, grid, scale, context=context)
     gradients = torch.autograd.grad(expected, states, weights.double())
     errors = {
         name: ((actual.double() - wanted).norm() / wanted.norm()).item()
@@ -147,17 +158,22 @@ def _kernel_results(
     value: torch.Tensor,
     weights: torch.Tensor,
     grid: TokenGrid,
+    context: ContextTokens | None,
     scale: float,
 ) -> tuple[torch.Tensor, ...]:
-    """Output and gradients from memory full of NaN."""
-    tiles = attention_tiles(grid)
+    """Output and gradients, (tokens, heads, head_dim), from memory full of NaN."""
+    packed = [states.requires_grad_() for states in (query, key, value)]
+    shape = (*grid.batch_shape, *query.shape[1:])
+    set_block_attention_backend("triton")
     torch.use_deterministic_algorithms(True)  # fills new tensors with NaN
     try:
-        output, logsumexp = launch_block_attention(query, key, value, tiles, scale)
-        gradients = launch_block_attention_backward(weights, query, key, value, output, logsumexp, tiles, scale)
+        states = [tensor.view(shape).transpose(1, 2) for tensor in packed]
+        output = block_attention(*states, grid, context=context, scale=scale).transpose(1, 2).reshape(query.shape)
+        gradients = torch.autograd.grad(output, packed, weights)
     finally:
         torch.use_deterministic_algorithms(False)
-    return output, *gradients
+        set_block_attention_backend("auto")
+    return output.detach(), *gradients
 
 
 def check_group(cases: list[KernelCase]) -> list[dict[str, object]]:
@@ -212,8 +228,8 @@ def correctness(scale: Scale) -> Iterator[Finding]:
 
 
 def bitwise(scale: Scale) -> Iterator[Finding]:
-    """Repeats of forward and backward are equal bit by bit, of the full grid and of a pruned one."""
-    for kept_share in (1.0, 0.4):
+    """Repeats of forward and backward are equal bit by bit, of the full grid, a pruned one, one with context tokens."""
+    for kept_share, context_tokens in ((1.0, 0), (0.4, 0), (1.0, scale.context_tokens)):
         case = AttentionCase(
             tokens=min(scale.tokens[-1], 60_025),
             window_size=scale.windows[0],
@@ -223,17 +239,17 @@ def bitwise(scale: Scale) -> Iterator[Finding]:
             dtype=scale.dtype,
             device=scale.device,
             is_clustered=True,
+            context_tokens=context_tokens,
         )
         grid = case.grid()
-        tiles = attention_tiles(grid)
         states = [tensor[0].transpose(0, 1) for tensor in case.states(grid)]  # (tokens, heads, head_dim)
-        factor = scale.head_dim**-0.5
-        output, logsumexp = launch_block_attention(*states, tiles, factor)
+        settings = (attention_tiles(grid), scale.head_dim**-0.5, layer_context(states[0], grid))
+        output, logsumexp = launch_block_attention(*states, *settings)
 
-        def forward(states: list = states, tiles: object = tiles, factor: float = factor) -> tuple:
-            return launch_block_attention(*states, tiles, factor)
+        def forward(arguments: tuple = (*states, *settings)) -> tuple:
+            return launch_block_attention(*arguments)
 
-        def backward(arguments: tuple = (output, *states, output, logsumexp, tiles, factor)) -> tuple:
+        def backward(arguments: tuple = (output, *states, output, logsumexp, *settings)) -> tuple:
             return launch_block_attention_backward(*arguments)
 
         for name, run, repeats in (
@@ -241,9 +257,11 @@ def bitwise(scale: Scale) -> Iterator[Finding]:
             ("backward", backward, scale.backward_repeats),
         ):
             different, seconds = _count_different(run, repeats, scale)
-            row = {"direction": name, "tokens": grid.num_tokens, "repeats": repeats, "different": different}
+            row = {"direction": name, "tokens": grid.num_tokens, "context_tokens": context_tokens}
+            row |= {"repeats": repeats, "different": different}
+            beside = f", {context_tokens:,} of context" if context_tokens else ""
             yield Finding(
-                f"{name}, {grid.num_tokens:,} tokens",
+                f"{name}, {grid.num_tokens:,} tokens{beside}",
                 f"{different} of {repeats} differ ({seconds:.1f} s)",
                 "0 differ",
                 different == 0,
@@ -262,121 +280,3 @@ def _count_different(run: Callable[[], tuple[torch.Tensor, ...]], repeats: int, 
         different += torch.stack(is_different).any()
     count = int(different) if is_finite else repeats
     return count, time.perf_counter() - start
-
-
-@torch.no_grad()
-def cuda_graph(scale: Scale) -> Iterator[Finding]:
-    """A whole forward with pruning, captured once and replayed on new pixels."""
-    config = architecture(scale.architectures[0]).build_config(
-        num_hidden_layers=4, prune_after_layer=2, prune_ratio=0.6, window_size=scale.windows[0]
-    )
-    model = random_weights(SparsePathViTModel, config, scale.dtype, scale.device)
-    size = min(scale.sizes[-1], 3430)
-    first, second = torch.randn(2, 1, 3, size, size, device=scale.device).to(scale.dtype)
-    expected = model(second)
-    replay, outputs = captured(model, first.clone(), scale)
-    replay(second)
-    actual = outputs()
-    seconds = seconds_of(lambda: replay(second), scale)
-    eager_seconds = seconds_of(lambda: model(second), scale)
-    is_equal = torch.equal(actual.last_hidden_state, expected.last_hidden_state)
-    kept_alike = (actual.patch_positions == expected.patch_positions).all(dim=-1).float().mean().item()
-    difference = (actual.pooler_output.double() - expected.pooler_output.double()).norm().item()
-    difference /= expected.pooler_output.double().norm().item()
-    yield Finding(
-        f"4 layers, {size} px, pruned, replayed on new pixels",
-        f"{'bitwise equal' if is_equal else 'not bitwise equal'}, CLS differs by {difference:.1e}, places kept alike "
-        f"{kept_alike:.2%}; {1000 * seconds:.2f} ms against {1000 * eager_seconds:.2f} ms eager",
-        "CLS differs by 1e-2 at most",
-        difference <= 1e-2,
-        (
-            {
-                "size": size,
-                "is_equal": is_equal,
-                "cls_difference": difference,
-                "seconds": seconds,
-                "eager_seconds": eager_seconds,
-            },
-        ),
-    )
-
-
-def seconds_of(call: Callable[[], object], scale: Scale) -> float:
-    """Mean seconds of a call among `scale.repeats` of them in a row."""
-    wait(scale)
-    start = time.perf_counter()
-    for _ in range(scale.repeats):
-        call()
-    wait(scale)
-    return (time.perf_counter() - start) / scale.repeats
-
-
-def captured(
-    model: SparsePathViTModel, pixel_values: torch.Tensor, scale: Scale
-) -> tuple[Callable[[torch.Tensor], None], Callable[[], object]]:
-    """A function that runs the model's graph on other pixels, and one that gives what it wrote."""
-    if scale.is_rehearsal:
-        results = [model(pixel_values)]
-        return lambda pixels: results.__setitem__(0, model(pixels)), lambda: results[0]
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            model(pixel_values)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = model(pixel_values)
-
-    def replay(pixels: torch.Tensor) -> None:
-        pixel_values.copy_(pixels)
-        graph.replay()
-
-    return replay, lambda: outputs
-
-
-KERNELS = (
-    "forward_kernel",
-    "forward_reduce_kernel",
-    "delta_kernel",
-    "backward_query_kernel",
-    "backward_key_value_kernel",
-    "backward_reduce_kernel",
-)
-
-
-def num_compiled() -> dict[str, int]:
-    """How many forms of each kernel this process has compiled or loaded; none where they are interpreted."""
-    counts = {}
-    for name in KERNELS:
-        caches = getattr(getattr(launch, name), "device_caches", {})
-        counts[name] = sum(len(cache[0]) for cache in caches.values())
-    return counts
-
-
-def compilations(scale: Scale) -> Iterator[Finding]:
-    """Forms of each kernel over ten image sizes and two numbers of heads; one of each would do."""
-    sides = [5 + 2 * index for index in range(10)] if scale.is_rehearsal else [10 + 27 * index for index in range(10)]
-    before, seconds = num_compiled(), []
-    for heads in (scale.heads, scale.heads // 4 or 1):
-        for side in sides[:2] if scale.is_rehearsal else sides:
-            case = AttentionCase(
-                side * side, scale.windows[0], 1.0, heads, scale.head_dim, scale.dtype, scale.device, 3
-            )
-            grid = case.grid()
-            states = [tensor[0].transpose(0, 1) for tensor in case.states(grid)]
-            wait(scale)
-            start = time.perf_counter()
-            output, logsumexp = launch_block_attention(*states, attention_tiles(grid), 0.125)
-            launch_block_attention_backward(output, *states, output, logsumexp, attention_tiles(grid), 0.125)
-            wait(scale)
-            seconds.append(time.perf_counter() - start)
-    forms = {name: count - before[name] for name, count in num_compiled().items()}
-    listed = ", ".join(f"{name.removesuffix('_kernel')} {count}" for name, count in forms.items())
-    yield Finding(
-        f"{len(seconds)} problems of {len(seconds) // 2} sizes, 2 numbers of heads",
-        f"forms: {listed}; first call {seconds[0]:.1f} s, longest later {max(seconds[1:]):.2f} s",
-        "1 form of each",
-        max(forms.values()) <= 1,
-        tuple({"kernel": name, "forms": count} for name, count in forms.items()),
-    )

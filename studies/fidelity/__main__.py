@@ -35,7 +35,7 @@ with imports_of_extra("train", "matplotlib"):
     from sparsepath_vit.runtime.pixels import prepare
 
     from ..figures import plot_fidelity
-    from ..real_weights.cache import cache_folder, cached_checkpoint
+    from ..real_weights.cache import cache_folder, chosen_checkpoint
     from ..regions import spread_order, square, twelve_regions
     from ..results import ResultsTable
 
@@ -70,9 +70,7 @@ def main() -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Compares all images at all sizes, and writes table and figure."""
-    checkpoint = arguments.model_name_or_path or cached_checkpoint()
-    if checkpoint is None:
-        raise ValueError(f"no weights in {cache_folder()}: run `python -m studies.real_weights`, or name a checkpoint.")
+    checkpoint = chosen_checkpoint(arguments.model_name_or_path)
     dtype = torch.bfloat16 if arguments.bf16 else torch.float32
     model, processor = load_model(checkpoint, arguments.device, dtype)
     table = ResultsTable(arguments.output_dir / "fidelity.csv", KEYS, VALUES)

@@ -25,7 +25,7 @@ from sparsepath_vit.runtime.extras import ScriptParser, imports_of_extra, run_sc
 from sparsepath_vit.runtime.load_model import load_model
 from sparsepath_vit.runtime.measure import describe_run
 
-from ..real_weights.cache import cache_folder, cached_checkpoint
+from ..real_weights.cache import chosen_checkpoint
 from ..results import write_table
 
 with imports_of_extra("train", "sklearn"):
@@ -52,12 +52,7 @@ def run(arguments: argparse.Namespace) -> None:
     targets = arguments.targets.split(",")
     if unknown := sorted(set(targets) - set(TARGETS)):
         raise ValueError(f"--targets {', '.join(unknown)} unknown: choose from {', '.join(TARGETS)}.")
-    source = arguments.model_name_or_path or cached_checkpoint()
-    if source is None:
-        raise ValueError(
-            f"there are no weights in {cache_folder()}: run python -m studies.real_weights, or name a converted "
-            "checkpoint with --model-name-or-path."
-        )
+    source = chosen_checkpoint(arguments.model_name_or_path)
     model, processor = load_model(source, "cpu", "float32", model_class=SparsePathViTModel)
     model.config.window_size = arguments.window_size or None
     described = {"model": Path(source).name, "window_size": arguments.window_size, **describe_run("cpu")}

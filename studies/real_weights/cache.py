@@ -20,3 +20,18 @@ def cached_checkpoint(cache: Path | None = None) -> Path | None:
     """
     folder = (cache or cache_folder()) / "sparsepath-vit"
     return folder if (folder / "config.json").is_file() else None
+
+
+def chosen_checkpoint(name_or_path: str | None) -> Path | str:
+    """The checkpoint that a study was given, by default the converted weights of the cache.
+
+    Raises:
+        ValueError: none was given, and the cache is empty.
+    """
+    checkpoint = name_or_path or cached_checkpoint()
+    if checkpoint is None:
+        raise ValueError(
+            f"there are no weights in {cache_folder()}: run python -m studies.real_weights, or name a converted "
+            "checkpoint with --model-name-or-path."
+        )
+    return checkpoint

@@ -31,7 +31,7 @@ from sparsepath_vit.runtime.extras import ScriptParser, run_script
 from sparsepath_vit.runtime.load_model import load_model
 from sparsepath_vit.runtime.pixels import prepare
 
-from ..real_weights.cache import cache_folder, cached_checkpoint
+from ..real_weights.cache import chosen_checkpoint
 from ..regions import spread_order, square, twelve_regions
 from ..results import ResultsTable
 from .draws import DrawRule
@@ -165,9 +165,7 @@ def fill_layers(table: ResultsTable, arguments: argparse.Namespace) -> None:
 
 def load(arguments: argparse.Namespace) -> tuple[SparsePathViTModel, Any]:
     """The model, ready for the prototype, and its image processor."""
-    checkpoint = arguments.model_name_or_path or cached_checkpoint()
-    if checkpoint is None:
-        raise ValueError(f"no weights in {cache_folder()}: run `python -m studies.real_weights`, or name a checkpoint.")
+    checkpoint = chosen_checkpoint(arguments.model_name_or_path)
     model, processor = load_model(checkpoint, "cpu", torch.float32, model_class=SparsePathViTModel)
     model.config.window_size = None  # the prototype has its own pattern
     return model, processor

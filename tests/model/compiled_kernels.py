@@ -35,7 +35,11 @@ from sparsepath_vit.model.attention_triton_launch import launch_shape
 TRITON_TYPES = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
 INTEGER_TABLES = (
     *("table_ptr", "image_ptr", "entry_ptr", "tile_entry_ptr", "entry_offset_ptr", "step_ptr", "step_bound_ptr"),
-    *("context_length_ptr", "length_ptr"),
+)
+# What is listed of context tokens, and where each image's start.
+LONG_TABLES = (
+    *("image_offset_ptr", "context_start_ptr", "start_ptr", "token_ptr", "context_weight_ptr"),
+    *("block_row_ptr", "block_column_ptr"),
 )
 FLOAT32_TENSORS = (
     *("partial", "logsumexp", "delta", "score", "context_bias", "bias", "weight", "grad_mean"),
@@ -63,7 +67,7 @@ def source(kernel, dtype, constants, form="weighted"):
             continue
         if name in INTEGER_TABLES:
             signature[name] = "*i32"
-        elif name == "image_offset_ptr":
+        elif name in LONG_TABLES:
             signature[name] = "*i64"
         elif name.startswith(FLOAT32_TENSORS):
             signature[name] = "*fp32"
@@ -120,7 +124,8 @@ def compile_attention_kernel(name, dtype, head_dim, tile_size, capability):
 def compile_stratified_kernel(name, dtype, head_dim, capability):
     """Kernels that are launched with context tokens only."""
     options = {"num_warps": 4}
-    constants = {"NUM_GLOBALS": 9, "RADIUS": 1, "HEAD_DIM": head_dim, "BLOCK_G": 16, "BLOCK_E": 16, "BLOCK_N": 32}
+    constants = {"NUM_GLOBALS": 9, "RADIUS": 1, "HEAD_DIM": head_dim, "BLOCK_G": 16, "BLOCK_N": 32}
+    constants |= {"BLOCK_E": 16, "BLOCK_S": 8}
     if name == "context_key_value":
         constants |= {"BLOCK_M": attention_triton_context.context_block(getattr(torch, dtype)), "BLOCK_R": 16}
         options = attention_triton_context.context_launch_options(getattr(torch, dtype), head_dim)

@@ -199,7 +199,7 @@ def test_kernels_are_compiled_once_for_all_sizes_and_numbers_of_heads(monkeypatc
         grid = TokenGrid.create([(side, side)], **settings)
         fused = fused_states(grid, 16, heads)
         block_attention(*split(fused), grid, context=draw_context_tokens(grid)).sum().backward()
-    assert len(recorders) == 13
+    assert len(recorders) == 14
     assert {name: len(recorder.forms) for name, recorder in recorders.items()} == dict.fromkeys(recorders, 1)
 
 

@@ -88,7 +88,8 @@ def test_peaks_of_memory_are_recorded(tmp_path, run_script):
         "--dtype",
         "float32",
     ]
-    run_script(benchmark, *arguments, "--prune-ratios", "0.6", "--prune-after-layer", "1", "--out", str(output))
+    settings = ["--prune-ratios", "0.6", "--prune-after-layer", "1", "--processes", "2"]
+    run_script(benchmark, *arguments, *settings, "--out", str(output))
     with output.open() as file:
         (row,) = csv.DictReader(file)
     assert (row["layers"], row["tokens"], row["prune_ratio"]) == ("2", str(32 * 32 + 5), "0.6")

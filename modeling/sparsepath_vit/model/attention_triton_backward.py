@@ -126,7 +126,7 @@ def backward_query_kernel(
     query_ptr, key_ptr, value_ptr, grad_output_ptr, grad_query_ptr, logsumexp_ptr, delta_ptr, table_ptr, image_ptr,
     partial_ptr, query_stride, query_head_stride, key_stride, key_head_stride, value_stride, value_head_stride,
     grad_output_stride, grad_output_head_stride, num_tokens, first_program, num_splits, num_split_programs, scale,
-    logit_scale, weight_ptr, context_key_ptr, context_value_ptr, context_bias_ptr, context_length_ptr, context_size,
+    logit_scale, weight_ptr, context_key_ptr, context_value_ptr, context_bias_ptr, context_start_ptr, context_size,
     entry_ptr, tile_entry_ptr, NUM_GLOBALS: tl.constexpr, NUM_RUNS: tl.constexpr, HEAD_DIM: tl.constexpr,
     PARTS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -171,7 +171,7 @@ def backward_query_kernel(
             if context_key_ptr is not None:
                 entry = tl.load(tile_entry_ptr + tile_program // PARTS)
                 _, length, bias_ptr, shift, stride = context_of_tile(
-                    entry_ptr, entry, context_length_ptr, context_bias_ptr, context_size, HEAD_DIM
+                    entry_ptr, entry, context_start_ptr, context_bias_ptr, context_size, HEAD_DIM
                 )
                 grad_query = _grad_query_of_context(
                     grad_query, query, grad_output, logsumexp, delta, (context_key_ptr + shift, stride),

@@ -12,15 +12,14 @@ import torch
 
 from .attention_backend import LayerContext
 from .attention_precision import FP_FUSION
-from .attention_triton_context_backward import context_key_value_kernel, context_reduce_kernel
-from .attention_triton_context_tables import CONTEXT_SLOTS, QUERIES_PER_STEP, ContextSlots, context_slots
-from .attention_triton_mean import (
+from .attention_triton_context_kernels import (
     context_bias_kernel,
-    mean_all_kernel,
-    mean_block_kernel,
-    mean_gradient_kernel,
-    mean_merge_kernel,
+    context_gather_kernel,
+    context_key_value_kernel,
+    context_reduce_kernel,
 )
+from .attention_triton_context_tables import CONTEXT_SLOTS, QUERIES_PER_STEP, context_starts, slots_of_images
+from .attention_triton_mean import mean_all_kernel, mean_block_kernel, mean_gradient_kernel, mean_merge_kernel
 from .attention_triton_tables import AttentionTiles
 
 try:
@@ -39,7 +38,8 @@ class StratifiedLayer(NamedTuple):
     """What the kernels read of a layer beside its queries, keys and values.
 
     Attributes:
-        slots: the context tokens.
+        context: the context tokens.
+        starts: (images + 1,) where those of each image start in their list, and the end.
         key, value: (images * slots, heads, head_dim) of them.
         bias: (entries, slots) float32, what each adds to the logits of a block's queries.
         mean_query: (images, heads, head_dim).
@@ -48,7 +48,8 @@ class StratifiedLayer(NamedTuple):
         mean_logsumexp: (heads, entries + images) float32, base 2, of the logits of these.
     """
 
-    slots: ContextSlots
+    context: LayerContext
+    starts: torch.Tensor
     key: torch.Tensor
     value: torch.Tensor
     bias: torch.Tensor
@@ -70,16 +71,22 @@ def stratified_layer(
         context: of the layer.
         scale: positive factor on the logits.
     """
-    tables, slots = tiles.context, context_slots(context, tiles.image_offsets)
-    context_size, places = slots.tokens.shape[1], slots.tokens.flatten()
-    bias = key.new_empty((len(tables.entries), context_size), dtype=torch.float32)
-    context_bias_kernel[(len(tables.entries),)](
-        *(tables.entries, *slots[1:4], bias, context_size),
+    entries, (num_images, num_heads, head_dim) = tiles.context.entries, context.mean_query.shape
+    starts, context_size = context_starts(context.counts, key.device), slots_of_images(context.counts)
+    bias = key.new_empty((len(entries), context_size), dtype=torch.float32)
+    context_bias_kernel[(len(entries),)](
+        *(entries, starts, context.weights, context.block_rows, context.block_columns, bias, context_size),
         RADIUS=tiles.neighbor_radius,
         BLOCK_N=CONTEXT_SLOTS,
     )
-    mean_query = context.mean_query.contiguous()
-    layer = (slots, key[places], value[places], bias, mean_query)
+    context_key, context_value = (key.new_empty((num_images * context_size, num_heads, head_dim)) for _ in range(2))
+    context_gather_kernel[(num_images * context_size // CONTEXT_SLOTS, num_heads)](
+        *(key, value, starts, context.tokens, context.weights, tiles.image_offsets, context_key, context_value),
+        *(*key.stride()[:2], *value.stride()[:2], context_size),
+        HEAD_DIM=head_dim,
+        BLOCK_N=CONTEXT_SLOTS,
+    )
+    layer = (context, starts, context_key, context_value, bias, context.mean_query.contiguous())
     return StratifiedLayer(*layer, *_attend_with_mean_queries(key, value, tiles, layer, scale))
 
 
@@ -87,7 +94,7 @@ def _attend_with_mean_queries(
     key: torch.Tensor, value: torch.Tensor, tiles: AttentionTiles, layer: tuple, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`mean_output` and `mean_logsumexp` of a layer."""
-    slots, context_key, context_value, bias, mean_query = layer
+    _, starts, context_key, context_value, bias, mean_query = layer
     tables, (num_images, num_heads, head_dim) = tiles.context, mean_query.shape
     num_entries, logit_scale = len(tables.entries), scale * math.log2(math.e)
     partial = bias.new_empty((num_entries, num_heads, head_dim))
@@ -113,7 +120,7 @@ def _attend_with_mean_queries(
     chunks = triton.cdiv(num_entries, MEAN_ROWS)  # of the entries of an image; those it does not have are skipped
     mean_merge_kernel[(num_images * chunks, num_heads)](
         *(*states, tables.entries, tables.entry_offsets, tiles.image_offsets, *partials),
-        *(context_key, context_value, bias, slots.lengths, *results),
+        *(context_key, context_value, bias, starts, *results),
         *(*strides, num_entries, num_images, chunks, bias.shape[1], logit_scale),
         RADIUS=tiles.neighbor_radius,
         BLOCK_E=MEAN_ROWS,
@@ -211,9 +218,9 @@ def add_context_gradients(
     Returns:
         What the programs contribute to the gradient of the mean queries but for the scale, those of an image in a row.
     """
-    tables, slots = tiles.context, layer.slots
+    tables, context = tiles.context, layer.context
     num_images, num_heads, head_dim = layer.mean_query.shape
-    num_tokens, context_size = len(query), slots.tokens.shape[1]
+    num_tokens, context_size = len(query), layer.bias.shape[1]
     num_splits = min(_MAX_CONTEXT_SPLITS, triton.cdiv(num_tokens, num_images * _QUERIES_PER_CONTEXT_SPLIT))
     block_m, num_slots = context_block(query.dtype), num_images * context_size
     partial_key, partial_value = (layer.bias.new_empty((num_splits, num_slots, num_heads, head_dim)) for _ in range(2))
@@ -233,7 +240,8 @@ def add_context_gradients(
         **context_launch_options(query.dtype, head_dim),
     )
     context_reduce_kernel[(num_slots, num_heads)](
-        *(*gradients, partial_key, partial_value, slots.tokens, slots.weights, num_splits, scale),
+        *(*gradients, partial_key, partial_value, layer.starts, context.tokens, context.weights),
+        *(context_size, num_splits, scale),
         HEAD_DIM=head_dim,
         BLOCK_S=_MAX_CONTEXT_SPLITS,  # not of their number, which would compile for each
         enable_fp_fusion=FP_FUSION,

@@ -1,15 +1,10 @@
 # Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
-"""What the kernel needs to know of a grid and of a layer where there are context tokens; tensors of a grid are int32.
-
-The context tokens of each image are laid out in the same number of slots, a multiple of what a kernel takes at a time,
-so that no step of a loop needs a bound: slots without a token count for nothing.
-"""
+"""What the kernel needs to know of a grid where there are context tokens, and where those of a layer are."""
 
 from typing import NamedTuple
 
 import torch
 
-from .attention_backend import LayerContext
 from .token_grid import TokenGrid, per_image
 
 # Columns of `ContextTables.entries`.
@@ -21,7 +16,7 @@ CONTEXT_SLOTS = 64
 
 
 class ContextTables(NamedTuple):
-    """Of a grid, an entry for each of `TokenGrid.block_offsets`: a block, or the end of a block row, which is empty.
+    """Tables of a grid, int32; entries are those of `TokenGrid.block_offsets`: blocks, and empty ends of block rows.
 
     Attributes:
         entries: (entries, columns) packed index of the first token and of the end, image, block row and column, and the
@@ -64,36 +59,13 @@ def context_tables(entries: torch.Tensor, tile_entries: torch.Tensor, grid: Toke
     return ContextTables(*(table.to(torch.int32).contiguous() for table in tables))
 
 
-class ContextSlots(NamedTuple):
-    """The context tokens of a layer, (images, slots) int32 each.
-
-    Attributes:
-        tokens: packed token indices; a slot without a token has some token of its image.
-        weights: how many patch tokens each stands for; 0 in a slot without one.
-        block_rows, block_columns: the block it lies in.
-        lengths: (images,) int32, how many slots of each image are worth a look, a multiple of `CONTEXT_SLOTS`.
-    """
-
-    tokens: torch.Tensor
-    weights: torch.Tensor
-    block_rows: torch.Tensor
-    block_columns: torch.Tensor
-    lengths: torch.Tensor
+def context_starts(counts: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """(images + 1,) int64 where each image's context tokens start in their list, and the end."""
+    if all(count == counts[0] for count in counts):
+        return torch.arange(0, len(counts) * counts[0] + 1, counts[0], device=device)
+    return per_image([sum(counts[:image]) for image in range(len(counts) + 1)], device)
 
 
-def context_slots(context: LayerContext, image_offsets: torch.Tensor) -> ContextSlots:
-    """The context tokens of a layer in their slots.
-
-    Args:
-        context: of the layer.
-        image_offsets: (images + 1,) packed index of each image's first global token.
-    """
-    lengths = [-(-count // CONTEXT_SLOTS) * CONTEXT_SLOTS for count in context.counts]
-    listed = torch.stack([context.tokens, context.weights, context.block_rows, context.block_columns])
-    parts = listed.split(list(context.counts), dim=1)
-    padded = [torch.nn.functional.pad(part, (0, max(lengths) - part.shape[1])) for part in parts]
-    tokens, *others = torch.stack(padded, dim=1)  # (images, slots) each
-    # Of another image's token not even an infinity may be read.
-    tokens = torch.where(others[0] > 0, tokens, image_offsets[:-1, None])
-    tables = (tokens, *others, per_image(lengths, tokens.device))
-    return ContextSlots(*(table.to(torch.int32).contiguous() for table in tables))
+def slots_of_images(counts: tuple[int, ...]) -> int:
+    """How many slots each image has for its context tokens."""
+    return -(-max(counts) // CONTEXT_SLOTS) * CONTEXT_SLOTS

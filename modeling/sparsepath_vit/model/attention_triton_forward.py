@@ -123,7 +123,7 @@ def forward_kernel(
     query_ptr, key_ptr, value_ptr, output_ptr, logsumexp_ptr, table_ptr, image_ptr, partial_output_ptr, partial_max_ptr,
     partial_sum_ptr, query_stride, query_head_stride, key_stride, key_head_stride, value_stride, value_head_stride,
     num_tokens, first_program, num_splits, num_split_programs, logit_scale, global_shift, weight_ptr, context_key_ptr,
-    context_value_ptr, context_bias_ptr, context_length_ptr, context_size, mean_output_ptr, num_entries, entry_ptr,
+    context_value_ptr, context_bias_ptr, context_start_ptr, context_size, mean_output_ptr, num_entries, entry_ptr,
     tile_entry_ptr, NUM_GLOBALS: tl.constexpr, NUM_RUNS: tl.constexpr, HEAD_DIM: tl.constexpr, PARTS: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -163,7 +163,7 @@ def forward_kernel(
             if context_key_ptr is not None:
                 entry = tl.load(tile_entry_ptr + tile_program // PARTS)
                 image, length, bias_ptr, shift, stride = context_of_tile(
-                    entry_ptr, entry, context_length_ptr, context_bias_ptr, context_size, HEAD_DIM
+                    entry_ptr, entry, context_start_ptr, context_bias_ptr, context_size, HEAD_DIM
                 )
                 context_states = ((context_key_ptr + shift, stride), (context_value_ptr + shift, stride))
                 state = _attend_to_context(

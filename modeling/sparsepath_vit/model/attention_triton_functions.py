@@ -134,12 +134,13 @@ def step_bias(weight_ptr, position, runs, step_tokens, NUM_RUNS: tl.constexpr):
 
 
 @triton.jit
-def context_of_tile(entry_ptr, entry, length_ptr, bias_ptr, context_size, HEAD_DIM: tl.constexpr):
+def context_of_tile(entry_ptr, entry, start_ptr, bias_ptr, context_size, HEAD_DIM: tl.constexpr):
     """Of the context tokens that a tile sees: image, how many, where their biases start, shift and stride of states."""
     image = tl.load(entry_ptr + entry.to(tl.int64) * _ENTRY_COLUMNS + _IMAGE_COLUMN)
     stride = tl.num_programs(1) * HEAD_DIM
     shift = image.to(tl.int64) * context_size * stride + tl.program_id(1) * HEAD_DIM
-    return image, tl.load(length_ptr + image), bias_ptr + entry.to(tl.int64) * context_size, shift, stride
+    length = (tl.load(start_ptr + image + 1) - tl.load(start_ptr + image)).to(tl.int32)
+    return image, length, bias_ptr + entry.to(tl.int64) * context_size, shift, stride
 
 
 @triton.jit

@@ -164,7 +164,7 @@ def _context_arguments(layer: StratifiedLayer | None) -> tuple[object, ...]:
     """What the kernels that stream keys take of a layer's context tokens."""
     if layer is None:
         return (None,) * 5
-    return layer.key, layer.value, layer.bias, layer.slots.lengths, layer.bias.shape[1]
+    return layer.key, layer.value, layer.bias, layer.starts, layer.bias.shape[1]
 
 
 def launch_block_attention(

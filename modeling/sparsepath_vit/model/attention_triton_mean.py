@@ -23,28 +23,6 @@ _LOWEST = tl.constexpr(-1e38)
 
 
 @triton.jit
-def context_bias_kernel(
-    entry_ptr, weight_ptr, block_row_ptr, block_column_ptr, bias_ptr, context_size, RADIUS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """(entries, slots): what each context token of its image adds to the logits of a block's queries; grid (entries,).
-
-    The base-2 logarithm of what it stands for, -inf inside the neighbourhood and in slots without a token.
-    """
-    entry = tl.program_id(0).to(tl.int64)
-    entry_ptr += entry * _ENTRY_COLUMNS
-    image, row, column = tl.load(entry_ptr + 2), tl.load(entry_ptr + 3), tl.load(entry_ptr + 4)
-    for position in range(0, context_size, BLOCK_N):
-        slots = position + tl.arange(0, BLOCK_N)
-        slots_of_image = image.to(tl.int64) * context_size + slots
-        weight = tl.load(weight_ptr + slots_of_image)
-        is_near_row = tl.abs(tl.load(block_row_ptr + slots_of_image) - row) <= RADIUS
-        is_near = is_near_row & (tl.abs(tl.load(block_column_ptr + slots_of_image) - column) <= RADIUS)
-        bias = tl.where(is_near | (weight < 1), float("-inf"), tl.log2(tl.maximum(weight, 1).to(tl.float32)))
-        tl.store(bias_ptr + entry * context_size + slots, bias)
-
-
-@triton.jit
 def _mean_logits(mean_query, key, bias, is_key, logit_scale):
     """(keys,) logits of one query, -inf of absent keys."""
     logits = tl.sum(mean_query[None, :] * key.to(tl.float32), axis=1) * logit_scale
@@ -158,10 +136,10 @@ def _merged(state, part):
 @triton.jit(do_not_specialize=["num_entries", "num_images", "chunks"])
 def mean_merge_kernel(
     mean_query_ptr, key_ptr, value_ptr, entry_ptr, entry_offset_ptr, image_ptr, partial_output_ptr, partial_max_ptr,
-    partial_sum_ptr, context_key_ptr, context_value_ptr, bias_ptr, length_ptr, mean_output_ptr, mean_logsumexp_ptr,
-    key_stride, key_head_stride, value_stride, value_head_stride, num_entries, num_images, chunks, context_size,
-    logit_scale, NUM_GLOBALS: tl.constexpr, RADIUS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_G: tl.constexpr,
-    BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr,
+    partial_sum_ptr, context_key_ptr, context_value_ptr, bias_ptr, context_start_ptr, mean_output_ptr,
+    mean_logsumexp_ptr, key_stride, key_head_stride, value_stride, value_head_stride, num_entries, num_images, chunks,
+    context_size, logit_scale, NUM_GLOBALS: tl.constexpr, RADIUS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """What the mean query gets from the keys of BLOCK_E blocks each; grid (images * chunks of entries, heads)."""
     image, head, num_heads = tl.program_id(0) // chunks, tl.program_id(1).to(tl.int64), tl.num_programs(1)
@@ -192,7 +170,8 @@ def mean_merge_kernel(
     stride = num_heads * HEAD_DIM
     slots = tl.arange(0, BLOCK_N)
     shift = image.to(tl.int64) * context_size * stride + head * HEAD_DIM
-    for position in range(0, tl.load(length_ptr + image), BLOCK_N):
+    num_context = tl.load(context_start_ptr + image + 1) - tl.load(context_start_ptr + image)
+    for position in range(0, num_context.to(tl.int32), BLOCK_N):
         key = load_rows((context_key_ptr + shift, stride), position + slots, None, HEAD_DIM, False)
         value = load_rows((context_value_ptr + shift, stride), position + slots, None, HEAD_DIM, False)
         bias_ptrs = bias_ptr + entries.to(tl.int64)[:, None] * context_size + (position + slots)[None, :]

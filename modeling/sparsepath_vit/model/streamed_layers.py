@@ -162,7 +162,7 @@ def _run_strips(
         if logits is not None:
             logits.add_nothing(nothing)
         return attention
-    window = _Window(layer, hidden_states, strips)
+    window = _Window(layer, hidden_states, strips, most_tokens)
     for strip in strips:
         query, key, value = window.states_of(strip)
         attended, logsumexp = strip_attention(query, key, value, strip, scale=layer.attention.scaling)
@@ -193,15 +193,18 @@ class _Window:
         layer: makes them.
         hidden_states: (M, hidden_size) of the batch.
         strips: of the image, in which order they will be asked for.
+        most_tokens: so many tokens are read at a time.
     """
 
-    def __init__(self, layer: nn.Module, hidden_states: torch.Tensor, strips: list[TokenStrip]) -> None:
-        self._layer, self._hidden_states = layer, hidden_states
+    def __init__(
+        self, layer: nn.Module, hidden_states: torch.Tensor, strips: list[TokenStrip], most_tokens: int
+    ) -> None:
+        self._layer, self._hidden_states, self._most_tokens = layer, hidden_states, most_tokens
         self._end = strips[0].image_start  # packed index of the first token that none are made of yet
         num_globals, first_query = strips[0].num_global_tokens, strips[0].own_in_batch[0]
         first_key = strips[0].around_in_batch[0]
-        self._num_globals = num_globals
-        self._rows_above = first_query - first_key  # tokens of another process, which answer and do not ask
+        # Packed indices: those between are another process's tokens, which answer and do not ask.
+        self._end_of_globals, self._first_query = self._end + num_globals, first_query
         # Rows below a strip are made with it: their queries wait.
         most_queries = max(strip.around_in_batch[1] - strip.own_in_batch[0] for strip in strips)
         most_keys = max(strip.num_tokens for strip in strips) - num_globals
@@ -214,15 +217,13 @@ class _Window:
         first_key, end = strip.around_in_batch
         self._queries.forget(strip.own_in_batch[0])
         self._keys_values.forget(first_key)
-        if end > self._end:  # else the strip before has seen all
-            qkv = attention.qkv(self._layer.norm1(self._hidden_states[self._end : end]))  # (tokens, 3 * width)
+        for start in range(self._end, end, self._most_tokens):
+            part = self._hidden_states[start : min(start + self._most_tokens, end)]
+            qkv = attention.qkv(self._layer.norm1(part))  # (tokens, 3 * width)
             self._keys_values.append(qkv[:, width:])
-            queries = qkv[:, :width]
-            if self._rows_above:
-                self._queries.append(queries[: self._num_globals])
-                queries, self._rows_above = queries[self._num_globals + self._rows_above :], 0
-            self._queries.append(queries)
-            self._end = end
+            self._queries.append(qkv[: max(0, self._end_of_globals - start), :width])
+            self._queries.append(qkv[max(0, self._first_query - start) :, :width])
+        self._end = max(end, self._end)  # the strip before may have seen all
         states = (self._queries.states()[: strip.num_queries], *self._keys_values.states().split(width, dim=1))
         return tuple(state.unflatten(1, (attention.num_heads, attention.head_dim)).transpose(0, 1) for state in states)
 

@@ -1,11 +1,15 @@
 # Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
 # ruff: noqa: ANN001, ANN201, ANN202 (Triton infers types)
-"""The backward kernels of context tokens as keys; `attention_triton_context.py` launches them.
+"""The kernels of context tokens: gathered, weighed, given gradients; `attention_triton_context.py` launches them.
 
-All queries of an image outside their neighbourhood see them, so the queries are split, and partial results are added in
-a fixed order. Queries come in steps of one block, for which a bias says which of the keys count, and for how much.
+Each image has the same number of slots for its context tokens, a multiple of what a kernel takes at a time, so that no
+step of a loop over them needs a bound: a slot without a token holds some token of its image and counts for nothing.
+
+In the backward all queries of an image outside their neighbourhood see them, so the queries are split, and partial
+results are added in a fixed order. Queries come in steps of one block, for which a bias says which of the keys count.
 """
 
+from .attention_triton_context_tables import ENTRY_COLUMNS
 from .attention_triton_functions import add_mean_rows, load_rows, store_grad_mean, store_rows
 
 try:
@@ -13,6 +17,59 @@ try:
     import triton.language as tl
 except ImportError as error:
     raise ImportError("The attention kernel needs Triton, which is not installed: pip install triton.") from error
+
+
+_ENTRY_COLUMNS = tl.constexpr(len(ENTRY_COLUMNS))
+
+
+@triton.jit
+def _load_slots(values_ptr, start_ptr, image, slots):
+    """What is listed of the context tokens in some slots of an image, and 0 where there is none."""
+    start, end = tl.load(start_ptr + image), tl.load(start_ptr + image + 1)
+    return tl.load(values_ptr + start + slots, mask=start + slots < end, other=0)
+
+
+@triton.jit
+def context_bias_kernel(
+    entry_ptr, start_ptr, context_weight_ptr, block_row_ptr, block_column_ptr, bias_ptr, context_size,
+    RADIUS: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """(entries, slots): what each context token of its image adds to the logits of a block's queries; grid (entries,).
+
+    The base-2 logarithm of what it stands for, -inf inside the neighbourhood and in slots without a token.
+    """
+    entry = tl.program_id(0).to(tl.int64)
+    entry_ptr += entry * _ENTRY_COLUMNS
+    image, row, column = tl.load(entry_ptr + 2), tl.load(entry_ptr + 3), tl.load(entry_ptr + 4)
+    for position in range(0, context_size, BLOCK_N):
+        slots = position + tl.arange(0, BLOCK_N)
+        weight = _load_slots(context_weight_ptr, start_ptr, image, slots)
+        is_near = tl.abs(_load_slots(block_row_ptr, start_ptr, image, slots) - row) <= RADIUS
+        is_near &= tl.abs(_load_slots(block_column_ptr, start_ptr, image, slots) - column) <= RADIUS
+        bias = tl.where(is_near | (weight < 1), float("-inf"), tl.log2(tl.maximum(weight, 1).to(tl.float32)))
+        tl.store(bias_ptr + entry * context_size + slots, bias)
+
+
+@triton.jit
+def context_gather_kernel(
+    key_ptr, value_ptr, start_ptr, token_ptr, context_weight_ptr, image_ptr, context_key_ptr, context_value_ptr,
+    key_stride, key_head_stride, value_stride, value_head_stride, context_size, HEAD_DIM: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Keys and values, (images * slots, heads, head_dim), of BLOCK_N slots; grid (images * slots / BLOCK_N, heads)."""
+    head, blocks_of_image = tl.program_id(1).to(tl.int64), context_size // BLOCK_N
+    image = tl.program_id(0) // blocks_of_image
+    slots = tl.program_id(0) % blocks_of_image * BLOCK_N + tl.arange(0, BLOCK_N)
+    tokens = _load_slots(token_ptr, start_ptr, image, slots)
+    # Of another image's token not even an infinity may be read.
+    is_token = _load_slots(context_weight_ptr, start_ptr, image, slots) > 0
+    tokens = tl.where(is_token, tokens, tl.load(image_ptr + image))
+    key = load_rows((key_ptr + head * key_head_stride, key_stride), tokens, slots >= 0, HEAD_DIM, True)
+    value = load_rows((value_ptr + head * value_head_stride, value_stride), tokens, slots >= 0, HEAD_DIM, True)
+    stride = tl.num_programs(1) * HEAD_DIM
+    places = image.to(tl.int64) * context_size + slots
+    store_rows((context_key_ptr + head * HEAD_DIM, stride), places, slots >= 0, key, HEAD_DIM)
+    store_rows((context_value_ptr + head * HEAD_DIM, stride), places, slots >= 0, value, HEAD_DIM)
 
 
 @triton.jit
@@ -95,15 +152,16 @@ def _add_to_token(states_ptr, partial_ptr, rows, is_split, place, scale, HEAD_DI
 
 @triton.jit(do_not_specialize=["num_splits"])
 def context_reduce_kernel(
-    grad_key_ptr, grad_value_ptr, partial_key_ptr, partial_value_ptr, token_ptr, weight_ptr, num_splits, scale,
-    HEAD_DIM: tl.constexpr, BLOCK_S: tl.constexpr,
+    grad_key_ptr, grad_value_ptr, partial_key_ptr, partial_value_ptr, start_ptr, token_ptr, context_weight_ptr,
+    context_size, num_splits, scale, HEAD_DIM: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """Joins the splits of one context token, which is the only one that its patch token is; grid (slots, heads)."""
-    slot, head, num_heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
-    if tl.load(weight_ptr + slot) > 0:
+    image, slot = tl.program_id(0) // context_size, tl.program_id(0) % context_size
+    head, num_heads = tl.program_id(1), tl.num_programs(1)
+    if _load_slots(context_weight_ptr, start_ptr, image, slot) > 0:
         splits = tl.arange(0, BLOCK_S)
         is_split = splits < num_splits
-        rows = (splits.to(tl.int64) * tl.num_programs(0) + slot) * num_heads + head
-        place = tl.load(token_ptr + slot).to(tl.int64) * num_heads + head
+        rows = (splits.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * num_heads + head
+        place = _load_slots(token_ptr, start_ptr, image, slot).to(tl.int64) * num_heads + head
         _add_to_token(grad_key_ptr, partial_key_ptr, rows, is_split, place, scale, HEAD_DIM)
         _add_to_token(grad_value_ptr, partial_value_ptr, rows, is_split, place, 1.0, HEAD_DIM)
