@@ -97,12 +97,18 @@ def test_narrow_dtypes(dtype):
     assert_equals_the_specification(ragged(grid, 0.5), 30, dtype)
 
 
-@pytest.mark.parametrize("backend", ["sdpa_tiles", "reference"])
+needs_the_kernel = pytest.mark.skipif(
+    BACKENDS["triton"].missing(torch.device("cpu")) is not None, reason="the kernels are not interpreted here"
+)
+
+
+@pytest.mark.parametrize("backend", ["sdpa_tiles", "reference", pytest.param("triton", marks=needs_the_kernel)])
 def test_representatives_count_for_what_they_stand_for(backend):
     set_block_attention_backend(backend)
     grid = ragged(TokenGrid.create([(17, 9)], num_global_tokens=2, window_size=3), 0.5)
     weights = torch.randint(1, 9, (len(grid.rows),), generator=torch.Generator().manual_seed(1))
-    assert_equals_the_specification(dataclasses.replace(grid, weights=weights), 20)
+    dtype = torch.float32 if backend == "triton" else torch.float64
+    assert_equals_the_specification(dataclasses.replace(grid, weights=weights), 20, dtype)
 
 
 CASES = [
@@ -118,9 +124,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("size, window, radius, num_globals, kept, cut", CASES)
-@pytest.mark.skipif(
-    BACKENDS["triton"].missing(torch.device("cpu")) is not None, reason="the kernels are not interpreted here"
-)
+@needs_the_kernel
 def test_the_kernel_equals_the_specification(size, window, radius, num_globals, kept, cut, monkeypatch):
     set_block_attention_backend("triton")
     grid = TokenGrid.create([size], num_global_tokens=num_globals, window_size=window, neighbor_radius=radius)

@@ -112,7 +112,7 @@ def batch_grid(name, **settings):
 
 @pytest.mark.parametrize("name", BATCHES)
 def test_batches(name):
-    check(weighted(batch_grid(name)), heads=2)
+    check(weighted(batch_grid(name)), heads=2 if name == "alike" else 1)
 
 
 @pytest.mark.parametrize("name", BATCHES)
