@@ -27,7 +27,7 @@ AnnotationClass = Annotated[
     list[str] | None,
     typer.Option(
         metavar="NAME",
-        help="Take polygons of this class alone, of GeoJSON --regions or a --tissue-mask; may be repeated.",
+        help="Take polygons of this class alone, where annotations are given as GeoJSON; may be repeated.",
     ),
 ]
 Origin = Annotated[

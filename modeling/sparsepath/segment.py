@@ -36,6 +36,9 @@ Region = Annotated[
     tuple[int, int, int, int] | None,
     typer.Option(metavar="X Y WIDTH HEIGHT", help="In pixels of the full resolution, from --origin; all by default."),
 ]
+AnnotationsFile = Annotated[
+    Path | None, typer.Option(help="GeoJSON of QuPath: segment what lies in its polygons; all else is background.")
+]
 MinArea = Annotated[int, typer.Option(min=0, help="Pixels below which a piece gets no polygon.")]
 AttentionWindow = Annotated[
     int | None, typer.Option(min=0, help="Patch tokens of an attention block's side; 0 is dense; as saved by default.")
@@ -57,6 +60,8 @@ def segment(
     mpp: Mpp = None,
     slide_mpp: options.SlideMpp = None,
     region: Region = None,
+    annotations: AnnotationsFile = None,
+    annotation_class: options.AnnotationClass = None,
     min_area: MinArea = 0,
     attention_window: AttentionWindow = None,
     compare_attention: CompareAttention = None,
@@ -72,7 +77,7 @@ def segment(
 
     settings = SegmentSettings(
         window_size, stride, seam_band, not no_whole, mpp, slide_mpp, region, min_area,
-        attention_window, tuple(compare_attention or ()), origin,
+        attention_window, tuple(compare_attention or ()), origin, annotations, tuple(annotation_class or ()),
     )  # fmt: skip
     try:
         report, files = segment_file(image, model, out, settings, device=device, dtype=dtype)

@@ -67,10 +67,11 @@ def _measure(case: MemoryCase, rank: int, meeting: str) -> dict[str, object]:
         distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=case.num_processes)
     config, grid = model.config, model.token_grid(pixel_values)
     hidden_bytes = grid.num_tokens * config.hidden_size * model.dtype.itemsize
-    held = psutil.Process().memory_info().rss
     share = model.split_over_processes() if case.num_processes > 1 else nullcontext()
-    with torch.inference_mode(), share, measured("cpu") as measurement:
-        model(pixel_values)
+    with torch.inference_mode(), share:
+        held = psutil.Process().memory_info().rss  # with what connecting the processes takes
+        with measured("cpu") as measurement:
+            model(pixel_values)
     growth = measurement.peak_bytes - held
     return {
         "architecture": case.architecture,

@@ -146,6 +146,58 @@ def test_a_region_lies_where_it_was_cut_out(model_dir, image_path, tmp_path):
     assert ((corners - [10, 8]) % 2 == 0).all()
 
 
+def write_annotations(path, **rings):
+    features = [
+        {
+            "type": "Feature",
+            "geometry": {"type": "Polygon", "coordinates": [ring]},
+            "properties": {"classification": {"name": name.replace("_", "*")}},
+        }
+        for name, ring in rings.items()
+    ]
+    path.write_text(json.dumps({"type": "FeatureCollection", "features": features}))
+    return str(path)
+
+
+def test_what_lies_outside_of_annotations_is_background(model_dir, image_path, tmp_path):
+    triangle = [(10, 5), (60, 5), (10, 45)]
+    square = [(20, 12), (28, 12), (28, 20), (20, 20)]
+    path = write_annotations(tmp_path / "a.geojson", Tumor=triangle, Stroma=[(0, 0), (70, 50), (0, 50)], Ignore_=square)
+    flags = (str(image_path), "--model", str(model_dir), "--region", "0", "0", "70", "50")
+    segment(*flags, "--out", str(tmp_path / "all"))
+    segment(*flags, "--annotations", path, "--annotation-class", "Tumor", "--out", str(tmp_path / "tumor"))
+    whole, found = (np.asarray(Image.open(tmp_path / name / "region_mask.png")) for name in ("all", "tumor"))
+    y, x = np.mgrid[0:50, 0:70] + 0.5
+    inside = (x > 10) & (y > 5) & ((x - 10) / 50 + (y - 5) / 40 < 1)
+    inside &= ~((x > 20) & (x < 28) & (y > 12) & (y < 20))
+    assert np.array_equal(found, np.where(inside, whole, 0)) and found.any()
+    shares = report_of(tmp_path / "tumor")["area_share"]
+    assert shares["first"] >= (found == 1).sum() / inside.sum()
+
+
+def test_the_box_around_annotations_is_the_region(model_dir, image_path, tmp_path):
+    square = [(12, 8), (52, 8), (52, 40), (12, 40)]
+    path = write_annotations(tmp_path / "a.geojson", Tumor=square, Stroma=[(0, 0), (70, 0), (70, 50)])
+    flags = (str(image_path), "--model", str(model_dir))
+    segment(*flags, "--annotations", path, "--annotation-class", "Tumor", "--out", str(tmp_path / "box"))
+    segment(*flags, "--region", "12", "8", "40", "32", "--out", str(tmp_path / "region"))
+    box, region = (report_of(tmp_path / name) for name in ("box", "region"))
+    assert box == region and box["size"] == [40, 32]
+    for flags_of_error, message in (
+        (
+            ("--annotations", path, "--annotation-class", "Tumour"),
+            r"no polygon is of the class 'Tumour'; there are: Tumor",
+        ),
+        (("--annotation-class", "Tumor"), r"annotation_classes=\('Tumor',\) choose among polygons"),
+        (("--annotations", str(image_path)), r"annotations='region.png' is no GeoJSON"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            segment(*flags, *flags_of_error, "--out", str(tmp_path / "none"))
+    beyond = write_annotations(tmp_path / "b.geojson", Tumor=[(500, 8), (520, 8), (520, 40)])
+    with pytest.raises(ValueError, match="lie outside of the slide's 70 x 50 pixels"):
+        segment(*flags, "--annotations", beyond, "--out", str(tmp_path / "none"))
+
+
 @pytest.mark.parametrize(
     ("size", "flags", "message"),
     [

@@ -245,21 +245,29 @@ def test_no_thread_still_reads_when_a_slide_is_closed_after_an_error(
     assert len(report.failed) == 1 and reads_at_closing == [0]
 
 
-def test_resolution_of_slides_that_state_none_can_be_passed(slides, model_folder, tmp_path):
-    image = Image.open(slides / "slide0.tiff")
-    image.save(tmp_path / "unstated.png")
-    path = tmp_path / "unstated.png"
-    for number, settings in enumerate((EmbedSettings(), EmbedSettings(mpp=0.5))):  # which is not the slide's own
-        refused = embed_slides([path], model_folder, tmp_path / f"a{number}", settings, device="cpu").failed
-        assert "does not state its resolution" in refused[0][1] and "--slide-mpp" in refused[0][1]
+def test_resolution_of_slides_that_state_none_can_be_passed(slides, model_folder, tmp_path, caplog):
+    with Image.open(slides / "slide0.tiff") as image:
+        image.save(tmp_path / "plain.png")
+        pyramid = write_pyramid(tmp_path / "pyramid.tiff", np.asarray(image.convert("RGB")), mpp=None)
     attributes = []
-    for folder, slide_mpp in zip("bc", (0.5, 0.25), strict=True):
-        settings = EmbedSettings(mpp=0.5)
+
+    def embed(path, folder, mpp=None, slide_mpp=None):
+        settings = EmbedSettings(mpp=mpp)
         report = embed_slides([path], model_folder, tmp_path / folder, settings, slide_mpp=slide_mpp, device="cpu")
-        assert report.done == 1
-        with h5py.File(tmp_path / folder / "unstated.h5") as file:
+        if report.failed:
+            assert "does not state its resolution" in report.failed[0][1] and "--slide-mpp" in report.failed[0][1]
+            return False
+        with h5py.File(tmp_path / folder / f"{path.stem}.h5") as file:
             attributes.append((file["coords"].attrs["level0_mpp"], file["coords"].attrs["custom_downsample"]))
-    assert attributes == [(0.5, 1.0), (0.25, 2.0)]
+        return True
+
+    plain = tmp_path / "plain.png"
+    assert not embed(plain, "a") and not embed(pyramid, "b") and not embed(pyramid, "c", mpp=0.5)
+    assert embed(pyramid, "d", mpp=0.5, slide_mpp=0.25) and embed(plain, "e", mpp=0.5, slide_mpp=0.25)
+    assert "is taken to have" not in caplog.text
+    assert embed(plain, "f", mpp=0.5)  # what is asked for is not a scanner's resolution, but that of a plain image
+    assert "plain.png does not state its resolution: it is taken to have the 0.5 micrometres per pixel" in caplog.text
+    assert attributes == [(0.25, 2.0), (0.25, 2.0), (0.5, 1.0)]
 
 
 def test_manifest_gives_regions_labels_and_resolution(slides, model_folder, model_and_processor, tmp_path):

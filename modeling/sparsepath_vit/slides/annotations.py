@@ -76,6 +76,11 @@ class Annotations:
             raise ValueError(f"no polygon is of the class {', '.join(map(repr, missing))}; there are: {there}")
         return [polygon for polygon in self.polygons if polygon.shown_class in wanted]
 
+    def cut_out(self, classes: Sequence[str] = ()) -> list[Polygon]:
+        """The polygons that take away from others; one of a class that was asked for by name takes nothing away."""
+        wanted = {name.strip() for name in classes}
+        return [polygon for polygon in self.polygons if polygon.is_cut_out and polygon.shown_class not in wanted]
+
 
 def read_annotations(path: Path) -> Annotations:
     """The polygons of a GeoJSON file: a FeatureCollection, a list of features, one feature, or geometries.

@@ -23,6 +23,7 @@ from .backends import SlideError
 from .dataset_attributes import describe_datasets
 from .dataset_rows import region_rows
 from .forward import Embedding, Stopwatch, embed_regions, embed_slide, read_ahead
+from .opening import slide_to_see_at
 from .reader import Slide
 from .records import region_labels, source_of
 from .region_files import tokens_in_outline, with_regions
@@ -51,7 +52,7 @@ class EmbedSettings:
 
     Attributes:
         mpp: resolution in micrometres per pixel that the model is to see; None for the processor's `target_mpp`, else
-            0.5. It says nothing about the slide's own.
+            0.5. It says nothing of a slide's own; plain images that state none are taken to have a number given here.
         region_size: output pixels per region side.
         overlap: output pixels that neighbouring regions share.
         minimum_tissue: share of tissue tokens below which a region (with `tile_size` a tile) is left out; 0 leaves out
@@ -196,7 +197,8 @@ class SlideEmbedder:
 
     def _make(self, name: str, item: SlideInput, mask_file: str | Path | None, writer: SlideWriter) -> None:
         """Embeds one slide into its file."""
-        with Slide(item.path, item.mpp or self.slide_mpp, origin=self.settings.origin, apart=True) as slide:
+        slide_mpp = item.mpp or self.slide_mpp
+        with slide_to_see_at(item.path, slide_mpp, self.settings.mpp, self.settings.origin) as slide:
             # Of regions that are annotations the classes have been chosen: the mask is another file.
             has_outlines = any(box.outline is not None for box in item.boxes)
             tissue = find_tissue(slide, mask_file, classes=() if has_outlines else self.settings.annotation_classes)

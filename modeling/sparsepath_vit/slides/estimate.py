@@ -22,6 +22,7 @@ from ..runtime.cost import forward_flops, tokens_after_pruning
 from ..runtime.measure import measured
 from .embedder import DEFAULT_MPP, EmbedSettings, default_workers
 from .forward import forward_strips, strip_rows
+from .opening import slide_to_see_at
 from .reader import Slide
 from .regions import tissue_regions
 from .tissue import TissueMask, find_tissue
@@ -93,7 +94,7 @@ def estimate_for(
     if size is not None:
         return estimate_size(config, size, size, chosen, number_type)
     workers = workers or default_workers()
-    with Slide(slide, slide_mpp, origin=settings.origin, apart=True) as opened:
+    with slide_to_see_at(slide, slide_mpp, settings.mpp, settings.origin) as opened:
         mpp = DEFAULT_MPP if settings.mpp is None else settings.mpp
         tissue = find_tissue(opened, tissue_mask, classes=settings.annotation_classes)
         return estimate_slide(config, opened, tissue, settings, mpp, chosen, number_type, workers)

@@ -15,6 +15,7 @@ from .backends import open_backend
 from .description import SlideDescription, describe
 from .embedder import DEFAULT_MPP, EmbedSettings
 from .errors import SlideError
+from .opening import slide_to_see_at
 from .reader import Slide
 from .regions import Region, tissue_regions
 from .samples import Samples
@@ -84,7 +85,7 @@ def inspect_slide(
         return found
     found.facts += _file_facts(description)
     try:
-        slide = Slide(found.path, slide_mpp, origin=settings.origin, apart=True)
+        slide = slide_to_see_at(found.path, slide_mpp, settings.mpp, settings.origin)
     except SlideError as error:
         found.problems.append(str(error))
         return found

@@ -6,7 +6,6 @@ import math
 import os
 import threading
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -108,9 +107,7 @@ class Slide:
     def __enter__(self) -> "Slide":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -164,6 +161,11 @@ class Slide:
         return self._open().stated_mpp is not None
 
     @property
+    def is_plain_image(self) -> bool:
+        """Whether it is an image of one level that no scanner says anything of."""
+        return len(self.levels) == 1 and self._open().objective_power is None
+
+    @property
     def mpp_xy(self) -> MppXY:
         """Micrometres per level-0 pixel along x and y: as given, else as the file states.
 
@@ -196,10 +198,8 @@ class Slide:
         stated = self._open().stated_mpp
         if self._given_mpp and stated and any(abs(self._given_mpp / own - 1) > _NOTEWORTHY for own in stated):
             along_y = f" (along y {stated[1]:.4g})" if abs(stated[0] / stated[1] - 1) > MPP_TOLERANCE else ""
-            logger.warning(
-                "%s states %.4g micrometres per pixel%s, and is read at the %.4g that was passed instead.",
-                self.path, stated[0], along_y, self._given_mpp,
-            )  # fmt: skip
+            message = "%s states %.4g micrometres per pixel%s, and is read at the %.4g that was passed instead."
+            logger.warning(message, self.path, stated[0], along_y, self._given_mpp)
 
     def enlargement(self, mpp: float | None) -> float:
         """How many times larger than its own pixels the slide is shown at `mpp`: above 1 detail is made up.

@@ -12,6 +12,7 @@ import torch
 from .dataset_rows import level0_coordinates
 from .embedder import SlideEmbedder
 from .forward import Embedding
+from .opening import slide_to_see_at
 from .reader import Slide
 from .records import source_of
 from .regions import Region, SlideInput
@@ -57,9 +58,9 @@ class SplitSlideEmbedder(SlideEmbedder):
     def _make(self, name: str, item: SlideInput, mask_file: str | Path | None, writer: SlideWriter) -> None:
         """Embeds one slide; into its file in the first process."""
         together = self._split.processes.together
-        mpp, origin = item.mpp or self.slide_mpp, self.settings.origin
+        slide_mpp, mpp, origin = item.mpp or self.slide_mpp, self.settings.mpp, self.settings.origin
         with ExitStack() as opened:
-            slide = together(lambda: opened.enter_context(Slide(item.path, mpp, origin=origin, apart=True)))
+            slide = together(lambda: opened.enter_context(slide_to_see_at(item.path, slide_mpp, mpp, origin)))
             tissue = together(lambda: find_tissue(slide, mask_file))
             regions, _, _ = self._regions(slide, tissue, item)
             ((region, embedding),) = self._embed(slide, tissue, regions, name)

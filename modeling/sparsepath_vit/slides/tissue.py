@@ -10,13 +10,12 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from ..runtime.extras import require
 from ..runtime.short_repr import ShortRepr
+from .annotated_area import fill_annotated
 from .annotations import ANNOTATION_SUFFIXES, Annotations, Polygon, read_annotations
 from .errors import SlideError
-from .outlines import fill
 from .reader import Slide
 
 logger = logging.getLogger(__name__)
@@ -31,7 +30,6 @@ _BLUE_PEN = (0.50, 0.66)  # haematoxylin lies above; a pen is also more saturate
 _BLUE_PEN_SATURATION = 0.6
 _ASPECT_TOLERANCE = 0.03
 _PLACED_MAX_SIDE = 8192
-_SECONDS_UNTIL_PROGRESS = 3
 _BEYOND = 0.05  # of the slide's side: annotations drawn along its edge reach over it by less
 _ROUNDING = 1e-9  # of shares of a token's area
 
@@ -302,9 +300,7 @@ def _read_polygons(path: Path, slide: Slide, classes: Sequence[str]) -> TissueMa
         marked = annotations.taken(classes)
     except ValueError as error:
         raise SlideError(f"the tissue mask {path}: {error}.") from error
-    chosen = {polygon.shown_class for polygon in marked}
-    cut_out = [polygon for polygon in annotations.polygons if polygon.is_cut_out and polygon.shown_class not in chosen]
-    _say_what_is_taken(annotations, marked, cut_out, path)
+    _say_what_is_taken(annotations, marked, annotations.cut_out(classes), path)
     _warn_of_places_beyond(annotations, path, slide)
     if annotations.polygons and not marked:
         raise SlideError(
@@ -312,10 +308,8 @@ def _read_polygons(path: Path, slide: Slide, classes: Sequence[str]) -> TissueMa
             f"({', '.join(annotations.counts())}; QuPath ignores those that end in a star). Give the tissue another "
             "class, or none."
         )
-    for polygons, value in ((marked, True), (cut_out, False)):
-        for polygon in tqdm(polygons, desc=path.name, unit="polygon", leave=False, delay=_SECONDS_UNTIL_PROGRESS):
-            rings = [(ring + slide.frame[:2]) / tissue.scale for ring in polygon.rings]
-            fill(tissue.mask, rings, value)
+    corner = (-slide.frame[0], -slide.frame[1])  # of level 0, from that of the frame
+    fill_annotated(tissue.mask, annotations, classes, corner, tissue.scale, path.name)
     return tissue
 
 

@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from ...runtime.atomic_files import write_atomically
 from ...runtime.checkpoint_paths import existing_source
 from ...runtime.compute import torch_device, weight_dtype
 from ...runtime.figures import save_image
+from ...slides.annotated_area import fill_annotated
+from ...slides.annotations import Annotations, read_annotations
 from ...slides.reader import Slide
 from .regions import RegionSegmenter, compare_attention, label_map, load_segmenter, mask_image, overlay, to_geojson
 from .sliding_window import SEAM_BAND, WindowGrid, seam_report
@@ -45,6 +48,9 @@ class SegmentSettings:
         attention_window: patch tokens of an attention block's side; 0 is dense; as saved where None.
         compared_attention: attention windows that are reported against dense attention.
         origin: where coordinates of the region and the polygons start; see `Slide`.
+        annotations: GeoJSON; what lies outside of its polygons is background, and the box around them is the region
+            where none is given.
+        annotation_classes: with `annotations`, the polygons of these classes alone.
     """
 
     window_size: int | None = None
@@ -58,8 +64,14 @@ class SegmentSettings:
     attention_window: int | None = None
     compared_attention: tuple[int, ...] = ()
     origin: str = "bounds"
+    annotations: str | os.PathLike[str] | None = None
+    annotation_classes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.annotation_classes and self.annotations is None:
+            raise ValueError(
+                f"annotation_classes={self.annotation_classes!r} choose among polygons: give annotations, too."
+            )
         if self.stride is not None and self.window_size is None:
             raise ValueError(f"stride={self.stride} says how far windows are apart: give window_size, too.")
 
@@ -69,6 +81,7 @@ class _RegionPixels:
     """(height, width, 3) uint8 pixels, the file's name, and where they lie in pixels of the full resolution.
 
     `origin` is their corner as polygons count, from that of `Slide.frame`; `level0_origin` as the file does.
+    `annotated` is (height, width) bool, True for what is to be segmented; None for all.
     """
 
     image: np.ndarray
@@ -76,6 +89,7 @@ class _RegionPixels:
     origin: tuple[float, float]
     level0_origin: tuple[float, float]
     scale: tuple[float, float]
+    annotated: np.ndarray | None = None
 
 
 def segment_file(
@@ -124,6 +138,8 @@ def segment_file(
     segmenter = load_segmenter(model_source, processor, settings.attention_window, **place)
     probabilities, seams = _segment(segmenter, region.image, settings)
     masks = segmenter.masks(probabilities)
+    if region.annotated is not None:
+        masks &= region.annotated
     report = {
         "image": Path(image).name,
         "model": Path(model_source).name,
@@ -142,7 +158,8 @@ def _read_region(image: str | os.PathLike[str], settings: SegmentSettings) -> _R
     with Slide(image, mpp=settings.slide_mpp, origin=settings.origin) as slide:
         scale = slide.scale(settings.mpp)
         left, top, *frame_size = slide.frame
-        x, y, width, height = settings.region or (0, 0, *frame_size)
+        annotations = None if settings.annotations is None else _read_annotations(Path(settings.annotations))
+        x, y, width, height = settings.region or _box(annotations, settings.annotation_classes, frame_size)
         size = tuple(max(1, math.floor(side / step + 1e-6)) for side, step in zip((width, height), scale, strict=True))
         if size[0] * size[1] > MAX_PIXELS:
             raise ValueError(
@@ -151,7 +168,36 @@ def _read_region(image: str | os.PathLike[str], settings: SegmentSettings) -> _R
             )
         corner = (left + x, top + y)
         pixels = slide.read_region(*corner, *size, mpp=settings.mpp)
-        return _RegionPixels(pixels, slide.name, (x, y), corner, scale)
+        annotated = None
+        if annotations is not None:
+            annotated = np.zeros(pixels.shape[:2], dtype=bool)
+            name = Path(settings.annotations).name
+            fill_annotated(annotated, annotations, settings.annotation_classes, (x, y), scale, name)
+        return _RegionPixels(pixels, slide.name, (x, y), corner, scale, annotated)
+
+
+def _read_annotations(path: Path) -> Annotations:
+    try:
+        return read_annotations(path)
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise ValueError(f"annotations={path.name!r} is no GeoJSON of polygons ({error!r}).") from error
+
+
+def _box(
+    annotations: Annotations | None, classes: Sequence[str], frame_size: Sequence[int]
+) -> tuple[int, int, int, int]:
+    """(x, y, width, height) of what there is to segment: the polygons that are taken, or all of the frame."""
+    if annotations is None:
+        return (0, 0, *frame_size)
+    outlines = [polygon.rings[0] for polygon in annotations.taken(classes)]
+    corners = [[ring.min(axis=0), ring.max(axis=0)] for ring in outlines]
+    if not corners:
+        raise ValueError("the annotations hold no polygon to segment in.")
+    low = np.floor(np.min([low for low, _ in corners], axis=0)).clip(0, frame_size).astype(int)
+    high = np.ceil(np.max([high for _, high in corners], axis=0)).clip(0, frame_size).astype(int)
+    if (high <= low).any():
+        raise ValueError(f"the annotations lie outside of the slide's {frame_size[0]} x {frame_size[1]} pixels.")
+    return (*low.tolist(), *(high - low).tolist())
 
 
 def _segment(
@@ -180,15 +226,16 @@ def _segment(
 
 
 def _describe(region: _RegionPixels, masks: np.ndarray, label_names: tuple[str, ...]) -> dict[str, Any]:
-    """Where the region lies, and which share of it each label covers."""
+    """Where the region lies, and which share of it, or of what is annotated in it, each label covers."""
     height, width = region.image.shape[:2]
+    area = height * width if region.annotated is None else max(1, int(region.annotated.sum()))
     return {
         "size": [width, height],
         "origin": list(region.origin),
         "origin_level0": list(region.level0_origin),
         "level0_pixels_per_pixel": list(region.scale),
         "labels": {str(index + 1): label for index, label in enumerate(label_names)},
-        "area_share": {label: float(mask.mean()) for label, mask in zip(label_names, masks, strict=True)},
+        "area_share": {label: float(mask.sum()) / area for label, mask in zip(label_names, masks, strict=True)},
     }
 
 
