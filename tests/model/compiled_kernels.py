@@ -34,6 +34,7 @@ from sparsepath_vit.model.attention_triton_launch import launch_shape
 
 TRITON_TYPES = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
 INTEGER_TABLES = (
+    "image_of_row_ptr",
     *("table_ptr", "image_ptr", "entry_ptr", "tile_entry_ptr", "entry_offset_ptr", "step_ptr", "step_bound_ptr"),
 )
 # What is listed of context tokens, and where each image's start.
@@ -43,6 +44,7 @@ LONG_TABLES = (
 )
 FLOAT32_TENSORS = (
     *("partial", "logsumexp", "delta", "score", "context_bias", "bias", "weight", "grad_mean"),
+    *("values", "sum"),
     *("mean_output", "mean_logsumexp", "mean_delta"),
 )
 LOOPS = ("whole", "rest", "masked")
@@ -163,7 +165,7 @@ def compile_kernel(name, dtype, size, tile_size, capability):
         return compile_fused_kernel(name, dtype, size, capability)
     if name in ("split_logsumexp", "prune_score"):
         return compile_prune_score_kernel(name, dtype, size, capability)
-    if name.startswith(("mean", "context")):
+    if name.startswith(("mean", "context", "sum_of_images")):
         return compile_stratified_kernel(name, dtype, size, capability)
     return compile_attention_kernel(name, dtype, size, tile_size, capability)
 

@@ -251,6 +251,7 @@ COMPILED_CASES = [
     ("context_key_value", "bfloat16", 64, 64, 90),
     ("context_key_value", "bfloat16", 128, 64, 80),
     *((f"context_{name}", "bfloat16", 64, 64, 90) for name in ("bias", "gather", "reduce")),
+    ("sum_of_images", "bfloat16", 64, 64, 90),
     *((f"mean_{name}", "bfloat16", 64, 64, 90) for name in ("block", "all", "merge", "gradient")),
     ("forward", "bfloat16", 64, 32, 90),
     ("forward", "bfloat16", 64, 16, 90),

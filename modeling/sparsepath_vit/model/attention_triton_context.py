@@ -17,6 +17,7 @@ from .attention_triton_context_kernels import (
     context_gather_kernel,
     context_key_value_kernel,
     context_reduce_kernel,
+    sum_of_images_kernel,
 )
 from .attention_triton_context_tables import CONTEXT_SLOTS, QUERIES_PER_STEP, context_starts, slots_of_images
 from .attention_triton_mean import mean_all_kernel, mean_block_kernel, mean_gradient_kernel, mean_merge_kernel
@@ -117,7 +118,7 @@ def _attend_with_mean_queries(
         **of_globals,
         **shape,
     )
-    chunks = triton.cdiv(num_entries, MEAN_ROWS)  # of the entries of an image; those it does not have are skipped
+    chunks = triton.cdiv(tiles.most_entries, MEAN_ROWS)
     mean_merge_kernel[(num_images * chunks, num_heads)](
         *(*states, tables.entries, tables.entry_offsets, tiles.image_offsets, *partials),
         *(context_key, context_value, bias, starts, *results),
@@ -174,8 +175,7 @@ def mean_gradients(
         enable_fp_fusion=FP_FUSION,
     )
     # Each query got what the mean query gets from all tokens once.
-    of_images = _sums_of_images(-grad_mean[:num_entries], tables.entries[:, 2], num_images)
-    grad_mean[num_entries:] = of_images
+    grad_mean[num_entries:] = -_sums_of_images(grad_mean[:num_entries], tables.entries[:, 2], num_images)
     delta_mean = (grad_mean * mean_output).sum(dim=-1).T.contiguous()  # (heads, rows)
     shares = _query_counts(tiles, num_images).rsqrt()
     logsumexp = layer.mean_logsumexp + shares.log2()
@@ -282,8 +282,18 @@ def context_launch_options(dtype: torch.dtype, head_dim: int) -> dict[str, int]:
 
 
 def _sums_of_images(values: torch.Tensor, images: torch.Tensor, num_images: int) -> torch.Tensor:
-    """(images, ...): sums of the rows of each image, in a fixed order, unlike those of an index."""
+    """(images, heads, head_dim): sums of the rows of each image, in a fixed order, unlike those of an index.
+
+    Args:
+        values: (rows, heads, head_dim) float32.
+        images: (rows,) int32.
+        num_images: how many there are.
+    """
     if num_images == 1:
         return values.sum(dim=0, keepdim=True)
-    is_of_image = images.view(-1, *[1] * (values.ndim - 1))
-    return torch.stack([torch.where(is_of_image == image, values, 0.0).sum(dim=0) for image in range(num_images)])
+    _, num_heads, head_dim = values.shape
+    sums = values.new_empty((num_images, num_heads, head_dim))
+    sum_of_images_kernel[(num_images, num_heads)](
+        *(values, images.contiguous(), sums, len(values)), HEAD_DIM=head_dim, BLOCK_N=64, enable_fp_fusion=FP_FUSION
+    )
+    return sums

@@ -165,3 +165,19 @@ def context_reduce_kernel(
         place = _load_slots(token_ptr, start_ptr, image, slot).to(tl.int64) * num_heads + head
         _add_to_token(grad_key_ptr, partial_key_ptr, rows, is_split, place, scale, HEAD_DIM)
         _add_to_token(grad_value_ptr, partial_value_ptr, rows, is_split, place, 1.0, HEAD_DIM)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def sum_of_images_kernel(
+    values_ptr, image_of_row_ptr, sum_ptr, num_rows, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """Adds the rows, (rows, heads, head_dim) float32, of each image, in order; grid (images, heads)."""
+    image, head, num_heads = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.num_programs(1)
+    states = (values_ptr + head * HEAD_DIM, num_heads * HEAD_DIM)
+    total = tl.zeros([triton.next_power_of_2(HEAD_DIM)], tl.float32)
+    for first in range(0, num_rows, BLOCK_N):
+        rows = first + tl.arange(0, BLOCK_N)
+        is_of_image = tl.load(image_of_row_ptr + rows, mask=rows < num_rows, other=-1) == image
+        total += tl.sum(load_rows(states, rows, is_of_image, HEAD_DIM, True), axis=0)
+    dims = tl.arange(0, triton.next_power_of_2(HEAD_DIM))
+    tl.store(sum_ptr + (image * num_heads + head) * HEAD_DIM + dims, total, mask=dims < HEAD_DIM)

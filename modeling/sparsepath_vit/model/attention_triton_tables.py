@@ -43,6 +43,7 @@ class AttentionTiles(NamedTuple):
         num_narrow: how many are narrow.
         global_shift: of a strip, its first key of the global tokens, `image_offsets` being where these keys start and
             end; 0 where all tokens are queries.
+        most_entries: of `ContextTables`, that an image has at most.
         weights: (M,) float32, base-2 logarithm of what each packed token counts for; `None` where all count once.
         context: what is needed beside where there are context tokens.
     """
@@ -56,6 +57,7 @@ class AttentionTiles(NamedTuple):
     num_medium: int
     num_narrow: int
     global_shift: int = 0
+    most_entries: int = 0
     weights: torch.Tensor | None = None
     context: ContextTables | None = None
 
@@ -92,7 +94,8 @@ def attention_tiles(grid: TokenGrid) -> AttentionTiles:
     global_shift = 0
     if isinstance(grid, TokenStrip):
         image_offsets, global_shift = per_image(grid.global_keys, grid.device), grid.global_keys[0]
-    numbers = (grid.num_global_tokens, grid.neighbor_radius, tile_size, *counts, global_shift)
+    most_entries = max(rows * (columns + 1) for rows, columns in grid.block_counts)
+    numbers = (grid.num_global_tokens, grid.neighbor_radius, tile_size, *counts, global_shift, most_entries)
     return AttentionTiles(table, image_offsets.to(torch.int32), *numbers, _log_weights(grid), context)
 
 
