@@ -299,6 +299,7 @@ def memory() -> str:
         name = TITLES.get(row["architecture"], row["architecture"])
         title = f"{name}, {row['layers']} layers, {SHORT_DTYPES[row['dtype']]}, p = {row['prune_ratio']}"
         whole = "" if row["tokens_per_strip"] == "default" else ", whole layers"
+        whole += f", {row['processes']} processes, the larger" if row["processes"] != "1" else ""
         return [
             f"{title}{whole}, {row['size']} px",
             *(f"{gibibytes[name]:.2f}" for name in gibibytes),

@@ -159,7 +159,7 @@ def benchmark_memory(arguments: argparse.Namespace) -> None:
     for row in measure_memory(cases):
         logger.info(
             "%(size)5d px  p = %(prune_ratio)s  %(processes)d processes  %(times_hidden_states)s x hidden states above "
-            "weights and pixels, process %(process_gib).2f GiB, %(seconds)s s",
+            "weights and pixels, process %(process_gib).2f GiB",
             {**row, "process_gib": row["process_peak_bytes"] / 2**30},
         )
         append_rows(arguments.out, [row])

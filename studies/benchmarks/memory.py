@@ -89,7 +89,6 @@ def _measure(case: MemoryCase, rank: int, meeting: str) -> dict[str, object]:
         "peak_growth_bytes": growth,
         "times_hidden_states": round(growth / hidden_bytes, 3),
         "process_peak_bytes": process_peak_bytes(),
-        "seconds": round(measurement.seconds, 1),
         **describe_run(),
     }
 
