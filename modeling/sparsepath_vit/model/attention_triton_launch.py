@@ -57,8 +57,8 @@ class LaunchShape(NamedTuple):
 
 # By kernel and tile size; 16-bit states with head_dim up to 64, then up to 128. For sm_80 and sm_90 Triton 3.6 spills
 # nothing; for sm_90 and head_dim 64 the registers are, from the top: 123, 127, 168, 230; 158, 162, 174; 160, 217, 222.
-# With context tokens 64-token tiles take 151, 178 and 166. The last spills there: 32 to 124 bytes for sm_80 and a longer
-# head_dim, and with Triton 3.9 in float32 824.
+# With context tokens 64-token tiles take 151, 178 and 166. The last spills there: for sm_80 and a longer head_dim 32 to
+# 124 bytes, and with Triton 3.9 in float32 824.
 _SHAPES = {
     ("forward", 128): (LaunchShape(128, 64, 8, 3), LaunchShape(128, 64, 8, 2)),
     ("forward", 64): (LaunchShape(64, 64, 4, 3), LaunchShape(64, 64, 4, 2)),
