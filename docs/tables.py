@@ -310,6 +310,20 @@ def memory() -> str:
     return markdown(titles, map(row_of, read("benchmark_memory")))
 
 
+def quantised() -> str:
+    """Fidelity and time of quantised weights on a CPU."""
+    table = [
+        [
+            f"{row['quantised'].replace('none', 'as they are')}, {SHORT_DTYPES[row['dtype']]}",
+            f"{float(row['pooled_cosine']):.4f}",
+            f"{float(row['centred_patch_cosine']):.4f} ({float(row['centred_patch_cosine_p5']):.3f})",
+            seconds(row),
+        ]
+        for row in read("benchmark_quantised")
+    ]
+    return markdown(["weights", "pooled features", "patch tokens, centred", "time"], table)
+
+
 def viewer() -> str:
     """How fast the page of `sparsepath view` answers: the last row that was measured."""
     row = read("benchmark_viewer")[-1]
@@ -347,6 +361,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "border_tokens": border_tokens,
     "prune_layers": prune_layers,
     "memory": memory,
+    "quantised": quantised,
     "viewer": viewer,
     "draw_layers": draw_layers,
     "representatives": representatives,
