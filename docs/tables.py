@@ -310,6 +310,23 @@ def memory() -> str:
     return markdown(titles, map(row_of, read("benchmark_memory")))
 
 
+def long_range() -> str:
+    """Accuracy against the distance of two structures, by what patch tokens see."""
+    names = ("window_size", "num_context_tokens", "has_globals")
+    of: dict[tuple[str, ...], list[Row]] = {}
+    for row in read("long_range"):
+        of.setdefault(tuple(row[name] for name in names), []).append(row)
+    table = [
+        [
+            f"w = {window}, {context} context tokens, global tokens: {has_globals}",
+            *(f"{float(row['accuracy']):.2f}" for row in rows),
+        ]
+        for (window, context, has_globals), rows in of.items()
+    ]
+    distances = [row["distance"] for row in next(iter(of.values()))]
+    return markdown(["tokens between the structures", *distances], table)
+
+
 def quantised() -> str:
     """Fidelity and time of quantised weights on a CPU."""
     table = [
@@ -361,6 +378,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "border_tokens": border_tokens,
     "prune_layers": prune_layers,
     "memory": memory,
+    "long_range": long_range,
     "quantised": quantised,
     "viewer": viewer,
     "draw_layers": draw_layers,
