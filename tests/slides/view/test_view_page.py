@@ -17,7 +17,7 @@ from sparsepath_vit.slides import EmbeddedSlide, EmbedSettings, Slide, embed_sli
 from sparsepath_vit.slides.polygon_features import pool_polygon
 
 PATCH = 16
-SECONDS = 30  # that anything on the page may take at most, on a busy machine
+SECONDS = 90  # that anything on the page may take at most, on a busy machine
 FRAME = """
 () => {
   const model = Bokeh.documents[0].get_model_by_name("slide"), view = Bokeh.index.find_one(model)
