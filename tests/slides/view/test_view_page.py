@@ -17,7 +17,7 @@ from sparsepath_vit.slides import EmbeddedSlide, EmbedSettings, Slide, embed_sli
 from sparsepath_vit.slides.polygon_features import pool_polygon
 
 PATCH = 16
-SECONDS = 90  # that anything on the page may take at most, on a busy machine
+SECONDS = 30  # that anything on the page may take at most, on a busy machine
 FRAME = """
 () => {
   const model = Bokeh.documents[0].get_model_by_name("slide"), view = Bokeh.index.find_one(model)
@@ -266,8 +266,13 @@ def test_similar_places_of_all_slides_are_listed_and_jumped_to(window, opened):
     assert similarities == sorted(similarities, reverse=True)
     number = next(index for index, name in enumerate(names) if name.endswith("second"))
     box = window.page.evaluate(FRAME.replace('"slide"', '"places"'))
-    window.page.mouse.click(box[0] + box[2] * (number + 0.5) / 10, box[1] + box[3] / 3)
-    until(lambda: window.value("slide_choice") == "second", "the other slide")
+
+    def has_jumped():  # a click before the thumbnails are drawn meets none
+        window.page.mouse.click(box[0] + box[2] * (number + 0.5) / 10, box[1] + box[3] / 3)
+        window.page.wait_for_timeout(1000)
+        return window.value("slide_choice") == "second"
+
+    until(has_jumped, "the other slide")
     until(lambda: window.value("layer") == "similarity" and window.overlay() is not None, "its similarity")
 
 
