@@ -101,11 +101,7 @@ def region_rows(encoder: Encoder, arguments: argparse.Namespace) -> Iterator[dic
                 features.setdefault(name, []).append(region_features(encoder, image, name))
             features.setdefault(RANDOM_WEIGHTS, []).append(region_features(untrained, image, "w = 8"))
             features.setdefault(HISTOGRAM, []).append(color_histogram(Image.fromarray(image)))
-        probes = {
-            name: cross_validated(np.stack(of_name), labels, blocks, num_seeds=arguments.seeds)
-            for name, of_name in tqdm(features.items(), desc="probes", disable=None)
-        }
-        yield from _rows(probes, {"size": size})
+        yield from _rows(_probes(features, labels, blocks, arguments.seeds), {"size": size})
 
 
 def position_rows(encoder: Encoder, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -124,11 +120,17 @@ def position_rows(encoder: Encoder, arguments: argparse.Namespace) -> Iterator[d
                 for kind, with_kind in encoders.items():
                     title = name if kind == POSITIONS[0] else f"{name}, {kind} positions"
                     features.setdefault(title, []).append(region_features(with_kind, image, name))
-        probes = {
-            name: cross_validated(np.stack(of_name), labels, blocks, num_seeds=arguments.seeds)
-            for name, of_name in tqdm(features.items(), desc="probes", disable=None)
-        }
-        yield from _rows(probes, {"size": size})
+        yield from _rows(_probes(features, labels, blocks, arguments.seeds), {"size": size})
+
+
+def _probes(
+    features: dict[str, list[np.ndarray]], labels: np.ndarray, blocks: list[str], num_seeds: int
+) -> dict[str, Probe]:
+    """A probe of the regions for each variant."""
+    return {
+        name: cross_validated(np.stack(of_name), labels, blocks, num_seeds=num_seeds)
+        for name, of_name in tqdm(features.items(), desc="probes", disable=None)
+    }
 
 
 def token_rows(encoder: Encoder, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
