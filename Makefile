@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 SOURCES := modeling scripts studies tests configuration docs examples
 
-.PHONY: demo test browser-test interop docs notebooks lint format figures benchmark gpu clean
+.PHONY: demo test chromium browser-test interop docs notebooks lint format figures benchmark gpu clean
 
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -c "import sys; assert (3, 11) <= sys.version_info[:2] < (3, 13), 'Python 3.11 or 3.12 is needed, this is %d.%d: make PYTHON=python3.12' % sys.version_info[:2]"
@@ -20,9 +20,11 @@ demo: $(INSTALLED)  ## one real region, dense, sparse and pruned: table, feature
 test: $(INSTALLED)  ## the whole test suite; no network, no GPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-browser-test: $(INSTALLED)  ## the tests of `sparsepath view` in headless Chromium, which is installed where it can be
-	command -v chromium || { apt-get -q update && apt-get -q install -y --no-install-recommends chromium; } || \
+chromium:  ## the browser that the tests of `sparsepath view` need, where there is none and it can be installed
+	command -v chromium || { apt-get -q update && DEBIAN_FRONTEND=noninteractive apt-get -q install -y --no-install-recommends chromium; } || \
 		echo "no chromium, and it cannot be installed (apt-get, as root): the tests say what they skip"
+
+browser-test: $(INSTALLED) chromium  ## the tests of `sparsepath view` in headless Chromium
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs tests/slides/view
 
 interop: $(INSTALLED)  ## the adapters against eva, LazySlide, slide2vec and torchao, each in an environment of its own; needs network

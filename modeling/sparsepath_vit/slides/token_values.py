@@ -198,7 +198,10 @@ def _numbers_of_attention(value: str) -> list[int]:
 def _prune_scores(slide: EmbeddedSlide) -> TokenValues:
     scores = slide.dataset("prune_scores")
     if scores is None:
-        raise SlideError("there are no prune scores in the file: the model does not prune (prune_ratio=0).")
+        raise SlideError(
+            "there are no prune scores in the file: the model does not prune (prune_ratio=0). Choose another value "
+            f"({VALUES}), or embed with a prune_ratio."
+        )
     values = _times_tokens(slide, scores[0], "token_counts").astype(float)
     unit = "times equal scores"
     return TokenValues("prune_scores", slide.tissue, values, slide.token_size, slide.dimensions, unit=unit)
