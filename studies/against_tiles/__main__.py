@@ -7,6 +7,7 @@ r"""Is one forward of a region worth more than averaging its 224 px tiles, which
   tokens    a linear probe of labelled patch tokens, of all and of those near the border of two tiles
   positions the regions again, where positions are not stretched over the region but repeat in each window as large as
             the images of the model's training, as they are or mirrored
+  finetuning low-rank adapters trained through whole regions, and through their averaged tiles
 
 Frozen features of real pretrained weights (`python -m studies.real_weights`), folds by block of tissue or by image, the
 penalty chosen inside the training folds, several divisions into folds, and paired differences to tiles and to dense
@@ -15,6 +16,7 @@ with 95 % intervals over blocks or images. Writes OUT/against_tiles_PART.csv.
 Examples:
     python -m studies.against_tiles --data-dir ../shared/data --out model_card/results
     python -m studies.against_tiles --data-dir ../shared/data --parts tokens --seeds 1 --out outputs/against_tiles
+    python -m studies.against_tiles --data-dir ../shared/data --parts finetuning --sizes 672 --out outputs/against_tiles
 """
 
 import argparse
@@ -52,11 +54,12 @@ with imports_of_extra("train", "sklearn"):
         tokens_to_border,
         with_positions,
     )
+    from .finetuning import VARIANTS, Training, fine_tuned
     from .probes import Probe, cross_validated, difference_with_interval, score_with_interval
 
 logger = logging.getLogger("against_tiles")
 
-PARTS = ("regions", "tokens", "positions")
+PARTS = ("regions", "tokens", "positions", "finetuning")
 RANDOM_WEIGHTS, HISTOGRAM = "random weights, w = 8", "colour histogram"
 NEAR_BORDER = 2  # tokens between a token and the border, at most, that still count as near
 
@@ -68,6 +71,7 @@ def main() -> None:
     parser.add_argument("--parts", default=",".join(PARTS), help=f"of {', '.join(PARTS)}")
     parser.add_argument("--sizes", default="224,448,672,1022", help="pixels of a region's side")
     parser.add_argument("--seeds", type=int, default=5, help="divisions into folds")
+    parser.add_argument("--epochs", type=int, default=Training.epochs, help="of fine-tuning")
     parser.add_argument("--out", type=Path, default=Path("outputs/against_tiles"), help="folder of the CSVs")
     run_script(run, parser.parse_args())
 
@@ -80,7 +84,7 @@ def run(arguments: argparse.Namespace) -> None:
     source = chosen_checkpoint(arguments.model_name_or_path)
     encoder = Encoder(*load_model(source, "cpu", "float32", model_class=SparsePathViTModel))
     described = {"model": Path(source).name, **describe_run("cpu")}
-    for part, rows_of in zip(PARTS, (region_rows, token_rows, position_rows), strict=True):
+    for part, rows_of in zip(PARTS, (region_rows, token_rows, position_rows, finetuning_rows), strict=True):
         if part in parts:
             arguments.out.mkdir(parents=True, exist_ok=True)
             rows: list[dict[str, Any]] = []
@@ -121,6 +125,22 @@ def position_rows(encoder: Encoder, arguments: argparse.Namespace) -> Iterator[d
                     title = name if kind == POSITIONS[0] else f"{name}, {kind} positions"
                     features.setdefault(title, []).append(region_features(with_kind, image, name))
         yield from _rows(_probes(features, labels, blocks, arguments.seeds), {"size": size})
+
+
+def finetuning_rows(encoder: Encoder, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """A row for each size and variant: the frozen probe on the same folds, and after training."""
+    files, labels, blocks = osteosarcoma_regions(arguments.data_dir)
+    training = Training(epochs=arguments.epochs)
+    for size in map(int, arguments.sizes.split(",")):
+        images = [resized(path, size) for path in files]
+        probes = {}
+        for name in VARIANTS:
+            frozen = np.stack(
+                [region_features(encoder, image, name) for image in tqdm(images, desc=name, disable=None)]
+            )
+            probes[f"{name}, frozen"] = cross_validated(frozen, labels, blocks, training.num_folds, num_seeds=1)
+            probes[name] = fine_tuned(encoder, images, frozen, labels, blocks, name, training)
+        yield from _rows(probes, {"size": size, "epochs": training.epochs, "rank": training.rank})
 
 
 def _probes(
@@ -170,6 +190,8 @@ def _rows(
     for name, probe in probes.items():
         row = {**key, "variant": name, **score_with_interval(probe, items)}
         for other, short in ((TILES, "tiles"), (DENSE, "dense")):
+            if other not in probes:
+                continue
             difference = difference_with_interval(probe, probes[other], items)
             row |= {f"{metric}_minus_{short}": value for metric, value in difference.items()}
         count = len(probe.labels) if items is None else len(items)

@@ -57,8 +57,7 @@ def region_features(encoder: Encoder, image: np.ndarray, name: str) -> np.ndarra
     if name != TILES:
         with configured(encoder.model, **PATTERNS[name]):
             return encoder.pooled(image)
-    parts = [image[top : top + TILE_SIZE, left : left + TILE_SIZE] for top, left in corners_of_tiles(image, encoder)]
-    areas = [part.shape[0] * part.shape[1] for part in parts]
+    parts, areas = tiles_of(image, encoder)
     with configured(encoder.model, **PATTERNS[DENSE]):
         return np.average([encoder.pooled(part) for part in parts], axis=0, weights=areas)
 
@@ -102,6 +101,12 @@ def token_features(encoder: Encoder, image: np.ndarray, name: str) -> np.ndarray
             row, column = top // patch_size, left // patch_size
             dense[row : row + of_tile.shape[0], column : column + of_tile.shape[1]] = of_tile
     return dense
+
+
+def tiles_of(image: np.ndarray, encoder: Encoder) -> tuple[list[np.ndarray], list[int]]:
+    """The tiles of a region and how many pixels each has."""
+    parts = [image[top : top + TILE_SIZE, left : left + TILE_SIZE] for top, left in corners_of_tiles(image, encoder)]
+    return parts, [part.shape[0] * part.shape[1] for part in parts]
 
 
 def corners_of_tiles(image: np.ndarray, encoder: Encoder) -> list[tuple[int, int]]:

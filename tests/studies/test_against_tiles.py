@@ -10,7 +10,7 @@ from sparsepath_vit import SparsePathViTConfig, SparsePathViTImageProcessor, Spa
 from sparsepath_vit.runtime.configured import configured
 from sparsepath_vit.runtime.pixels import prepare
 from studies.against_tiles import __main__ as against_tiles
-from studies.against_tiles import features
+from studies.against_tiles import features, finetuning
 from studies.against_tiles.datasets import cells_of_three_kinds, nuclei
 from studies.against_tiles.probes import (
     PENALTIES,
@@ -161,13 +161,18 @@ def test_each_variant_has_its_row(part, encoder, tmp_path, run_script, monkeypat
     encoder.model.save_pretrained(tmp_path / "model")
     encoder.processor.save_pretrained(tmp_path / "model")
     given = {"--data-dir": small_data(tmp_path / "data"), "--model-name-or-path": tmp_path / "model", "--parts": part}
-    given |= {"--sizes": "56,84" if part == "positions" else "56", "--seeds": "1", "--out": tmp_path / "out"}
+    given |= {
+        "--sizes": "56,84" if part == "positions" else "56",
+        "--seeds": "1",
+        "--epochs": "1",
+        "--out": tmp_path / "out",
+    }
     run_script(against_tiles, *(str(text) for option in given.items() for text in option))
     with (tmp_path / f"out/against_tiles_{part}.csv").open() as file:
         rows = list(csv.DictReader(file))
     # Two data sets of tokens, none of which lies away from such small tiles' borders; tiles and two patterns with three
-    # kinds of positions each, at the size that is larger than the window.
-    assert len(rows) == {"regions": 8, "tokens": 2 * 2 * 4, "positions": 1 + 2 * 3}[part]
+    # kinds of positions each, at the size that is larger than the window; three frozen and three trained.
+    assert len(rows) == {"regions": 8, "tokens": 2 * 2 * 4, "positions": 1 + 2 * 3, "finetuning": 2 * 3}[part]
     for row in rows:
         if row["variant"] == features.TILES:
             assert float(row["balanced_accuracy_minus_tiles"]) == float(row["log_loss_high_minus_tiles"]) == 0
@@ -194,3 +199,36 @@ def test_shares_of_the_training_labels_say_nothing():
         features = np.random.default_rng(seed).standard_normal((33, 8))
         accuracies.append(score_with_interval(cross_validated(features, labels, groups, num_seeds=1)))
     assert np.mean([found["balanced_accuracy"] for found in accuracies]) > 0.27
+
+
+def test_fine_tuning_starts_from_the_probe_and_learns(encoder, monkeypatch):
+    """Regions of three colours: the frozen probe and training both find them; without a step both say the same."""
+    monkeypatch.setattr(features, "TILE_SIZE", 28)
+    generator = np.random.default_rng(0)
+    labels = np.repeat([0, 1, 2], 4)
+    images = [generator.integers(0, 90, (56, 56, 3), dtype=np.uint8) for _ in labels]
+    for image, label in zip(images, labels, strict=True):
+        image[..., label] += 100
+    groups = [str(number) for number in range(len(labels))]
+    for variant in (features.TILES, "w = 8, 60 % pruned"):
+        frozen = np.stack([features.region_features(encoder, image, variant) for image in images])
+        untrained = finetuning.Training(epochs=0)
+        at_start = finetuning.fine_tuned(encoder, images, frozen, labels, groups, variant, untrained)
+        probe = cross_validated(frozen, labels, groups, num_folds=3, num_seeds=1)
+        np.testing.assert_allclose(at_start.probabilities, probe.probabilities, atol=0.02)  # bfloat16 on some machines
+        before = {name: state.clone() for name, state in encoder.model.state_dict().items()}
+        trained = finetuning.fine_tuned(
+            encoder, images, frozen, labels, groups, variant, finetuning.Training(epochs=3, learning_rate=3e-3)
+        )
+        assert trained.scores()[1] < at_start.scores()[1] - 0.01
+        for name, state in encoder.model.state_dict().items():
+            torch.testing.assert_close(state, before[name], rtol=0, atol=0)
+
+
+def test_logits_of_tiles_are_those_of_their_mean_by_area(encoder, image, monkeypatch):
+    monkeypatch.setattr(features, "TILE_SIZE", 56)
+    classifier = finetuning._classifier(encoder, 3).eval()
+    with configured(classifier, **features.PATTERNS[features.DENSE]), torch.no_grad():
+        pooled = torch.as_tensor(features.region_features(encoder, image, features.TILES), dtype=torch.float32)
+        expected = classifier.classifier(pooled)
+        torch.testing.assert_close(finetuning.region_logits(classifier, encoder, image, features.TILES), expected)
