@@ -5,7 +5,6 @@ A backend says once per grid what it needs of it, as tensors and integers, becau
 trace takes nothing else. The tensors come back to the backend with the queries, keys and values of every layer.
 """
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -97,14 +96,3 @@ def prepared_grid(backend: AttentionBackend, grid: TokenGrid) -> PreparedGrid:
     if backend.name not in grid.prepared:
         grid.prepared[backend.name] = backend.prepare(grid)
     return grid.prepared[backend.name]
-
-
-def operator_name(name: str) -> str:
-    """The name under which torch.library knows an operator of this package, "sparsepath_vit::..." where installed.
-
-    A process may hold these files more than once, in different versions: installed, as remote code of a checkpoint, in
-    a kernel repository. Whoever registers a name last answers for it, also to those who registered it before, so the
-    name tells the copies apart.
-    """
-    copy = re.sub(r"\W", "_", (__package__ or __name__).removesuffix(".model"))
-    return f"{copy}::{name}"

@@ -8,11 +8,12 @@ flash-decoding does it.
 
 import torch
 
-from .attention_backend import PreparedGrid, operator_name, prepared_grid
+from .attention_backend import PreparedGrid, prepared_grid
 from .attention_backends import BACKENDS, REFERENCE, backend_for
 from .attention_checks import check_strip_states
 from .attention_precision import without_autocast
 from .attention_specification import attention_bias
+from .operator_names import operator_name
 from .processes import Processes
 from .token_strips import TokenStrip
 
