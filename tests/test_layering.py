@@ -60,9 +60,10 @@ MODEL_ALLOWED = {
     },
     "embeddings": {"configuration_sparsepath_vit", "patch_embeddings", "token_grid"},
     "streamed_prune_scores": {"processes", "token_strips"},
+    "streamed_context": {"attention", "context_tokens", "token_grid"},
     "streamed_layers": {
-        *("attention", "configuration_sparsepath_vit", "embeddings", "streamed_prune_scores", "token_grid"),
-        *("token_shares", "token_strips"),
+        *("attention", "configuration_sparsepath_vit", "embeddings", "streamed_context", "streamed_prune_scores"),
+        *("token_grid", "token_shares", "token_strips"),
     },
     "pillow_images": set(),
     "image_inputs": {"pillow_images"},

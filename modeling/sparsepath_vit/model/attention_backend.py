@@ -48,6 +48,31 @@ class LayerContext(NamedTuple):
         return slice(start, start + self.counts[image])
 
 
+class StripContext(NamedTuple):
+    """The context tokens that the strips of one image see in a layer, and the mean query of the image.
+
+    Attributes:
+        key, value: (entries, heads, head_dim).
+        weights, block_rows, block_columns: (entries,) int64, see `ContextTokens`.
+        mean_query: (heads, head_dim).
+        of_mean: (heads, head_dim), what the mean query gets from all tokens of the image, of at least float32.
+    """
+
+    key: torch.Tensor
+    value: torch.Tensor
+    weights: torch.Tensor
+    block_rows: torch.Tensor
+    block_columns: torch.Tensor
+    mean_query: torch.Tensor
+    of_mean: torch.Tensor
+
+    def as_layer_context(self) -> LayerContext:
+        """As the only image of a layer, `tokens` being the rows of `key` and `value`."""
+        places = torch.arange(len(self.weights), device=self.weights.device)
+        entries = (places, self.weights, self.block_rows, self.block_columns)
+        return LayerContext(*entries, (len(self.weights),), self.mean_query[None])
+
+
 @dataclass(frozen=True)
 class AttentionBackend:
     """One way to compute block-local attention of the M = `grid.num_tokens` packed tokens of a grid.
@@ -68,13 +93,15 @@ class AttentionBackend:
             of the mean queries.
         forward_strip: as the forward, for what `prepare` made of a `TokenStrip`. Takes the query of the global tokens
             and the strip's own patch tokens, (G + S, heads, head_dim), key and value of all of its M tokens, the
-            prepared strip and the scale. Returns the output, (G + S, heads, head_dim), in which a global token has
-            attended to the strip's part of its keys, and the natural log-sum-exp of the global tokens' logits, (heads,
-            G), of at least float32.
+            prepared strip and the scale; where there are context tokens, and `strips_take_context`, a `StripContext`
+            comes last. Returns the output, (G + S, heads, head_dim), in which a global token has attended to the
+            strip's part of its keys, and the natural log-sum-exp of the global tokens' logits, (heads, G), of at least
+            float32.
         has_dropout: whether it can drop probabilities; if not, another backend runs where some are to be dropped.
         takes_key_weights: whether keys may have weights, and context tokens be keys; if not, another backend runs
             where they do.
         returns_logsumexp: whether the forward returns it.
+        strips_take_context: whether `forward_strip` takes context tokens; if not, layers that have some run whole.
     """
 
     name: str
@@ -89,6 +116,7 @@ class AttentionBackend:
     has_dropout: bool
     takes_key_weights: bool
     returns_logsumexp: bool
+    strips_take_context: bool
 
 
 def prepared_grid(backend: AttentionBackend, grid: TokenGrid) -> PreparedGrid:
