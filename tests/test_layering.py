@@ -37,7 +37,8 @@ FOLDERS = {
 MODEL_ALLOWED = {
     "remote_code": set(),
     "configuration_sparsepath_vit": {"remote_code"},
-    "stratified_sampling": set(),
+    "operator_names": set(),
+    "stratified_sampling": {"operator_names"},
     "token_grid": {"stratified_sampling"},
     "token_strips": {"token_grid"},
     "processes": set(),
@@ -47,18 +48,22 @@ MODEL_ALLOWED = {
     "token_pruning": {
         *("processes", "prune_score_operator", "stratified_sampling", "token_grid", "token_shares", "token_strips"),
     },
-    "prune_score": {"attention_backend", "attention_precision", "fused_elementwise", "prune_score", "token_grid"},
+    "prune_score": {
+        *("attention_backend", "attention_precision", "fused_elementwise", "operator_names", "prune_score"),
+        "token_grid",
+    },
     "fused_elementwise": {"attention_precision", "attention_triton", "fused_elementwise"},
     "device_memory": set(),
     "attention": {
-        *("attention", "context_tokens", "device_memory", "mean_query_correction", "processes", "token_grid"),
-        "token_strips",
+        *("attention", "context_tokens", "device_memory", "mean_query_correction", "operator_names", "processes"),
+        *("token_grid", "token_strips"),
     },
     "embeddings": {"configuration_sparsepath_vit", "patch_embeddings", "token_grid"},
     "streamed_prune_scores": {"processes", "token_strips"},
+    "streamed_context": {"attention", "context_tokens", "token_grid"},
     "streamed_layers": {
-        *("attention", "configuration_sparsepath_vit", "embeddings", "streamed_prune_scores", "token_grid"),
-        *("token_shares", "token_strips"),
+        *("attention", "configuration_sparsepath_vit", "embeddings", "streamed_context", "streamed_prune_scores"),
+        *("token_grid", "token_shares", "token_strips"),
     },
     "pillow_images": set(),
     "image_inputs": {"pillow_images"},

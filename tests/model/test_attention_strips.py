@@ -12,9 +12,12 @@ from token_batches import batches
 
 from sparsepath_vit import TokenGrid, set_block_attention_backend
 from sparsepath_vit.model import token_strips
+from sparsepath_vit.model.attention_backend import StripContext
 from sparsepath_vit.model.attention_backends import BACKENDS
 from sparsepath_vit.model.attention_specification import naive_block_attention
 from sparsepath_vit.model.attention_strips import MergedAttention, strip_attention
+from sparsepath_vit.model.context_tokens import draw_context_tokens, exact_tokens
+from sparsepath_vit.model.mean_query_correction import mean_queries
 from sparsepath_vit.model.token_strips import strip_ranges, token_strip
 
 HEADS, HEAD_DIM = 2, 16
@@ -34,9 +37,29 @@ def random_states(grid, dtype=torch.float64, seed=0):
     return [(1.5 * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype) for _ in range(3)]
 
 
-def attended_in_strips(query, key, value, grid, most_tokens, scale=0.3):
+def contexts_of_strips(query, key, value, grid, context, scale=0.3):
+    """The context tokens of each image as its strips take them; what the mean query attends to is written out."""
+    means, start, contexts = mean_queries(query, grid), 0, []
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    for image, count in enumerate(context.counts):
+        entries, tokens = slice(start, start + count), slice(*grid.image_offsets[image : image + 2])
+        start = entries.stop
+        weights = torch.ones(tokens.stop - tokens.start, dtype=dtype)
+        if grid.weights is not None:
+            weights[grid.num_global_tokens :] = grid.weights.split(grid.counts)[image]
+        logits = torch.einsum("hd,nhd->hn", means[image].to(dtype), key[tokens].to(dtype)) * scale + weights.log()
+        of_mean = torch.einsum("hn,nhd->hd", logits.softmax(dim=1), value[tokens].to(dtype))
+        rows, places = context.tokens[entries], (states[entries] for states in context[1:4])
+        contexts.append(StripContext(key[rows], value[rows], *places, means[image], of_mean))
+    return contexts
+
+
+def attended_in_strips(query, key, value, grid, most_tokens, scale=0.3, context=None):
     """(M, heads, head_dim) of packed tokens, put together from the strips of each image."""
     output = torch.full_like(query, torch.nan)
+    contexts = [None] * grid.batch_size
+    if context is not None:
+        contexts = contexts_of_strips(query, key, value, grid, context)
     for image, first in enumerate(grid.image_offsets[:-1]):
         num_globals = grid.num_global_tokens
         global_tokens, attention = torch.arange(first, first + num_globals), MergedAttention()
@@ -47,19 +70,19 @@ def attended_in_strips(query, key, value, grid, most_tokens, scale=0.3):
             states = (
                 states[tokens].transpose(0, 1) for states, tokens in ((query, queries), (key, keys), (value, keys))
             )
-            attended, logsumexp = strip_attention(*states, strip, scale=scale)
+            attended, logsumexp = strip_attention(*states, strip, scale=scale, context=contexts[image])
             output[own] = attended[:, num_globals:].transpose(0, 1)
             attention.add(attended[:, :num_globals], logsumexp)
         output[global_tokens] = attention.merged().transpose(0, 1).to(output.dtype)
     return output
 
 
-def assert_equals_the_specification(grid, most_tokens, dtype=torch.float64):
+def assert_equals_the_specification(grid, most_tokens, dtype=torch.float64, context=None):
     states = random_states(grid, dtype)
-    found = attended_in_strips(*states, grid, most_tokens)
-    expected = naive_block_attention(*(state.double() for state in states), grid, 0.3)
+    found = attended_in_strips(*states, grid, most_tokens, context=context)
+    expected = naive_block_attention(*(state.double() for state in states), grid, 0.3, context=context)
     assert (found.double() - expected).abs().max() <= TOLERANCES[dtype] * expected.abs().max()
-    assert torch.equal(found, attended_in_strips(*states, grid, most_tokens))
+    assert torch.equal(found, attended_in_strips(*states, grid, most_tokens, context=context))
 
 
 def ragged(grid, share, seed=0):
@@ -95,6 +118,39 @@ def test_strips_cut_anywhere_equal_the_specification(backend, batch, most_tokens
 def test_narrow_dtypes(dtype):
     grid = TokenGrid.create([(11, 9), (30, 14)], num_global_tokens=3, window_size=4)
     assert_equals_the_specification(ragged(grid, 0.5), 30, dtype)
+
+
+@pytest.mark.parametrize("backend", ["sdpa_tiles", "reference"])
+@given(
+    batch=batches(max_side=9),
+    most_tokens=st.sampled_from([1, 12, 10_000]),
+    share=st.sampled_from([None, 0.6]),
+    num_context_tokens=st.sampled_from([1, 6, 30, 100]),
+    is_weighted=st.booleans(),
+    cut=st.sampled_from(["block rows", "anywhere"]),
+)
+def test_context_tokens_are_keys_outside_the_neighbourhood(
+    backend, batch, most_tokens, share, num_context_tokens, is_weighted, cut
+):
+    set_block_attention_backend(backend)
+    grid = batch._replace(num_context_tokens=num_context_tokens).grid()
+    grid, generator = grid if share is None else ragged(grid, share), torch.Generator().manual_seed(4)
+    if is_weighted:
+        weights = torch.randint(1, 9, (len(grid.rows),), generator=generator)
+        grid = dataclasses.replace(grid, weights=weights)
+    context = None
+    if grid.has_context:
+        context = draw_context_tokens(grid, exact_tokens(torch.rand(len(grid.rows), generator=generator), grid))
+    with pytest.MonkeyPatch.context() as patch:
+        if cut == "anywhere":
+            patch.setattr(token_strips, "block_row_ends", lambda *arguments: None)
+        assert_equals_the_specification(grid, most_tokens, context=context)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_context_tokens_in_narrow_dtypes(dtype):
+    grid = TokenGrid.create([(11, 9), (30, 14)], num_global_tokens=3, window_size=4, num_context_tokens=30)
+    assert_equals_the_specification(grid, 30, dtype, draw_context_tokens(grid))
 
 
 needs_the_kernel = pytest.mark.skipif(
@@ -194,8 +250,3 @@ class TestRanges:
             ((80, 160), (0, 200), 40),
             ((160, 200), (80, 200), 40),
         ]
-
-    def test_context_tokens_are_refused(self):
-        grid = TokenGrid.create([(40, 10)], num_global_tokens=1, window_size=4, num_context_tokens=9)
-        with pytest.raises(ValueError, match=r"num_context_tokens=9.*block_attention"):
-            token_strip(grid, 0, strip_ranges(grid, 0, 80)[0])

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from sparsepath_vit import SparsePathViTModel
 from sparsepath_vit.model import attention_backends, encoder_sparsepath_vit, prune_score_operator
+from sparsepath_vit.model.streamed_context import strip_contexts
 
 
 class NoTensorsOfTheHost(TorchDispatchMode):
@@ -85,6 +86,20 @@ def test_context_tokens_are_drawn_without_waiting_for_the_device(batch, image_si
         with NoOtherTensorsOfTheHost():
             outputs = model(pixel_values, image_sizes=image_sizes)
     assert outputs.last_hidden_state.device.type == "cuda"
+
+
+@torch.no_grad()
+def test_context_tokens_of_strips_are_drawn_without_waiting_for_the_device():
+    with torch.device("meta"):
+        model = SparsePathViTModel(small_config(num_context_tokens=100)).eval()
+    with fake_cuda():
+        model.to_empty(device="cuda")
+        pixel_values = torch.empty(2, 3, 160, 168, device="cuda")
+        with NoTensorsOfTheHost():
+            grid = model.token_grid(pixel_values, image_sizes=[(60, 160), (160, 80)])
+            tokens = torch.empty(grid.num_tokens, model.config.hidden_size, device="cuda")
+            contexts = strip_contexts(model.encoder.layers[1], tokens, grid, 200)
+    assert [context.key.device.type for context in contexts] == ["cuda"] * 2
 
 
 def test_what_waits_is_found():

@@ -285,10 +285,12 @@ class TestDevices:
 
 class TestCompile:
     @torch.no_grad()
-    def test_one_graph_serves_images_of_many_sizes(self):
+    @pytest.mark.parametrize("num_context_tokens", [0, 30])
+    def test_one_graph_serves_images_of_many_sizes(self, num_context_tokens):
         """No graph break anywhere, and after the first size one recompilation with dynamic shapes for all others."""
         torch._dynamo.reset()
-        model = small_model(SparsePathViTModel, num_hidden_layers=2, prune_ratio=0.5, prune_after_layer=1)
+        settings = {"num_hidden_layers": 2, "prune_ratio": 0.5, "prune_after_layer": 1}
+        model = small_model(SparsePathViTModel, num_context_tokens=num_context_tokens, **settings)
         counter = CompileCounterWithBackend("aot_eager")
         compiled = torch.compile(model, backend=counter, fullgraph=True)
         for rows, columns in [(9, 7), (12, 12), (5, 20), (16, 9), (33, 2)]:

@@ -54,9 +54,13 @@ def assert_same(found, expected, tolerance=1e-12):
     images=st.sampled_from([None, [(76, 36), (36, 20)], [(76, 36), (40, 36), (12, 4)]]),
     share=st.sampled_from([None, 0.4]),
     mlp_type=st.sampled_from(["swiglu", "gelu"]),
+    num_context_tokens=st.sampled_from([0, 1, 40]),
 )
-def test_strips_equal_whole_layers(most_tokens, radius, prune_ratio, prune_score, images, share, mlp_type):
+def test_strips_equal_whole_layers(
+    most_tokens, radius, prune_ratio, prune_score, images, share, mlp_type, num_context_tokens
+):
     settings = {"neighbor_radius": radius, "prune_ratio": prune_ratio, "prune_score": prune_score}
+    settings["num_context_tokens"] = num_context_tokens
     model = small_model(SparsePathViTModel, mlp_type=mlp_type, **settings).double()
     batch = 1 if images is None else len(images)
     pixels = random_pixels(batch, 19, 9).double()
@@ -84,6 +88,9 @@ def test_strips_equal_whole_layers(most_tokens, radius, prune_ratio, prune_score
         {"prune_ratio": 0.6, "num_representatives": 12, "pooling": "cls_mean"},
         {"prune_ratio": 0.6, "prune_after_layer": 4},
         {"num_context_tokens": 20, "window_size": 16},
+        {"num_context_tokens": 30, "prune_ratio": 0.6, "num_representatives": 12, "pooling": "cls_mean"},
+        {"num_context_tokens": 20, "qkv_bias": False, "num_register_tokens": 0},
+        {"num_context_tokens": 400},
     ],
     ids=lambda settings: " ".join(f"{name}={value}" for name, value in settings.items()),
 )
@@ -142,11 +149,10 @@ class TestWholeLayers:
         outputs_of(model.train(), 30, random_pixels(1, 19, 9))
         assert not streamed
 
-    def test_dense_implementations_and_context_tokens(self, model, streamed):
+    def test_dense_implementations(self, model, streamed):
         for implementation in ("sdpa", "eager"):
             model.set_attn_implementation(implementation)
             outputs_of(model, 30, random_pixels(1, 19, 9))
-        outputs_of(small_model(SparsePathViTModel, num_context_tokens=20), 30, random_pixels(1, 19, 9))
         assert not streamed
 
     def test_hooks(self, model, streamed):

@@ -5,7 +5,6 @@ A backend says once per grid what it needs of it, as tensors and integers, becau
 trace takes nothing else. The tensors come back to the backend with the queries, keys and values of every layer.
 """
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -49,6 +48,31 @@ class LayerContext(NamedTuple):
         return slice(start, start + self.counts[image])
 
 
+class StripContext(NamedTuple):
+    """The context tokens that the strips of one image see in a layer, and the mean query of the image.
+
+    Attributes:
+        key, value: (entries, heads, head_dim).
+        weights, block_rows, block_columns: (entries,) int64, see `ContextTokens`.
+        mean_query: (heads, head_dim).
+        of_mean: (heads, head_dim), what the mean query gets from all tokens of the image, of at least float32.
+    """
+
+    key: torch.Tensor
+    value: torch.Tensor
+    weights: torch.Tensor
+    block_rows: torch.Tensor
+    block_columns: torch.Tensor
+    mean_query: torch.Tensor
+    of_mean: torch.Tensor
+
+    def as_layer_context(self) -> LayerContext:
+        """As the only image of a layer, `tokens` being the rows of `key` and `value`."""
+        places = torch.arange(len(self.weights), device=self.weights.device)
+        entries = (places, self.weights, self.block_rows, self.block_columns)
+        return LayerContext(*entries, (len(self.weights),), self.mean_query[None])
+
+
 @dataclass(frozen=True)
 class AttentionBackend:
     """One way to compute block-local attention of the M = `grid.num_tokens` packed tokens of a grid.
@@ -69,13 +93,15 @@ class AttentionBackend:
             of the mean queries.
         forward_strip: as the forward, for what `prepare` made of a `TokenStrip`. Takes the query of the global tokens
             and the strip's own patch tokens, (G + S, heads, head_dim), key and value of all of its M tokens, the
-            prepared strip and the scale. Returns the output, (G + S, heads, head_dim), in which a global token has
-            attended to the strip's part of its keys, and the natural log-sum-exp of the global tokens' logits, (heads,
-            G), of at least float32.
+            prepared strip and the scale; where there are context tokens, and `strips_take_context`, a `StripContext`
+            comes last. Returns the output, (G + S, heads, head_dim), in which a global token has attended to the
+            strip's part of its keys, and the natural log-sum-exp of the global tokens' logits, (heads, G), of at least
+            float32.
         has_dropout: whether it can drop probabilities; if not, another backend runs where some are to be dropped.
         takes_key_weights: whether keys may have weights, and context tokens be keys; if not, another backend runs
             where they do.
         returns_logsumexp: whether the forward returns it.
+        strips_take_context: whether `forward_strip` takes context tokens; if not, layers that have some run whole.
     """
 
     name: str
@@ -90,6 +116,7 @@ class AttentionBackend:
     has_dropout: bool
     takes_key_weights: bool
     returns_logsumexp: bool
+    strips_take_context: bool
 
 
 def prepared_grid(backend: AttentionBackend, grid: TokenGrid) -> PreparedGrid:
@@ -97,14 +124,3 @@ def prepared_grid(backend: AttentionBackend, grid: TokenGrid) -> PreparedGrid:
     if backend.name not in grid.prepared:
         grid.prepared[backend.name] = backend.prepare(grid)
     return grid.prepared[backend.name]
-
-
-def operator_name(name: str) -> str:
-    """The name under which torch.library knows an operator of this package, "sparsepath_vit::..." where installed.
-
-    A process may hold these files more than once, in different versions: installed, as remote code of a checkpoint, in
-    a kernel repository. Whoever registers a name last answers for it, also to those who registered it before, so the
-    name tells the copies apart.
-    """
-    copy = re.sub(r"\W", "_", (__package__ or __name__).removesuffix(".model"))
-    return f"{copy}::{name}"

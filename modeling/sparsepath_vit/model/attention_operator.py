@@ -7,12 +7,13 @@ gradients. What the operator computes with is a backend of `attention_backends.p
 
 import torch
 
-from .attention_backend import LayerContext, PreparedGrid, operator_name, prepared_grid
+from .attention_backend import LayerContext, PreparedGrid, prepared_grid
 from .attention_backends import BACKENDS, REFERENCE, backend_for
 from .attention_checks import check_context, check_states
 from .attention_specification import naive_block_attention
 from .context_tokens import ContextTokens
 from .mean_query_correction import mean_queries
+from .operator_names import operator_name
 from .token_grid import TokenGrid
 
 

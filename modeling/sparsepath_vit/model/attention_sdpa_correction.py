@@ -17,11 +17,13 @@ class MeanQueryCorrection:
     Args:
         prepared: the tiles.
         context: the context tokens of the layer and the mean queries; without them nothing is corrected.
+        of_all: (heads, head_dim), what the mean query gets from all tokens, where it is known: in strips of one image.
     """
 
-    def __init__(self, prepared: PreparedGrid, context: LayerContext | None) -> None:
-        self.prepared, self.context = prepared, context
-        self.of_all: torch.Tensor | None = None
+    def __init__(
+        self, prepared: PreparedGrid, context: LayerContext | None, of_all: torch.Tensor | None = None
+    ) -> None:
+        self.prepared, self.context, self.of_all = prepared, context, of_all
 
     def queries(self, tile: QueryTile) -> torch.Tensor | tuple[()]:
         """(mean queries, heads, head_dim); none where the tile is a whole image, whose queries see everything."""

@@ -25,11 +25,18 @@ class TileKeys:
         packed: (M, ...).
         tiles: all that will be asked for.
         context: the context tokens of the layer, whose rows come before the others'; `None` for none.
+        of_context: (entries, ...) of the context tokens, where they are not among the packed tokens.
     """
 
-    def __init__(self, packed: torch.Tensor, tiles: Sequence[QueryTile], context: LayerContext | None = None) -> None:
+    def __init__(
+        self,
+        packed: torch.Tensor,
+        tiles: Sequence[QueryTile],
+        context: LayerContext | None = None,
+        of_context: torch.Tensor | None = None,
+    ) -> None:
         self.packed, self.context = packed, context
-        self.of_context = None if context is None else packed[context.tokens]
+        self.of_context = packed[context.tokens] if context is not None and of_context is None else of_context
         most = max(_num_context(tile, context) + tile.num_keys for tile in tiles)
         self.place = packed.new_empty((most, *packed.shape[1:]))
         self.image = -1  # whose context tokens lie in their place

@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 import torch
 
-from .attention_backend import PreparedGrid, operator_name
+from .attention_backend import PreparedGrid
+from .operator_names import operator_name
 from .token_grid import TokenGrid
 from .token_strips import TokenStrip
 

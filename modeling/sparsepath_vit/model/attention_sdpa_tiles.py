@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import torch
 
-from .attention_backend import AttentionBackend, LayerContext, PreparedGrid
+from .attention_backend import AttentionBackend, LayerContext, PreparedGrid, StripContext
 from .attention_precision import without_autocast
 from .attention_sdpa_correction import MeanQueryCorrection
 from .attention_sdpa_keys import KeyGradients, TileKeys, TileMasks
@@ -107,18 +107,32 @@ def tiled_block_attention(
     with without_autocast(query.device.type):
         for tile in tiles:
             of_tile, mask = (keys.of(tile), values.of(tile)), masks.of(tile)
-            mean_queries, queries = correction.queries(tile), slice(*tile.queries)
+            queries = slice(*tile.queries)
             if dropout == 0.0:
-                rows = torch.cat([query[queries], mean_queries]) if len(mean_queries) else query[queries]
-                attended = _attend(rows, *of_tile, mask, scale)
-                attended, of_mean = attended[: len(rows) - len(mean_queries)], attended[len(rows) - len(mean_queries) :]
-            else:
-                attended = _attend_with_dropout(query, tile, *of_tile, mask, scale, dropout, generator)
-                of_mean = mean_queries
-                if len(mean_queries):
-                    of_mean = _attend(mean_queries, *of_tile, _rows(mask, slice(len(attended), None)), scale)
+                output[queries] = _corrected(query[queries], tile, *of_tile, mask, scale, correction)
+                continue
+            attended = _attend_with_dropout(query, tile, *of_tile, mask, scale, dropout, generator)
+            of_mean = mean_queries = correction.queries(tile)
+            if len(mean_queries):
+                of_mean = _attend(mean_queries, *of_tile, _rows(mask, slice(len(attended), None)), scale)
             output[queries] = correction.applied(tile, attended, of_mean)
     return output, None
+
+
+def _corrected(
+    query: torch.Tensor,
+    tile: QueryTile,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    correction: MeanQueryCorrection,
+) -> torch.Tensor:
+    """(queries, heads, head_dim): what a tile's queries attend to, corrected by its mean queries, in one call."""
+    mean_queries = correction.queries(tile)
+    rows = torch.cat([query, mean_queries]) if len(mean_queries) else query
+    attended = _attend(rows, key, value, mask, scale)
+    return correction.applied(tile, attended[: len(query)], attended[len(query) :])
 
 
 def _attend_with_dropout(
@@ -141,23 +155,32 @@ def _attend_with_dropout(
 
 
 def tiled_strip_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, prepared: PreparedGrid, scale: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    prepared: PreparedGrid,
+    scale: float,
+    context: StripContext | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Block-local attention of one strip, tile by tile.
+    """Block-local or stratified attention of one strip, tile by tile.
 
     Args:
         query: (G + S, heads, head_dim) of the global tokens and the strip's own patch tokens.
         key, value: (M, heads, head_dim) of all tokens of the strip.
         prepared: where they are, see `prepare_tiles`.
         scale: factor on the logits.
+        context: the context tokens; `None` for block-local attention.
 
     Returns:
         (G + S, heads, head_dim), and the log-sum-exp of the global tokens' logits, (heads, G).
     """
     output = query.new_empty(query.shape)
     tiles = list(query_tiles(prepared))
-    keys, values = TileKeys(key, tiles), TileKeys(value, tiles)
-    masks, num_globals = TileMasks(prepared, tiles, None, query.dtype), prepared.numbers[0]
+    as_of_layer = None if context is None else context.as_layer_context()
+    keys = TileKeys(key, tiles, as_of_layer, None if context is None else context.key)
+    values = TileKeys(value, tiles, as_of_layer, None if context is None else context.value)
+    masks, num_globals = TileMasks(prepared, tiles, as_of_layer, query.dtype), prepared.numbers[0]
+    correction = MeanQueryCorrection(prepared, as_of_layer, None if context is None else context.of_mean)
     with without_autocast(query.device.type):
         of_globals, *of_patches = tiles
         global_states = (_heads_first(query[:num_globals]), _heads_first(keys.of(of_globals)))
@@ -168,7 +191,8 @@ def tiled_strip_attention(
         position = num_globals
         for tile in of_patches:
             queries = slice(position, position + tile.queries[1] - tile.queries[0])
-            output[queries] = _attend(query[queries], keys.of(tile), values.of(tile), masks.of(tile), scale)
+            of_tile = keys.of(tile), values.of(tile), masks.of(tile)
+            output[queries] = _corrected(query[queries], tile, *of_tile, scale, correction)
             position = queries.stop
     return output, logsumexp
 
@@ -259,4 +283,5 @@ SDPA_TILES = AttentionBackend(
     has_dropout=True,
     takes_key_weights=True,
     returns_logsumexp=False,
+    strips_take_context=True,
 )

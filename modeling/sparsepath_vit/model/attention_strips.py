@@ -8,25 +8,33 @@ flash-decoding does it.
 
 import torch
 
-from .attention_backend import PreparedGrid, operator_name, prepared_grid
-from .attention_backends import BACKENDS, REFERENCE, backend_for
+from .attention_backend import PreparedGrid, StripContext, prepared_grid
+from .attention_backends import BACKENDS, REFERENCE, backend_for, block_attention_backend
 from .attention_checks import check_strip_states
 from .attention_precision import without_autocast
 from .attention_specification import attention_bias
+from .operator_names import operator_name
 from .processes import Processes
 from .token_strips import TokenStrip
 
 
 def strip_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, strip: TokenStrip, *, scale: float | None = None
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    strip: TokenStrip,
+    *,
+    context: StripContext | None = None,
+    scale: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Block-local attention of the queries of one strip; for inference, it has no gradient.
+    """Block-local or stratified attention of the queries of one strip; for inference, it has no gradient.
 
     Args:
         query: (heads, G + S, head_dim), of the global tokens and then of the strip's own patch tokens.
         key, value: (heads, M, head_dim), of all tokens of the strip: global tokens, then the patch tokens around and
             in it, block by block.
         strip: where they are.
+        context: the context tokens of the image, see `strip_contexts`; `None` for none.
         scale: positive factor on the logits, head_dim ** -0.5 by default.
 
     Returns:
@@ -39,13 +47,14 @@ def strip_attention(
     """
     scale = check_strip_states(query, key, value, strip, scale)
     packed = [states.transpose(0, 1) for states in (query, key, value)]  # (tokens, heads, head_dim)
-    backend = backend_for(query, 0.0, strip.weighs_keys)
+    backend = backend_for(query, 0.0, strip.weighs_keys or context is not None)
     with torch.no_grad():
         if backend == REFERENCE:
-            output, logsumexp = naive_strip_attention(*packed, strip, scale)
+            output, logsumexp = naive_strip_attention(*packed, strip, scale, context)
         else:
             prepared = prepared_grid(BACKENDS[backend], strip)
-            output, logsumexp = _strip_attention(*packed, *prepared, strip.num_global_tokens, scale, backend)
+            settings = strip.num_global_tokens, [] if context is None else list(context), scale, backend
+            output, logsumexp = _strip_attention(*packed, *prepared, *settings)
     return output.transpose(0, 1), logsumexp
 
 
@@ -57,10 +66,12 @@ def _strip_attention(
     grid_tensors: list[torch.Tensor],
     grid_numbers: list[int],
     num_global_tokens: int,
+    context_tensors: list[torch.Tensor],
     scale: float,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return BACKENDS[backend].forward_strip(query, key, value, PreparedGrid(grid_tensors, grid_numbers), scale)
+    context = (StripContext(*context_tensors),) if context_tensors else ()
+    return BACKENDS[backend].forward_strip(query, key, value, PreparedGrid(grid_tensors, grid_numbers), scale, *context)
 
 
 @_strip_attention.register_fake
@@ -71,11 +82,18 @@ def _strip_attention_fake(
     grid_tensors: list[torch.Tensor],
     grid_numbers: list[int],
     num_global_tokens: int,
+    context_tensors: list[torch.Tensor],
     scale: float,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     dtype = torch.promote_types(query.dtype, torch.float32)
     return query.new_empty(query.shape), query.new_empty((query.shape[1], num_global_tokens), dtype=dtype)
+
+
+def strips_take_context(device: torch.device) -> bool:
+    """Whether `strip_attention` takes context tokens on a device."""
+    backend = block_attention_backend(device)
+    return backend == REFERENCE or BACKENDS[backend].strips_take_context
 
 
 def prepare_strips(strips: list[TokenStrip], query: torch.Tensor) -> None:
@@ -94,21 +112,47 @@ def prepare_strips(strips: list[TokenStrip], query: torch.Tensor) -> None:
 
 
 def naive_strip_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, strip: TokenStrip, scale: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    strip: TokenStrip,
+    scale: float,
+    context: StripContext | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The specification of `strip_attention`, written out; (tokens, heads, head_dim) in and out."""
-    num_globals = strip.num_global_tokens
+    num_globals, dtype = strip.num_global_tokens, torch.promote_types(query.dtype, torch.float32)
+    bias = attention_bias(strip, dtype)[0, strip.query_indices()]  # (G + S, M)
+    start, end = strip.global_keys
+    bias[:num_globals, :start] = -torch.inf
+    bias[:num_globals, end:] = -torch.inf
+    if context is not None:
+        key, value = torch.cat([key, context.key]), torch.cat([value, context.value])
+        bias = torch.cat([bias, _context_bias(strip, context, dtype)], dim=1)
     query, key, value = (states.transpose(0, 1) for states in (query, key, value))
+
+    def attend(query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = query @ key.mT * scale + bias  # (heads, G + S, keys)
+        return torch.softmax(logits, dim=-1, dtype=dtype).to(value.dtype) @ value, logits
+
     with without_autocast(query.device.type):
-        logits = query @ key.mT * scale  # (heads, G + S, M)
-        dtype = torch.promote_types(logits.dtype, torch.float32)
-        bias = attention_bias(strip, dtype)[0, strip.query_indices()]
-        start, end = strip.global_keys
-        bias[:num_globals, :start] = -torch.inf
-        bias[:num_globals, end:] = -torch.inf
-        logits = logits + bias
-        output = torch.softmax(logits, dim=-1, dtype=dtype).to(value.dtype) @ value
+        output, logits = attend(query)
+        if context is not None:
+            of_mean, _ = attend(context.mean_query[:, None].expand_as(query))
+            output[:, num_globals:] += context.of_mean[:, None] - of_mean[:, num_globals:]
     return output.transpose(0, 1), logits[:, :num_globals].logsumexp(dim=-1)
+
+
+def _context_bias(strip: TokenStrip, context: StripContext, dtype: torch.dtype) -> torch.Tensor:
+    """(G + S, entries) logarithms of what context tokens stand for; -inf inside the neighbourhood, and for globals."""
+    num_globals, window = strip.num_global_tokens, strip.windows[0]
+    own = slice(strip.own[0] - num_globals, strip.own[1] - num_globals)
+    differences = (
+        (strip.rows[own] // window)[:, None] - context.block_rows,
+        (strip.columns[own] // window)[:, None] - context.block_columns,
+    )
+    is_near = torch.stack([part.abs() <= strip.neighbor_radius for part in differences]).all(dim=0)
+    of_own = torch.where(is_near, -torch.inf, context.weights.to(dtype).log())
+    return torch.nn.functional.pad(of_own, (0, 0, num_globals, 0), value=-torch.inf)
 
 
 class MergedAttention:

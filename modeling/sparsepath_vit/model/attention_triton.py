@@ -136,4 +136,5 @@ TRITON = AttentionBackend(
     has_dropout=False,
     takes_key_weights=True,
     returns_logsumexp=True,
+    strips_take_context=False,
 )

@@ -189,6 +189,9 @@ class ProcessSplit:
         for name, value in asks.items():
             if value:
                 raise ValueError(f"{name} is set, which needs the tokens of all processes: it cannot be had here.")
+        if grid.has_context:
+            drawn = f"num_context_tokens={grid.num_context_tokens} are drawn from all over it"
+            raise ValueError(f"The image cannot be split over processes: {drawn}.")
         for layer in self._model.encoder.layers:
             dtype = self._model.embeddings.cls_token.dtype
             if obstacle := obstacle_to_strips(layer, dtype, grid):

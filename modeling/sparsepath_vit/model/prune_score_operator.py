@@ -6,8 +6,8 @@ This file does without Triton. The kernel is imported when it is first launched,
 
 import torch
 
-from .attention_backend import operator_name
 from .fused_elementwise import kernels_run_on
+from .operator_names import operator_name
 from .token_grid import TokenGrid, per_image
 
 _KINDS = ("attention", "cls_attention", "attention_value")

@@ -7,9 +7,13 @@ same result alone, in a batch, on any device and in every run.
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from torch.fx.experimental.symbolic_shapes import has_static_value
+
+from .operator_names import operator_name
 
 # Context tokens and representatives are drawn independently: a representative had a high number in its own draw, and
 # would come up too often if the same numbers decided which tokens give context.
@@ -43,9 +47,33 @@ def cell_side(grid_size: tuple[int, int], num_samples: int) -> int:
     """
     if num_samples < 1:
         raise ValueError(f"num_samples={num_samples} is not possible: it must be at least 1, one cell for the grid.")
+    # Traced, the loop would tie a compiled graph to its number of rounds: an operator leaves that open.
+    is_symbolic = torch.compiler.is_compiling() and not all(map(has_static_value, grid_size))
+    return (_cell_side_operator if is_symbolic else _cell_side)(*grid_size, num_samples)
+
+
+def cell_sides(grid_sizes: Sequence[tuple[int, int]], numbers: Sequence[int]) -> list[int]:
+    """`cell_side` of each image; asked once where all are equal."""
+    images = list(zip(grid_sizes, numbers, strict=True))
+    if all(image == images[0] for image in images):
+        return [cell_side(*images[0])] * len(images)
+    return [cell_side(*image) for image in images]
+
+
+def _cell_side(rows: int, columns: int, num_samples: int) -> int:
     side = 1
-    while math.prod(cell_counts(grid_size, side)) > num_samples:
+    while math.prod(cell_counts((rows, columns), side)) > num_samples:
         side += 1
+    return side
+
+
+_cell_side_operator = torch.library.custom_op(operator_name("cell_side"), _cell_side, mutates_args=())
+
+
+@_cell_side_operator.register_fake
+def _cell_side_fake(rows: int, columns: int, num_samples: int) -> int:
+    side = torch.library.get_ctx().new_dynamic_size()
+    torch._check(side >= 1)
     return side
 
 

@@ -15,10 +15,12 @@ A layer is a `SparsePathViTLayer`; the encoder, which defines it, is built on th
 import torch
 from torch import nn
 
+from .attention_backend import StripContext
 from .attention_registration import ATTENTION_NAME
-from .attention_strips import MergedAttention, prepare_strips, strip_attention
+from .attention_strips import MergedAttention, prepare_strips, strip_attention, strips_take_context
 from .configuration_sparsepath_vit import SparsePathViTConfig
 from .embeddings import OnTokens
+from .streamed_context import obstacle_to_streamed_context, strip_contexts
 from .streamed_prune_scores import PruneLogits
 from .token_grid import TokenGrid
 from .token_shares import TokenShare, in_proportion
@@ -54,7 +56,7 @@ def may_stream(config: SparsePathViTConfig, grid: TokenGrid, device: torch.devic
     most_tokens = tokens_per_strip(config, device)
     if not most_tokens or max(grid.counts) <= most_tokens or config._attn_implementation != ATTENTION_NAME:
         return False
-    return not grid.has_context
+    return not grid.has_context or strips_take_context(device)
 
 
 def streams(layer: nn.Module, hidden_states: torch.Tensor, grid: TokenGrid) -> bool:
@@ -74,7 +76,7 @@ def obstacle_to_strips(layer: nn.Module, dtype: torch.dtype, grid: TokenGrid) ->
     """Why a layer cannot run strip by strip, in a few words; `None` where it can.
 
     Somebody wants to see the whole layer at work: autograd, torch.compile, a hook on it or on a part of it, a dense
-    attention implementation. Or there are context tokens, which are keys from all over the image.
+    attention implementation.
     """
     if torch.is_grad_enabled():
         return "gradients are on (call it under torch.no_grad())"
@@ -84,8 +86,8 @@ def obstacle_to_strips(layer: nn.Module, dtype: torch.dtype, grid: TokenGrid) ->
         return "the model is in training mode (call model.eval())"
     if layer.config._attn_implementation != ATTENTION_NAME:
         return f"attn_implementation is {layer.config._attn_implementation!r}, not {ATTENTION_NAME!r}"
-    if grid.has_context:
-        return f"num_context_tokens={grid.num_context_tokens} are keys from all over the image"
+    if grid.has_context and (obstacle := obstacle_to_streamed_context(layer)) is not None:
+        return obstacle
     if any(parameter.dtype != dtype for parameter in layer.parameters()):
         return f"not all weights are {dtype}"
     for module in layer.modules():
@@ -127,10 +129,12 @@ def run_in_strips(
     for strips in all_strips:
         prepare_strips(strips, packed.new_empty(0, layer.attention.head_dim))
     scores, processes = [], None if share is None else share.processes
-    for strips, start in zip(all_strips, grid.image_offsets[:-1], strict=True):
+    contexts = strip_contexts(layer, packed, grid, most_tokens) if grid.has_context else [None] * grid.batch_size
+    for strips, context, start in zip(all_strips, contexts, grid.image_offsets[:-1], strict=True):
         num_tokens = sum(strip.own[1] - strip.own[0] for strip in strips)
         logits = PruneLogits(layer.attention.scaling, layer.config.prune_score, num_tokens) if score_tokens else None
-        attention = _run_strips(layer, packed, packed_output, strips, num_globals, most_tokens, logits, on_tokens)
+        settings = num_globals, most_tokens, context, logits, on_tokens
+        attention = _run_strips(layer, packed, packed_output, strips, *settings)
         attended = attention.merged(processes).to(packed.dtype)
         global_tokens = slice(start, start + num_globals)
         _finish(layer, packed[global_tokens], attended, packed_output[global_tokens], most_tokens)
@@ -148,6 +152,7 @@ def _run_strips(
     strips: list[TokenStrip],
     num_globals: int,
     most_tokens: int,
+    context: StripContext | None,
     logits: PruneLogits | None,
     on_tokens: OnTokens | None,
 ) -> MergedAttention:
@@ -165,7 +170,7 @@ def _run_strips(
     window = _Window(layer, hidden_states, strips, most_tokens)
     for strip in strips:
         query, key, value = window.states_of(strip)
-        attended, logsumexp = strip_attention(query, key, value, strip, scale=layer.attention.scaling)
+        attended, logsumexp = strip_attention(query, key, value, strip, context=context, scale=layer.attention.scaling)
         attention.add(attended[:, :num_globals], logsumexp)
         if logits is not None:
             logits.add(query[:, :num_globals], key, value, strip)

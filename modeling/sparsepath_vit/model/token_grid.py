@@ -15,8 +15,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from .stratified_sampling import cell_counts, cell_side
+from .stratified_sampling import cell_counts, cell_sides
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -252,7 +253,7 @@ class TokenGrid:
             host integers.
         """
         numbers = [num_samples] * self.batch_size if isinstance(num_samples, int) else num_samples
-        sides = [cell_side(*of_image) for of_image in zip(self.grid_sizes, numbers, strict=True)]
+        sides = cell_sides(self.grid_sizes, numbers)
         counts = [cell_counts(size, side) for size, side in zip(self.grid_sizes, sides, strict=True)]
         num_cells = tuple(cell_rows * cell_columns for cell_rows, cell_columns in counts)
         first_cells = [sum(num_cells[:index]) for index in range(self.batch_size)]
@@ -305,7 +306,7 @@ class TokenGrid:
 
 def per_image(values: Sequence[int], device: torch.device) -> torch.Tensor:
     """(batch,) int64 on the device; filled there, because a copy from the host stalls it and breaks a CUDA graph."""
-    if all(value == values[0] for value in values):
+    if all(statically_known_true(value == values[0]) for value in values):
         return torch.full((len(values),), values[0], dtype=torch.int64, device=device)
     return torch.cat([torch.full((1,), value, dtype=torch.int64, device=device) for value in values])
 

@@ -135,18 +135,10 @@ def token_strip(grid: TokenGrid, image: int, strip: StripRange) -> TokenStrip:
     """A strip of an image, as a grid.
 
     Args:
-        grid: of the batch; without context tokens, which no strip holds.
+        grid: of the batch. Its context tokens, which lie all over the image, are no part of a strip.
         image: which image.
         strip: one of its `strip_ranges`.
-
-    Raises:
-        ValueError: a grid with context tokens, which lie all over the image.
     """
-    if grid.has_context:
-        raise ValueError(
-            f"grid has num_context_tokens={grid.num_context_tokens}: a strip holds its surroundings only. Attend to "
-            "the whole image with block_attention."
-        )
     num_globals, (start, end) = grid.num_global_tokens, strip.around
     first_token = sum(grid.counts[:image]) + start  # among the patch tokens of the batch
     tokens = slice(first_token, first_token + end - start)
@@ -179,7 +171,7 @@ def strips_of(grid: TokenGrid, most_tokens: int) -> list[list[TokenStrip]]:
     """The strips of each image, cut once and kept with the grid, for all layers.
 
     Args:
-        grid: where the tokens are; without context tokens.
+        grid: where the tokens are.
         most_tokens: see `strip_ranges`.
     """
     name = f"strips of {most_tokens} tokens"

@@ -33,6 +33,8 @@ _PROBE_NUMBERS = 6 * 2**20
 # Bytes a token that a grid, its tables and its order take beside the hidden states, and those that ranking takes.
 _GRID_BYTES = 64
 _RANKING_BYTES = 96
+# Likewise, drawing context tokens (measured with and without weights of tokens: 74 and 116).
+_DRAW_BYTES = 116
 _SLIDE_CACHE_BYTES = 64 * 2**20
 
 
@@ -217,7 +219,7 @@ class _Probe:
         return self.idle_bytes + self._full_weight_bytes() + activations
 
     def _bytes_in_strips(self, grid: TokenGrid) -> float:
-        """The largest of three moments: a strip beside all tokens, the kept ones gathered beside them, their copies.
+        """The largest of some moments: a strip beside all tokens, the kept ones gathered beside them, their copies.
 
         What a strip takes is measured on a part that has as many rows of blocks as a strip and its surroundings.
         """
@@ -229,6 +231,8 @@ class _Probe:
         strip = self._activation_bytes(part) - tokens_of_part * row
         held = tokens * (row + _GRID_BYTES)
         moments = [held + strip]
+        if grid.has_context:  # before the first strip: the logits of CLS and the mean query, then the draw
+            moments.append(held + tokens * max(2 * 4 * config.num_attention_heads, _DRAW_BYTES))
         if config.prunes:
             queries = 1 if config.prune_score == "cls_attention" else config.num_global_tokens
             moments[0] += 4 * tokens * queries * config.num_attention_heads  # the logits of the global tokens

@@ -21,6 +21,7 @@ from ..runtime.cost import tokens_after_pruning
 from ..runtime.pixels import prepare
 from ..runtime.short_repr import ShortRepr
 from .backends import SlideError
+from .float16_rows import float16_rows
 from .global_attention import GlobalAttention
 from .reader import Slide
 from .tiles import TileFeatures, Tiles, pool_tiles
@@ -69,7 +70,8 @@ class Embedding(ShortRepr):
     Attributes:
         pooled: (pooled_size,) float32.
         patch_features: (K, hidden_size) float16 after the final norm, in raster order; None where not asked for. With
-            `config.unprune` removed tokens come back, and K is N.
+            `config.unprune` removed tokens come back, and K is N. Of a whole slide on a CPU they lie in the memory that
+            the model's tokens had.
         patch_positions: (K, 2) int32, (row, column) of each of these tokens in the token grid.
         patch_weights: (K,) int32, how many tissue tokens each of these stands for; None where the model leaves no
             representatives of what it prunes.
@@ -235,7 +237,8 @@ def forward_strips(
     grid = model.token_grid_of_image(patch_mask)
     with _progress_bar(model.config, grid, progress) as bar:
         encoded, outputs, listener = _encode(model, strips, grid, attention, bar.update)
-    embedding = _embedding(outputs, 0, patch_mask, present.shape, dense, model.config.leaves_representatives, tiles)
+    has_weights = model.config.leaves_representatives
+    embedding = _embedding(outputs, 0, patch_mask, present.shape, dense, has_weights, tiles, may_overwrite=True)
     return _with_attention(embedding, encoded, listener, 0)
 
 
@@ -356,8 +359,12 @@ def _embedding(
     dense: bool,
     has_weights: bool,
     tiles: Tiles | None,
+    may_overwrite: bool = False,
 ) -> Embedding:
-    """One image of a batch; `patch_mask` is (canvas rows, canvas columns) bool, True where a token was present."""
+    """One image of a batch; `patch_mask` is (canvas rows, canvas columns) bool, True where a token was present.
+
+    With `may_overwrite` nobody needs the outputs afterwards, and features in float16 take their place.
+    """
     positions = outputs.patch_positions[index]
     positions = positions[positions[:, 0] >= 0]  # images that keep fewer tokens are padded
     features, scores, weights, tile_features = None, None, None, None
@@ -373,7 +380,7 @@ def _embedding(
         scores = outputs.prune_scores[index].view(patch_mask.shape)[patch_mask].float().cpu().numpy()
     return Embedding(
         pooled=outputs.pooler_output[index].float().cpu().numpy(),
-        patch_features=features.half().cpu().numpy() if dense else None,
+        patch_features=float16_rows(features, may_overwrite) if dense else None,
         patch_positions=positions.int().cpu().numpy(),
         patch_weights=None if weights is None else weights.int().cpu().numpy(),
         token_positions=patch_mask.nonzero().int().cpu().numpy(),
