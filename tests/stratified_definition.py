@@ -7,13 +7,14 @@ weights and correction are computed anew.
 
 import itertools
 import math
+from fractions import Fraction
 
 import torch
 from token_batches import raster_tokens, sees, softmax
 
 from sparsepath_vit.model.context_tokens import draw_context_tokens, exact_tokens
 
-CONTEXT_SEED, REPRESENTATIVE_SEED, STEP_OF_DRAWS = 0x5EED, 0xCE11, 0x9E3779B9
+CONTEXT_SEED, STEP_OF_DRAWS = 0x5EED, 0x9E3779B9
 MOST_EXACT = 63
 
 
@@ -203,4 +204,13 @@ def biased_attention(query, key, value, batch, weights, contexts, scale):
 def left_after_pruning(weights, kept, side):
     """{token: weight} of the kept tokens and of one removed token a cell, of one image."""
     removed = {token: weight for token, weight in weights.items() if token not in kept}
-    return {token: weights[token] for token in kept} | dict(draw(removed, side, REPRESENTATIVE_SEED).values())
+    cells = {}
+    for row, column in removed:
+        cells.setdefault((row // side, column // side), []).append((row, column))
+    left = {token: weights[token] for token in kept}
+    for tokens in cells.values():
+        total = sum(removed[token] for token in tokens)
+        middle = [Fraction(sum(token[axis] * removed[token] for token in tokens), total) for axis in range(2)]
+        nearest = min(tokens, key=lambda token: (sum((token[axis] - middle[axis]) ** 2 for axis in range(2)), token))
+        left[nearest] = total
+    return left

@@ -170,9 +170,9 @@ class SparsePathViTConfig(ConfigRemoteCodeMixin, BackboneConfigMixin, PreTrained
             classification, 0.0 (the default) removes none.
         prune_score (`str`): `"attention"` (mean over global queries and heads), `"cls_attention"` (CLS query only) or
             `"attention_value"` (probability times the norm of the value).
-        num_representatives (`int`): of each of at most this many cells from which pruning removes patch tokens, one of
-            these is kept after all and counts from then on, in attention and in the mean, for all that were removed
-            there. They come on top of the share that `prune_ratio` keeps. 0 (the default) keeps none. On CUDA their
+        num_representatives (`int`): of each of at most this many cells from which pruning removes patch tokens, the one
+            in the middle of these is kept after all and counts from then on, in attention and in the mean, for all that
+            were removed there. They come on top of the share that `prune_ratio` keeps. 0 (the default) keeps none. On CUDA their
             number has to be read from the device, once a forward.
         unprune (`str` or `None`): `"scatter"` brings removed patch tokens back at the end, with the features they were
             removed with, so that `last_hidden_state` holds all patches; `None` (the default) leaves them out. Caution:

@@ -16,7 +16,7 @@ from transformers.utils.generic import maybe_autocast
 
 from .processes import Range, common
 from .prune_score_operator import has_prune_score_kernel, kernel_prune_scores
-from .stratified_sampling import REPRESENTATIVE_SEED, draw_from_cells
+from .stratified_sampling import middle_of_cells
 from .token_grid import TokenGrid
 from .token_shares import TokenShare, deal_rows_anew, share_of
 from .token_strips import known_block_row_ends
@@ -296,8 +296,7 @@ def with_representatives(
 ) -> tuple[torch.Tensor, TokenGrid]:
     """Adds to the kept patch tokens one removed token of each cell that lost some.
 
-    It is drawn with probability proportional to its weight, and has the weight of all that were removed in its cell.
-    How many there are is read from the device: one wait.
+    It is the one nearest to the middle of all that were removed in its cell, and has the weight of them all. How many there are is read from the device: one wait.
 
     Args:
         kept: what `kept_tokens` returned.
@@ -310,10 +309,10 @@ def with_representatives(
     cells, num_cells = grid.cells(num_representatives)
     weights = torch.ones_like(cells) if grid.weights is None else grid.weights
     removed_weights = weights.index_fill(0, kept, 0)
-    drawn = draw_from_cells(cells, sum(num_cells), grid.rows, grid.columns, removed_weights, seed=REPRESENTATIVE_SEED)
-    # (T + 1,): cells that lost nothing have drawn a last token that there is not.
+    middle = middle_of_cells(cells, sum(num_cells), grid.rows, grid.columns, removed_weights)
+    # (T + 1,): cells that lost nothing have a last token that there is not.
     new_weights = torch.cat([weights - removed_weights, weights.new_zeros(1)])
-    new_weights = new_weights.scatter(0, drawn.tokens, drawn.weights)[:-1]
+    new_weights = new_weights.scatter(0, middle.tokens, middle.weights)[:-1]
     is_left = new_weights > 0
     counts = torch.stack([image.sum() for image in is_left.split(grid.counts)]).tolist()
     left = is_left.nonzero()[:, 0]
