@@ -172,8 +172,8 @@ class SparsePathViTConfig(ConfigRemoteCodeMixin, BackboneConfigMixin, PreTrained
             `"attention_value"` (probability times the norm of the value).
         num_representatives (`int`): of each of at most this many cells from which pruning removes patch tokens, the one
             in the middle of these is kept after all and counts from then on, in attention and in the mean, for all that
-            were removed there. They come on top of the share that `prune_ratio` keeps. 0 (the default) keeps none. On CUDA their
-            number has to be read from the device, once a forward.
+            were removed there. They come on top of the share that `prune_ratio` keeps. 0 (the default) keeps none. On
+            CUDA their number has to be read from the device, once a forward.
         unprune (`str` or `None`): `"scatter"` brings removed patch tokens back at the end, with the features they were
             removed with, so that `last_hidden_state` holds all patches; `None` (the default) leaves them out. Caution:
             the removed tokens are those of layer `prune_after_layer`, the others of the last layer, and a dense head

@@ -296,7 +296,8 @@ def with_representatives(
 ) -> tuple[torch.Tensor, TokenGrid]:
     """Adds to the kept patch tokens one removed token of each cell that lost some.
 
-    It is the one nearest to the middle of all that were removed in its cell, and has the weight of them all. How many there are is read from the device: one wait.
+    It is the one nearest to the middle of all that were removed in its cell, and has the weight of them all. How many
+    there are is read from the device: one wait.
 
     Args:
         kept: what `kept_tokens` returned.
