@@ -1,12 +1,13 @@
 # Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
-"""Block-local and stratified attention as a loop over tiles of queries: one dense SDPA call per tile.
+"""Block-local and stratified attention as a loop over tiles of queries, each one dense SDPA call or its products.
 
 A tile is a run of consecutive blocks of one block row. Its keys are the global tokens and, for each of the 2r+1 block
 rows around it, one contiguous run of packed tokens: no padding, no gather, no dense mask, however ragged the blocks
 are. Where there are context tokens, all of the image's follow: a number per key is added to the logits, -inf for those
 inside the neighbourhood; and the image's mean query is one more query for each block. It uses torch operations only, so
-it also serves as the correct path on devices without a kernel. It computes in the dtype of its arguments, probabilities
-in at least float32: autocast has no say in it.
+it also serves as the correct path on devices without a kernel. Where `attention_products.py` is faster than SDPA
+(bfloat16 on CPUs with instructions for it), that computes a tile. It computes in the dtype of its arguments,
+probabilities in at least float32: autocast has no say in it.
 """
 
 from collections.abc import Iterator, Sequence
