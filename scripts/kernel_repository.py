@@ -43,6 +43,7 @@ _SOURCES = (
     "attention_checks.py",
     "attention_backend.py",
     "attention_backends.py",
+    "attention_products.py",
     "attention_sdpa_tables.py",
     "attention_sdpa_correction.py",
     "attention_sdpa_keys.py",

@@ -160,9 +160,9 @@ def test_tiles_hold_each_query_once_and_add_what_the_specification_adds(case, qu
     occurrences = torch.zeros(grid.num_tokens, dtype=torch.int64)
     tiles = list(query_tiles(prepared))
     masks = TileMasks(prepared, tiles, context, torch.float64)
-    indices = TileKeys(torch.arange(grid.num_tokens), tiles, context)
+    indices = TileKeys([torch.arange(grid.num_tokens)[:, None, None]], tiles, context)
     for tile in tiles:
-        keys, mask = indices.of(tile), masks.of(tile)
+        keys, mask = indices.of(tile)[0][0, :, 0], masks.of(tile)
         shape = (tile.queries[1] - tile.queries[0], len(keys))
         if mask is None or mask.dtype == torch.bool:
             mask = torch.zeros(1, len(keys), dtype=torch.float64) if mask is None else mask.double().log()

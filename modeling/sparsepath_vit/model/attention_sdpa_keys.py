@@ -5,7 +5,7 @@ Both are made tile after tile in the same place: memory that is fresh for each t
 context tokens of an image come first and stay there for all of its tiles.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -18,44 +18,117 @@ def _num_context(tile: QueryTile, context: LayerContext | None) -> int:
     return 0 if context is None or tile.block_row < 0 else context.counts[tile.image]
 
 
+def num_keys(tile: QueryTile, context: LayerContext | None) -> int:
+    """How many keys a tile has, context tokens among them."""
+    return _num_context(tile, context) + tile.num_keys
+
+
 class TileKeys:
-    """What the tiles take of each packed token: keys, values, or the logarithms of their weights.
+    """What the tiles take of each packed token: keys and values, or the logarithms of their weights.
 
     Args:
-        packed: (M, ...).
+        packed: (M, heads, features) each.
         tiles: all that will be asked for.
         context: the context tokens of the layer, whose rows come before the others'; `None` for none.
-        of_context: (entries, ...) of the context tokens, where they are not among the packed tokens.
+        multiple: of which `filled_up` makes the number of keys.
+        of_context: (entries, heads, features) each of the context tokens, where they are not among the packed tokens.
     """
 
     def __init__(
         self,
-        packed: torch.Tensor,
+        packed: Sequence[torch.Tensor],
         tiles: Sequence[QueryTile],
         context: LayerContext | None = None,
-        of_context: torch.Tensor | None = None,
+        multiple: int = 1,
+        of_context: Sequence[torch.Tensor] | None = None,
     ) -> None:
-        self.packed, self.context = packed, context
-        self.of_context = packed[context.tokens] if context is not None and of_context is None else of_context
-        most = max(_num_context(tile, context) + tile.num_keys for tile in tiles)
-        self.place = packed.new_empty((most, *packed.shape[1:]))
-        self.image = -1  # whose context tokens lie in their place
+        self.packed = [states.transpose(0, 1) for states in packed]  # (heads, M, features)
+        self.context, self.multiple = context, multiple
+        self.of_context: list[torch.Tensor] = []  # (heads, entries, features)
+        if of_context is not None:
+            self.of_context = [states.transpose(0, 1) for states in of_context]
+        elif context is not None:
+            self.of_context = [states[:, context.tokens] for states in self.packed]
+        most = self._rounded_up(max(num_keys(tile, context) for tile in tiles))
+        self.memories = [states.new_empty(states.shape[0] * most * states.shape[2]) for states in self.packed]
+        self.layout = (-1, 0, 0)  # an image, so many context tokens of which come first, and the end of the keys
+        self.places: list[torch.Tensor] = []
+        self.runs: list[_KeptRun] = []
 
-    def of(self, tile: QueryTile) -> torch.Tensor:
-        """(keys, ...), good until the next tile; a view where its keys are one run."""
+    def of(self, tile: QueryTile, in_order: bool = True) -> list[torch.Tensor]:
+        """(heads, keys, features) each, good until the next tile; views of the packed tokens where keys are one run.
+
+        Args:
+            tile: one of those announced.
+            in_order: whether the keys are wanted in the order of the tile's runs; if not, they may come in another.
+        """
+        if len(tile.keys) == 1 and not _num_context(tile, self.context):
+            return [states[:, slice(*tile.keys[0])] for states in self.packed]
+        places, end = self.filled_up(tile, in_order), num_keys(tile, self.context)
+        return [place[:, :end] for place in places]
+
+    def filled_up(self, tile: QueryTile, in_order: bool = True) -> list[torch.Tensor]:
+        """(heads, keys, features) each, contiguous, with zeros after the last key; else as `of`."""
         position = _num_context(tile, self.context)
-        if not position and len(tile.keys) == 1:
-            start, end = tile.keys[0]
-            return self.packed[start:end]
-        if not position:
-            self.image = -1
-        elif self.image != tile.image:
-            self.image = tile.image
-            self.place[:position] = self.of_context[self.context.entries_of(tile.image)]
-        for start, end in tile.keys:
-            self.place[position : position + end - start] = self.packed[start:end]
-            position += end - start
-        return self.place[:position]
+        is_as_before = self._arrange(tile.image, position, position + tile.num_keys)
+        if in_order or not is_as_before or not all(map(_KeptRun.may_become, self.runs, tile.keys)):
+            self.runs = []
+            for start, end in tile.keys:
+                self.runs.append(_KeptRun(position, start, end))
+                position += end - start
+        for run, (_, end) in zip(self.runs, tile.keys, strict=True):
+            for first, position, length in run.moved_to(end):
+                for place, states in zip(self.places, self.packed, strict=True):
+                    place.narrow(1, position, length).copy_(states.narrow(1, first, length))
+        return self.places
+
+    def _arrange(self, image: int, num_context: int, end: int) -> bool:
+        """Makes `places`, with context tokens and the zeros after the end, unless they are there already."""
+        if self.layout == (image, num_context, end):
+            return True
+        self.layout, length = (image, num_context, end), self._rounded_up(end)
+        self.places = []
+        for memory, (heads, _, features) in zip(self.memories, (states.shape for states in self.packed), strict=True):
+            self.places.append(memory[: heads * length * features].view(heads, length, features))
+        if num_context:
+            for place, of_context in zip(self.places, self.of_context, strict=True):
+                place[:, :num_context] = of_context[:, self.context.entries_of(image)]
+        if end < length:
+            for place in self.places:
+                place[:, end:] = 0
+        return False
+
+    def _rounded_up(self, number: int) -> int:
+        return -(-number // self.multiple) * self.multiple
+
+
+class _KeptRun:
+    """Where the keys of a run lie in memory, for tiles whose runs are equally long and start further and further right.
+
+    Those that two tiles have in common stay where they are, and new ones take the places of those that are gone: most
+    keys of a block are keys of the next one too.
+
+    Args:
+        position: of the run in the memory.
+        start, end: packed indices of its tokens, of which none has been read.
+    """
+
+    def __init__(self, position: int, start: int, end: int) -> None:
+        self.position, self.origin, self.length = position, start, end - start
+        self.end_of_read = start
+
+    def may_become(self, run: tuple[int, int]) -> bool:
+        """Whether (start, end) packed indices are those of a run that may follow."""
+        start, end = run
+        return self.end_of_read - self.length <= start <= self.end_of_read and end - start == self.length
+
+    def moved_to(self, end: int) -> Iterator[tuple[int, int, int]]:
+        """The run now ends there; of what has to be read the packed index, the position in memory and the length."""
+        while self.end_of_read < end:
+            offset = (self.end_of_read - self.origin) % self.length
+            length = min(end - self.end_of_read, self.length - offset)
+            yield self.end_of_read, self.position + offset, length
+            self.end_of_read += length
 
 
 class KeyGradients:
@@ -105,7 +178,7 @@ class TileMasks:
     ) -> None:
         self.prepared, self.context = prepared, context
         dtype, weights = torch.promote_types(dtype, torch.float32), own_weights(prepared)
-        self.own = None if weights is None else TileKeys(weights.to(dtype).log(), tiles)
+        self.own = None if weights is None else TileKeys([weights.to(dtype).log()[:, None, None]], tiles)
         self.of_context = None if context is None else context.weights.to(dtype).log()
         self.row, self.row_of_context = (-1, -1), None  # an image's block row, and `_context_of_row` of it
 
@@ -119,7 +192,7 @@ class TileMasks:
         has_context = _num_context(tile, self.context) > 0
         if self.own is None and not has_context:
             return is_near
-        near = self.of_context.new_zeros(tile.num_keys) if self.own is None else self.own.of(tile)
+        near = self.of_context.new_zeros(tile.num_keys) if self.own is None else self.own.of(tile)[0][0, :, 0]
         near = near[None] if is_near is None else torch.where(is_near, near, -torch.inf)
         if not has_context:
             return near

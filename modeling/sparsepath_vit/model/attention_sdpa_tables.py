@@ -26,6 +26,7 @@ class QueryTile(NamedTuple):
         block_row: of the queries; -1 where they are global tokens or a whole image, and see all of it.
         block_columns: first and last block column of the queries, where they have a block row.
         num_block_columns: of the image.
+        num_keys: how many keys the runs hold; context tokens come on top.
     """
 
     image: int
@@ -34,11 +35,7 @@ class QueryTile(NamedTuple):
     block_row: int
     block_columns: tuple[int, int]
     num_block_columns: int
-
-    @property
-    def num_keys(self) -> int:
-        """How many keys the runs hold; context tokens come on top."""
-        return sum(end - start for start, end in self.keys)
+    num_keys: int
 
     @property
     def joins_blocks(self) -> bool:
@@ -193,7 +190,8 @@ def query_tiles(prepared: PreparedGrid) -> Iterator[QueryTile]:
     for start, end, image, num_block_columns, block_row, first, last, *ends in prepared.tensors[0].tolist():
         if start < end:
             keys = [run for run in zip(ends[::2], ends[1::2], strict=True) if run[0] < run[1]]
-            yield QueryTile(image, (start, end), keys, block_row, (first, last), num_block_columns)
+            num_keys = sum(end_of_keys - start_of_keys for start_of_keys, end_of_keys in keys)
+            yield QueryTile(image, (start, end), keys, block_row, (first, last), num_block_columns, num_keys)
 
 
 def near_keys(tile: QueryTile, prepared: PreparedGrid, has_mean_queries: bool) -> torch.Tensor:
