@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 EXAMPLES = (
     "Examples:  `sparsepath estimate CMU-1.svs --model ./uni2-h --whole-slide`   ·   "
-    "`sparsepath estimate --size 3430 --model uni2-h`"
+    "`sparsepath estimate --size 3430 --model uni2-h`   ·   "
+    "`sparsepath estimate --size 13720 --model uni2-h --processes 2`"
 )
 
 
@@ -35,6 +36,9 @@ def estimate(
     workers: options.Workers = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
+    processes: Annotated[
+        int, typer.Option(min=1, help="That share the slide (`embed --split-slide`) or region; memory is one's.")
+    ] = 1,
 ) -> None:
     """Tokens, FLOPs, time and memory before a run, from a two-layer probe on this machine."""
     from sparsepath_vit.slides import EmbedSettings
@@ -47,7 +51,7 @@ def estimate(
     settings = EmbedSettings(
         mpp, region_size, overlap, whole_slide=whole_slide, origin=origin, annotation_classes=classes
     )
-    given = {"tissue_mask": tissue_mask, "workers": workers, "device": device, "dtype": dtype}
+    given = {"tissue_mask": tissue_mask, "workers": workers, "device": device, "dtype": dtype, "processes": processes}
     result = estimate_for(config, slide, size, settings, slide_mpp=slide_mpp, **given)
     table = Table(show_header=False)
     for name, shown in result.lines():

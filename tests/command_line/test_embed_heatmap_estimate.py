@@ -70,3 +70,5 @@ def test_estimate_prints_tokens_flops_time_and_memory(invoke, small_slide, model
         for word in ("tissue tokens", "after pruning", "TFLOP", "time in the model", "peak memory"):
             assert word in result.output
     assert "400 (100% of all)" in result.output and "300" in result.output
+    result = invoke("estimate", "--size", 320, "--model", model_folder, "--device", "cpu", "--processes", 2)
+    assert "peak memory, each of 2 processes" in result.output

@@ -7,12 +7,14 @@ from slide_files import stained_image, write_pyramid
 from small_models import small_config
 
 from sparsepath_vit import SparsePathViTConfig, SparsePathViTModel
+from sparsepath_vit.model.embeddings import token_grid_of_sizes
 from sparsepath_vit.model.image_processing_sparsepath_vit import SparsePathViTImageProcessor
 from sparsepath_vit.runtime.cost import forward_flops, token_grid_of_size
 from sparsepath_vit.runtime.measure import measured
 from sparsepath_vit.slides import EmbedSettings, Slide, TissueMask, embed_slides, find_tissue, tissue_regions
 from sparsepath_vit.slides.estimate import _Probe, estimate_for, estimate_size, estimate_slide, release_unused
 from sparsepath_vit.slides.forward import forward_strips
+from sparsepath_vit.slides.image_shares import largest_share
 
 PATCH = 16
 CONFIG = {"patch_size": PATCH, "image_size": 96, "window_size": 8}
@@ -106,6 +108,47 @@ def test_peak_memory_of_streamed_layers_is_predicted_within_15_percent(prune_rat
     needed = measurement.peak_bytes - held
     assert needed > 60_000 * 192 * 4 and predicted == pytest.approx(needed, rel=0.3)
     assert held + predicted == pytest.approx(measurement.peak_bytes, rel=0.15)
+
+
+class TestSeveralProcesses:
+    def test_the_share_is_that_of_the_process_with_most_tokens(self):
+        config = small_config(**CONFIG, tokens_per_strip=100)
+        present = torch.ones(1, 50, 10, dtype=torch.bool)
+        present[:, :13] = False
+        grid = token_grid_of_sizes(config, [(50, 10)], present)  # 7 rows of blocks: 0, 30, 80, 80, 80, 80 and 20 tokens
+        share = largest_share(config, grid, 3, torch.device("cpu"))
+        assert share == (160, 320, 160 / 370, 80, 240)
+        assert largest_share(config, grid, 1, torch.device("cpu")) == (370, 370, 1.0, 100, 240)
+
+    def test_memory_and_time_are_those_of_the_share(self):
+        config = SparsePathViTConfig(
+            hidden_size=256, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, window_size=8,
+            patch_size=2, image_size=28, num_register_tokens=2, tokens_per_strip=800,
+        )  # fmt: skip
+        present, predicted = np.ones((400, 80), dtype=bool), []
+        for processes in (1, 4):
+            release_unused(torch.device("cpu"))
+            probe = _Probe(config, present, torch.device("cpu"), torch.float32, processes)
+            probe._run(probe.part)  # what the first run of all takes is none of its tokens'
+            predicted.append(probe.peak_bytes() - probe.idle_bytes - probe._full_weight_bytes())
+        hidden = 400 * 80 * 256 * 4
+        # Of four processes the largest has 13 of 50 rows of blocks, and 2 around.
+        assert predicted[0] - predicted[1] == pytest.approx((1 - 15 / 50) * hidden, rel=0.2)
+        assert probe.share.of_image == 13 / 50
+        result = estimate_size(small_config(**CONFIG), 320, 320, processes=2)
+        assert result.num_processes == 2 and "peak memory, each of 2 processes" in dict(result.lines())
+
+    def test_what_they_cannot_share_is_said(self, slide):
+        config, tissue = small_config(**CONFIG), TissueMask.everywhere(slide)
+        with pytest.raises(ValueError, match="processes=2 share one image each: pass --whole-slide, or --size"):
+            estimate_slide(config, slide, tissue, EmbedSettings(region_size=320), 0.5, processes=2)
+        with pytest.raises(ValueError, match="processes=9 are more than the 3 rows of blocks"):
+            estimate_size(config, 320, 320, processes=9)
+        for name, value in (("num_context_tokens", 5), ("unprune", "scatter")):
+            with pytest.raises(ValueError, match=rf"processes=2 cannot share an image with {name}='?{value}"):
+                estimate_size(small_config(**CONFIG, **{name: value}), 500, 500, processes=2)
+        with pytest.raises(ValueError, match="processes=0 is not possible"):
+            estimate_size(config, 320, 320, processes=0)
 
 
 def test_defaults_are_those_of_embed_and_one_subject_is_asked_for(small_slide):

@@ -14,14 +14,14 @@ from transformers import AutoModel
 
 from ..model.configuration_sparsepath_vit import SparsePathViTConfig
 from ..model.embeddings import token_grid_of_sizes
-from ..model.streamed_layers import may_stream, tokens_per_strip
+from ..model.streamed_layers import may_stream
 from ..model.token_grid import TokenGrid
-from ..model.token_strips import StripRange, strip_ranges
 from ..runtime.compute import torch_device, weight_dtype
 from ..runtime.cost import forward_flops, tokens_after_pruning
 from ..runtime.measure import measured
 from .embedder import DEFAULT_MPP, EmbedSettings, default_workers
 from .forward import forward_strips, strip_rows
+from .image_shares import largest_share
 from .opening import slide_to_see_at
 from .reader import Slide
 from .regions import tissue_regions
@@ -50,6 +50,7 @@ class Estimate:
         flops: floating point operations of all forwards.
         seconds: in the model; reading runs beside it.
         peak_bytes: as `runtime.measure` defines it: on CUDA the device's memory, otherwise the whole process.
+        num_processes: that share each image; `seconds` and `peak_bytes` are those of the one with most tokens.
     """
 
     forwards: int
@@ -59,6 +60,7 @@ class Estimate:
     flops: float
     seconds: float
     peak_bytes: int
+    num_processes: int = 1
 
     def lines(self) -> list[tuple[str, str]]:
         """Names and values as people read them."""
@@ -68,7 +70,10 @@ class Estimate:
             ("after pruning", f"{self.kept_tokens:,}"),
             ("TFLOP", f"{self.flops / 1e12:,.1f}"),
             ("time in the model", f"about {self.seconds:,.1f} s"),
-            ("peak memory", f"about {self.peak_bytes / 2**30:.2f} GiB"),
+            (
+                "peak memory" if self.num_processes == 1 else f"peak memory, each of {self.num_processes} processes",
+                f"about {self.peak_bytes / 2**30:.2f} GiB",
+            ),
         ]
 
 
@@ -83,23 +88,25 @@ def estimate_for(
     workers: int | None = None,
     device: str | None = None,
     dtype: str | None = None,
+    processes: int = 1,
 ) -> Estimate:
     """`estimate_slide` of a file or `estimate_size` of a square, with the defaults of `embed`.
 
     Raises:
-        ValueError: both or neither of `slide` and `size`, an unknown device or dtype.
+        ValueError: both or neither of `slide` and `size`, an unknown device or dtype, or what several processes cannot
+            share.
     """
     if (slide is None) == (size is None):
         raise ValueError("pass either a slide or --size PIXELS, and not both.")
     chosen = torch_device(device)
     number_type = weight_dtype(dtype, chosen)
     if size is not None:
-        return estimate_size(config, size, size, chosen, number_type)
+        return estimate_size(config, size, size, chosen, number_type, processes)
     workers = workers or default_workers()
     with slide_to_see_at(slide, slide_mpp, settings.mpp, settings.origin) as opened:
         mpp = DEFAULT_MPP if settings.mpp is None else settings.mpp
         tissue = find_tissue(opened, tissue_mask, classes=settings.annotation_classes)
-        return estimate_slide(config, opened, tissue, settings, mpp, chosen, number_type, workers)
+        return estimate_slide(config, opened, tissue, settings, mpp, chosen, number_type, workers, processes)
 
 
 def estimate_slide(
@@ -111,6 +118,7 @@ def estimate_slide(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     workers: int = 2,
+    processes: int = 1,
 ) -> Estimate:
     """What `embed` will take for one slide with a batch size of one.
 
@@ -123,7 +131,13 @@ def estimate_slide(
         device: where the model will run.
         dtype: of its weights.
         workers: threads that read ahead.
+        processes: that share the slide, with `settings.whole_slide`.
     """
+    if processes > 1 and not settings.whole_slide:
+        raise ValueError(
+            f"processes={processes} share one image each: pass --whole-slide, or --size. Regions are dealt out whole, "
+            "one process's memory is that of one process."
+        )
     patch_size = config.patch_size
     whole = tissue.token_grid(slide, patch_size, mpp)
     if settings.whole_slide:
@@ -139,7 +153,8 @@ def estimate_slide(
         ]
         pixel_bytes = max(region.width * region.height for region in regions) * 3 * (workers + 1)
     pixel_bytes += min(_SLIDE_CACHE_BYTES, 4 * slide.dimensions[0] * slide.dimensions[1])
-    return _estimate(config, grids, float(whole.mean()), settings.whole_slide, pixel_bytes, torch.device(device), dtype)
+    run = settings.whole_slide, pixel_bytes, torch.device(device), dtype, processes
+    return _estimate(config, grids, float(whole.mean()), *run)
 
 
 def estimate_size(
@@ -148,10 +163,11 @@ def estimate_size(
     height: int,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    processes: int = 1,
 ) -> Estimate:
     """What one image of `width` x `height` pixels will take, all of it tissue, batch size one."""
     grid = np.ones((-(-height // config.patch_size), -(-width // config.patch_size)), dtype=bool)
-    return _estimate(config, [grid], 1.0, False, width * height * 3, torch.device(device), dtype)
+    return _estimate(config, [grid], 1.0, False, width * height * 3, torch.device(device), dtype, processes)
 
 
 def _estimate(
@@ -162,13 +178,14 @@ def _estimate(
     pixel_bytes: int,
     device: torch.device,
     dtype: torch.dtype,
+    processes: int,
 ) -> Estimate:
     """Sums up the forwards over `grids`; memory is that of the largest."""
     token_grids = [_token_grid(config, grid) for grid in grids if grid.any()]
     tokens = sum(grid.counts[0] for grid in token_grids)
     flops = sum(forward_flops(config, grid) for grid in token_grids)
     largest = max(grids, key=np.count_nonzero)
-    probe = _Probe(config, largest, device, dtype)
+    probe = _Probe(config, largest, device, dtype, processes)
     pixel_bytes = pixel_bytes if device.type == "cpu" else 0
     if not in_strips:  # the normalised pixels of a whole region stay while the model runs
         pixel_bytes += largest.size * config.patch_size**2 * config.num_channels * 4
@@ -178,8 +195,9 @@ def _estimate(
         kept_tokens=sum(tokens_after_pruning(config, grid)[0] for grid in token_grids),
         tissue_share=tissue_share,
         flops=flops,
-        seconds=flops * probe.seconds_per_flop(),
+        seconds=flops * probe.seconds_per_flop() * probe.share.of_image,
         peak_bytes=round(probe.peak_bytes() + pixel_bytes),
+        num_processes=processes,
     )
 
 
@@ -191,12 +209,20 @@ class _Probe:
     """
 
     def __init__(
-        self, config: SparsePathViTConfig, present: np.ndarray, device: torch.device, dtype: torch.dtype
+        self,
+        config: SparsePathViTConfig,
+        present: np.ndarray,
+        device: torch.device,
+        dtype: torch.dtype,
+        processes: int = 1,
     ) -> None:
-        self.config, self.device, self.dtype = config, device, dtype
+        self.config, self.device, self.dtype, self.processes = config, device, dtype, processes
+        self.share = largest_share(config, _token_grid(config, present), processes, device)
         release_unused(device)
         self.idle_bytes = _held_bytes(device)
         fields = {**config.to_dict(), "num_hidden_layers": PROBE_LAYERS, "prune_ratio": 0.0}
+        if processes > 1:
+            fields["tokens_per_strip"] = self.share.tokens_of_strip
         shallow = SparsePathViTConfig(**{name: fields[name] for name in fields if name in _ARCHITECTURE})
         shallow._attn_implementation = config._attn_implementation
         self.model = AutoModel.from_config(shallow, dtype=dtype).to(device).eval()
@@ -212,9 +238,9 @@ class _Probe:
         return measurement.seconds / forward_flops(self.model.config, _token_grid(self.model.config, self.part))
 
     def peak_bytes(self) -> float:
-        """Peak memory of the full model on all tokens, weights included."""
+        """Peak memory of the full model on all tokens, or on the share of one process, weights included."""
         grid = _token_grid(self.model.config, self.present)
-        in_strips = may_stream(self.model.config, grid, self.device)
+        in_strips = self.processes > 1 or may_stream(self.model.config, grid, self.device)
         activations = self._bytes_in_strips(grid) if in_strips else self._bytes_of_whole_layers(grid.counts[0])
         return self.idle_bytes + self._full_weight_bytes() + activations
 
@@ -223,25 +249,21 @@ class _Probe:
 
         What a strip takes is measured on a part that has as many rows of blocks as a strip and its surroundings.
         """
-        config, tokens = self.config, grid.counts[0]
+        config, share, tokens = self.config, self.share, grid.counts[0]
         row = config.hidden_size * self.dtype.itemsize
-        largest = max(strip.around[1] - strip.around[0] for strip in self._strip_ranges(grid))
-        part = _rows_with_tokens(self.present, largest + 1)
+        part = _rows_with_tokens(self.present, share.tokens_around_strip + 1)
         tokens_of_part = int(part.sum())
         strip = self._activation_bytes(part) - tokens_of_part * row
-        held = tokens * (row + _GRID_BYTES)
+        held = share.held * row + tokens * _GRID_BYTES  # each process knows where all tokens are
         moments = [held + strip]
         if grid.has_context:  # before the first strip: the logits of CLS and the mean query, then the draw
             moments.append(held + tokens * max(2 * 4 * config.num_attention_heads, _DRAW_BYTES))
         if config.prunes:
             queries = 1 if config.prune_score == "cls_attention" else config.num_global_tokens
-            moments[0] += 4 * tokens * queries * config.num_attention_heads  # the logits of the global tokens
-            kept = sum(tokens_after_pruning(config, _token_grid(config, self.present)))
+            moments[0] += 4 * share.own * queries * config.num_attention_heads  # the logits of the global tokens
+            kept = sum(tokens_after_pruning(config, grid)) * share.of_image
             moments.append(held + kept * row + tokens * _RANKING_BYTES)
         return max(moments)
-
-    def _strip_ranges(self, grid: TokenGrid) -> list[StripRange]:
-        return strip_ranges(grid, 0, tokens_per_strip(self.model.config, self.device))
 
     def _bytes_of_whole_layers(self, tokens: int) -> float:
         """Measured on two sizes, since it grows with the tokens."""
