@@ -124,17 +124,17 @@ def _grad_query_of_context(
 @triton.jit(do_not_specialize=["num_tokens", "first_program", "num_splits", "num_split_programs"])
 def backward_query_kernel(
     query_ptr, key_ptr, value_ptr, grad_output_ptr, grad_query_ptr, logsumexp_ptr, delta_ptr, table_ptr, image_ptr,
-    partial_ptr, query_stride, query_head_stride, key_stride, key_head_stride, value_stride, value_head_stride,
-    grad_output_stride, grad_output_head_stride, num_tokens, first_program, num_splits, num_split_programs, scale,
-    logit_scale, weight_ptr, context_key_ptr, context_value_ptr, context_bias_ptr, context_start_ptr, context_size,
-    entry_ptr, tile_entry_ptr, NUM_GLOBALS: tl.constexpr, NUM_RUNS: tl.constexpr, HEAD_DIM: tl.constexpr,
-    PARTS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    partial_ptr, query_stride, query_head_stride, key_stride, key_head_stride, grad_output_stride,
+    grad_output_head_stride, num_tokens, first_program, num_splits, num_split_programs, scale, logit_scale, weight_ptr,
+    context_key_ptr, context_value_ptr, context_bias_ptr, context_start_ptr, context_size, entry_ptr, tile_entry_ptr,
+    NUM_GLOBALS: tl.constexpr, NUM_RUNS: tl.constexpr, HEAD_DIM: tl.constexpr, PARTS: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the queries; programs, and what may be None, as in the forward."""
     program, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     query_states = (query_ptr + head * query_head_stride, query_stride)
     key_states = (key_ptr + head * key_head_stride, key_stride)
-    value_states = (value_ptr + head * value_head_stride, value_stride)
+    value_states = (value_ptr + head * key_head_stride, key_stride)
     grad_output_states = (grad_output_ptr + head * grad_output_head_stride, grad_output_stride)
     logsumexp_ptr += head * num_tokens
     delta_ptr += head * num_tokens
@@ -250,10 +250,9 @@ def _grad_key_value(
 def backward_key_value_kernel(
     query_ptr, key_ptr, value_ptr, grad_output_ptr, grad_key_ptr, grad_value_ptr, logsumexp_ptr, delta_ptr, table_ptr,
     image_ptr, partial_key_ptr, partial_value_ptr, query_stride, query_head_stride, key_stride, key_head_stride,
-    value_stride, value_head_stride, grad_output_stride, grad_output_head_stride, num_tokens, first_program, num_splits,
-    num_split_programs, scale, logit_scale, weight_ptr, mean_query_ptr, grad_mean_ptr, mean_logsumexp_ptr,
-    mean_delta_ptr, partial_mean_ptr, partial_mean_split_ptr, num_entries, num_images, most_parts, entry_ptr,
-    tile_entry_ptr, entry_offset_ptr,
+    grad_output_stride, grad_output_head_stride, num_tokens, first_program, num_splits, num_split_programs, scale,
+    logit_scale, weight_ptr, mean_query_ptr, grad_mean_ptr, mean_logsumexp_ptr, mean_delta_ptr, partial_mean_ptr,
+    partial_mean_split_ptr, num_entries, num_images, most_parts, entry_ptr, tile_entry_ptr, entry_offset_ptr,
     NUM_GLOBALS: tl.constexpr, NUM_RUNS: tl.constexpr, HEAD_DIM: tl.constexpr, PARTS: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -264,7 +263,7 @@ def backward_key_value_kernel(
     program, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     query_states = (query_ptr + head * query_head_stride, query_stride)
     key_states = (key_ptr + head * key_head_stride, key_stride)
-    value_states = (value_ptr + head * value_head_stride, value_stride)
+    value_states = (value_ptr + head * key_head_stride, key_stride)
     grad_output_states = (grad_output_ptr + head * grad_output_head_stride, grad_output_stride)
     row_ptrs = (logsumexp_ptr + head * num_tokens, delta_ptr + head * num_tokens)
     mean_stride = tl.num_programs(1) * HEAD_DIM

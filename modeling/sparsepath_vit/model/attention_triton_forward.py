@@ -121,21 +121,22 @@ def _attend_to_context(
 )
 def forward_kernel(
     query_ptr, key_ptr, value_ptr, output_ptr, logsumexp_ptr, table_ptr, image_ptr, partial_output_ptr, partial_max_ptr,
-    partial_sum_ptr, query_stride, query_head_stride, key_stride, key_head_stride, value_stride, value_head_stride,
-    num_tokens, first_program, num_splits, num_split_programs, logit_scale, global_shift, weight_ptr, context_key_ptr,
-    context_value_ptr, context_bias_ptr, context_start_ptr, context_size, mean_output_ptr, num_entries, entry_ptr,
-    tile_entry_ptr, NUM_GLOBALS: tl.constexpr, NUM_RUNS: tl.constexpr, HEAD_DIM: tl.constexpr, PARTS: tl.constexpr,
+    partial_sum_ptr, query_stride, query_head_stride, key_stride, key_head_stride, num_tokens, first_program,
+    num_splits, num_split_programs, logit_scale, global_shift, weight_ptr, context_key_ptr, context_value_ptr,
+    context_bias_ptr, context_start_ptr, context_size, mean_output_ptr, num_entries, entry_ptr, tile_entry_ptr,
+    NUM_GLOBALS: tl.constexpr, NUM_RUNS: tl.constexpr, HEAD_DIM: tl.constexpr, PARTS: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """First the global queries, whose programs wait for memory while others compute, then the tiles; grid y: heads.
 
-    Keys are addressed by packed index, queries by their place, which is another one in a strip. `weight_ptr` is None
-    where all keys count once, what follows it where there are no context tokens.
+    Keys are addressed by packed index, queries by their place, which is another one in a strip. Values have the keys'
+    strides: one offset serves both. `weight_ptr` is None where all keys count once, what follows it where there are no
+    context tokens.
     """
     program, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     query_states = (query_ptr + head * query_head_stride, query_stride)
     key_states = (key_ptr + head * key_head_stride, key_stride)
-    value_states = (value_ptr + head * value_head_stride, value_stride)
+    value_states = (value_ptr + head * key_head_stride, key_stride)
     if program < num_split_programs:
         image_start, queries, first, length, row = load_split(image_ptr, program, num_splits, NUM_GLOBALS, BLOCK_G)
         is_query = queries < NUM_GLOBALS
