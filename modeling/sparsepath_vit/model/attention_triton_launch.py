@@ -59,8 +59,8 @@ class LaunchShape(NamedTuple):
 # By kernel and tile size; 16-bit states with head_dim up to 64, then up to 128. For sm_90 and head_dim 64 the registers
 # with Triton 3.6 are, from the top: 124, 124, 160, 174; 156, 159, 168; 160, 217, 222. With context tokens tiles of 64
 # take 147, 160 and 166. Spilled are, for sm_80 and sm_90: by the backward of queries in tiles of 16 12 bytes; with
-# context tokens by that of keys and values, for sm_80 and a longer head_dim, 32 to 124 bytes, and in float32 3 kB,
-# nearly all of it outside the loops.
+# context tokens by that of keys and values, of heads of 80 and more, 16 to 124 bytes, and in float32 3 kB, nearly all
+# of it outside the loops.
 _SHAPES = {
     ("forward", 128): (LaunchShape(128, 64, 8, 3), LaunchShape(128, 64, 8, 2)),
     ("forward", 64): (LaunchShape(64, 64, 4, 3), LaunchShape(64, 64, 4, 2)),
@@ -92,9 +92,13 @@ def launch_shape(kernel: str, head_dim: int, dtype: torch.dtype, tile_size: int,
         tile_size: most tokens of the tiles.
         capability: major compute capability of the GPU.
     """
+    has_warp_groups = capability in (9, 10)
     if dtype == torch.float32:
         shape = _SHAPE_FLOAT32
-    elif head_dim > 64 and capability not in (9, 10):
+    elif head_dim in (80, 96) and (tile_size < 64 or not has_warp_groups):
+        # A warp for 16 tokens: more of them would compute the products of a head's second part twice.
+        shape = LaunchShape(min(64, tile_size), 32, min(64, tile_size) // 16, 2)
+    elif head_dim > 64 and not has_warp_groups:
         shape = _SHAPE_WITHOUT_WARP_GROUPS
     else:
         # The backward takes the tokens of its large tiles in two parts.
