@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # `studies` lies beside this
 
 from studies.benchmarks import attention_peers
 from studies.benchmarks import model as benchmark_model
-from studies.benchmarks.attention import AttentionCase, time_case
+from studies.benchmarks.attention import DIRECTIONS, AttentionCase, time_case
 from studies.benchmarks.memory import MemoryCase, measure_memory
 from studies.benchmarks.model import ModelBenchmark
 from studies.benchmarks.quantised import KINDS, QuantisedBenchmark, benchmark_quantised
@@ -204,7 +204,8 @@ def benchmark_attention(arguments: argparse.Namespace) -> None:
                     dtype=getattr(torch, arguments.dtype),
                     device=arguments.device,
                 )
-                rows = time_case(case, arguments.peers.split(","), arguments.repeats, arguments.backward)
+                directions = DIRECTIONS if arguments.backward else DIRECTIONS[:1]
+                rows = time_case(case, arguments.peers.split(","), arguments.repeats, directions)
                 for row in rows:
                     logger.info(
                         "%9d tokens  w = %3d  %3.0f%% kept  %-14s %-16s %10.2f ms  %8.4f TFLOP/s",

@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 # Largest difference to float64 attention, relative to its largest output.
 TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 CHECKED_QUERIES = 64
+DIRECTIONS = ("forward", "forward+backward")
 BACKWARD_FACTOR = 2.5  # five matrix products against two
 
 
@@ -38,6 +39,7 @@ class AttentionCase:
         global_tokens: G.
         is_clustered: whether what is kept lies together, as tissue does; otherwise it is drawn at random.
         context_tokens: at most how many; 0 for block-local attention.
+        neighbor_radius: r.
     """
 
     tokens: int
@@ -50,6 +52,7 @@ class AttentionCase:
     global_tokens: int = 9
     is_clustered: bool = False
     context_tokens: int = 0
+    neighbor_radius: int = 1
 
     def grid(self) -> TokenGrid:
         """The tokens, pruned at random with a fixed seed."""
@@ -58,6 +61,7 @@ class AttentionCase:
             [(side, side)],
             num_global_tokens=self.global_tokens,
             window_size=self.window_size,
+            neighbor_radius=self.neighbor_radius,
             device=self.device,
             num_context_tokens=self.context_tokens,
         )
@@ -114,14 +118,16 @@ def check(peer: AttentionPeer, case: AttentionCase, grid: TokenGrid) -> float:
     return difference
 
 
-def time_case(case: AttentionCase, names: list[str], repeats: int, with_backward: bool) -> list[dict[str, object]]:
+def time_case(
+    case: AttentionCase, names: list[str], repeats: int, directions: tuple[str, ...] = ("forward",)
+) -> list[dict[str, object]]:
     """Checks and times each peer on one problem.
 
     Args:
         case: the problem.
         names: of `attention_peers.PEERS`; those that do not apply are left out, and the log says why.
         repeats: measurements; medians and quartiles are recorded.
-        with_backward: whether to time forward and backward together, too.
+        directions: of `DIRECTIONS`; a peer that has no gradients on this device is timed forward only.
 
     Returns:
         One row per peer and direction.
@@ -136,19 +142,19 @@ def time_case(case: AttentionCase, names: list[str], repeats: int, with_backward
     rows: list[dict[str, object]] = []
     for name in tqdm(names, desc=f"{grid.num_tokens:,} tokens, w = {case.window_size}", leave=False):
         try:
-            rows.extend(_time_peer(attention_peer(name, grid), case, grid, repeats, with_backward))
+            rows.extend(_time_peer(attention_peer(name, grid), case, grid, repeats, directions))
         except (DoesNotApplyError, torch.OutOfMemoryError) as reason:
             logger.info("%s left out at %s tokens: %s", name, f"{grid.num_tokens:,}", reason)
     return rows
 
 
 def _time_peer(
-    peer: AttentionPeer, case: AttentionCase, grid: TokenGrid, repeats: int, with_backward: bool
+    peer: AttentionPeer, case: AttentionCase, grid: TokenGrid, repeats: int, directions: tuple[str, ...]
 ) -> list[dict[str, object]]:
     """One row per direction."""
     difference = check(peer, case, grid)
     rows = []
-    for direction in ("forward", "forward+backward") if with_backward and peer.has_backward else ("forward",):
+    for direction in directions if peer.has_backward else ("forward",):
         seconds, peak = _time(peer, case, grid, repeats, direction != "forward")
         rows.append(_row(case, grid, peer, direction, seconds, peak, difference))
     return rows
@@ -185,6 +191,7 @@ def _row(
         "direction": direction,
         "tokens": grid.num_tokens,
         "window_size": case.window_size,
+        "neighbor_radius": case.neighbor_radius,
         "kept_share": case.kept_share,
         "kept": "" if case.kept_share == 1.0 else "clustered" if case.is_clustered else "random",
         "keys_per_query": round(peer.pairs / grid.num_tokens, 1),

@@ -18,7 +18,7 @@ try:
 except ImportError:
     natten = None
 
-PEERS = ("block_sparse", "sdpa_dense", "flex_attention", "natten", "reference")
+PEERS = ("block_sparse", "sdpa_dense", "flex_attention", "natten", "natten_sliding", "reference")
 # Beyond it attentions that keep all logits would not fit.
 MOST_TOKENS_OF_ALL_LOGITS = 4096
 
@@ -60,8 +60,8 @@ def attention_peer(name: str, grid: TokenGrid) -> AttentionPeer:
         return AttentionPeer(
             name, scaled_dot_product_attention, pairs, lambda queries: everything.expand(len(queries), -1)
         )
-    if name == "natten":
-        return _natten(grid)
+    if name.startswith("natten"):
+        return _natten(name, grid)
 
     def pattern(queries: torch.Tensor) -> torch.Tensor:
         return block_pattern(grid, queries)
@@ -124,19 +124,22 @@ def _reference(grid: TokenGrid) -> Attention:
     return attend
 
 
-def _natten(grid: TokenGrid) -> AttentionPeer:
-    """NATTEN's strided neighbourhood attention, with a window of 3 x 3 blocks that moves by a block.
+def _natten(name: str, grid: TokenGrid) -> AttentionPeer:
+    """NATTEN's neighbourhood attention, with a window as large as ours: "natten" moves it by a block.
 
-    Away from the border it is the pattern of `neighbor_radius` 1. At the border NATTEN shifts the window inwards, where
-    ours sees fewer blocks: its queries there have more keys, and it is checked against its own pattern. It takes patch
-    tokens in raster order; global keys go in as additional ones, global queries are a dense attention of their own.
+    Away from the border that is our pattern. At the border NATTEN shifts the window inwards, where ours sees fewer
+    blocks: its queries there have more keys, and it is checked against its own pattern. "natten_sliding" moves the
+    window by a token. Patch tokens are taken in raster order; global keys go in as additional ones, global queries are
+    a dense attention of their own.
     """
     if natten is None:
         raise DoesNotApplyError("NATTEN is not installed")
     rows, columns = grid.grid_sizes[0]
-    window, num_globals = grid.window_size, grid.num_global_tokens
-    if window is None or 3 * window > min(rows, columns) or grid.neighbor_radius != 1:
-        raise DoesNotApplyError("NATTEN needs an image of 3 x 3 blocks or more, and neighbor_radius 1")
+    num_globals, side = grid.num_global_tokens, 2 * grid.neighbor_radius + 1
+    window = side * (grid.window_size or max(rows, columns))
+    if window > min(rows, columns):
+        raise DoesNotApplyError(f"NATTEN needs an image of {side} x {side} blocks or more")
+    stride = grid.window_size if name == "natten" else 1
     if grid.counts[0] != rows * columns:
         raise DoesNotApplyError("NATTEN has no form for absent tokens")
     if not natten.HAS_LIBNATTEN:  # it then runs uncompiled FlexAttention
@@ -148,8 +151,8 @@ def _natten(grid: TokenGrid) -> AttentionPeer:
         global_key, global_value = (states[:, :, :num_globals].transpose(1, 2) for states in (key, value))
         attended = natten.na2d(
             *patches,
-            kernel_size=3 * window,
-            stride=window,
+            kernel_size=window,
+            stride=stride,
             additional_keys=global_key.contiguous(),
             additional_values=global_value.contiguous(),
             backend=backend,
@@ -161,12 +164,12 @@ def _natten(grid: TokenGrid) -> AttentionPeer:
         tokens = torch.arange(rows * columns, device=grid.device)
         near = torch.ones(len(queries), grid.num_tokens, dtype=torch.bool, device=grid.device)
         patch_queries = (queries - num_globals).clamp(min=0)
-        near[:, num_globals:] = _is_in_window(patch_queries // columns, tokens // columns, window, rows)
-        near[:, num_globals:] &= _is_in_window(patch_queries % columns, tokens % columns, window, columns)
+        near[:, num_globals:] = _is_in_window(patch_queries // columns, tokens // columns, window, stride, rows)
+        near[:, num_globals:] &= _is_in_window(patch_queries % columns, tokens % columns, window, stride, columns)
         return near | (queries < num_globals)[:, None]
 
-    pairs = rows * columns * (9 * window**2 + num_globals) + num_globals * grid.num_tokens
-    return AttentionPeer("natten", attend, pairs, pattern, has_backward=natten.HAS_LIBNATTEN)
+    pairs = rows * columns * (window**2 + num_globals) + num_globals * grid.num_tokens
+    return AttentionPeer(name, attend, pairs, pattern, has_backward=natten.HAS_LIBNATTEN)
 
 
 def _patch_map(states: torch.Tensor, num_global_tokens: int, rows: int, columns: int) -> torch.Tensor:
@@ -174,10 +177,13 @@ def _patch_map(states: torch.Tensor, num_global_tokens: int, rows: int, columns:
     return states[:, :, num_global_tokens:].transpose(1, 2).unflatten(1, (rows, columns)).contiguous()
 
 
-def _is_in_window(queries: torch.Tensor, keys: torch.Tensor, window: int, size: int) -> torch.Tensor:
-    """(queries, keys) along one axis: whether the key lies in the three blocks, shifted inside the image."""
-    start = ((queries // window - 1) * window).clamp(0, size - 3 * window)
-    return (keys >= start[:, None]) & (keys < start[:, None] + 3 * window)
+def _is_in_window(queries: torch.Tensor, keys: torch.Tensor, window: int, stride: int, size: int) -> torch.Tensor:
+    """(queries, keys) along one axis: whether the key lies in the query's window, which is shifted inside the image.
+
+    The window of `stride` queries lies around the middle one of them.
+    """
+    start = (queries // stride * stride + stride // 2 - window // 2).clamp(0, size - window)
+    return (keys >= start[:, None]) & (keys < start[:, None] + window)
 
 
 def _check_all_logits_fit(grid: TokenGrid) -> None:

@@ -1,5 +1,5 @@
 # Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
-"""Steps of the acceptance that time: the machine, attention, whole models beside tiles, and one layer's kernels."""
+"""Steps of the acceptance that time: the machine, whole models beside tiles, and one layer's kernels."""
 
 import dataclasses
 import math
@@ -18,17 +18,12 @@ from sparsepath_vit.model.token_grid import TokenGrid
 from sparsepath_vit.runtime.cost import forward_flops, token_grid_of_size
 from sparsepath_vit.runtime.measure import describe_run, describe_seconds, measured, repeatedly_measured
 
-from .acceptance import Finding, Scale, matrix_rate, or_failure, wait
-from .attention import AttentionCase, time_case
+from .acceptance import Finding, Scale, finding_of, matrix_rate, wait
 from .model import TILE_SIZE, check_against_timm, number_of_tiles, random_timm_network, sharing_weights
 
 DENSE_UP_TO = 3430  # pixels; above, dense attention takes many seconds
 LARGE_WINDOW_UP_TO = 6860
-DENSE_TOKENS_UP_TO = 60_025
-FLEX_TOKENS = 60_025
-# Shares of the rate of a large matrix product.
-LEAST_SHARE_OF_ATTENTION = 0.3
-LEAST_SHARE_OF_MODEL = 0.5
+LEAST_SHARE_OF_MODEL = 0.5  # of the rate of a large matrix product
 LONG_SECONDS = 1.0
 PROFILED_KERNELS = 25
 COMPILED_SIZES = (1400, 3430)
@@ -51,64 +46,6 @@ def environment(scale: Scale) -> Iterator[Finding]:
     yield Finding("machine", f"{row['machine']}, torch {row['torch']}, triton {row['triton']}", rows=(row,))
     yield Finding("copy, read and written", f"{row['copy_terabytes_per_second']} TB/s")
     yield Finding(f"matrix product of {scale.matrix_size}", f"{row['matrix_tflop_per_second']} TFLOP/s")
-
-
-def attention_speed(scale: Scale) -> Iterator[Finding]:
-    """Attention alone, ours and dense."""
-    window = scale.windows[0]
-    problems = [(tokens, size, 1.0) for tokens in scale.tokens for size in scale.windows]
-    problems += [(tokens, window, 0.4) for tokens in scale.tokens if tokens <= 240_100]
-    for tokens, window_size, kept_share in problems:
-        case = AttentionCase(
-            tokens, window_size, kept_share, scale.heads, scale.head_dim, scale.dtype, scale.device, is_clustered=True
-        )
-        peers = ["block_sparse"]
-        is_first = window_size == window
-        if is_first and kept_share == 1.0 and tokens <= DENSE_TOKENS_UP_TO:
-            peers.append("sdpa_dense")
-        for name in peers:
-            yield _attention_finding(name, case, scale, with_backward=tokens < 500_000)
-
-
-def attention_peers(scale: Scale) -> Iterator[Finding]:
-    """Other ways to compute the pattern, where they are installed; compiling FlexAttention takes long."""
-    names = ("sdpa_dense",) if scale.is_rehearsal else ("natten", "flex_attention")
-    for kept_share in (1.0, 0.4):
-        for name in names:
-            case = AttentionCase(
-                min(FLEX_TOKENS, scale.tokens[-1]),
-                scale.windows[0],
-                kept_share,
-                scale.heads,
-                scale.head_dim,
-                scale.dtype,
-                scale.device,
-                is_clustered=True,
-            )
-            yield _attention_finding(name, case, scale, with_backward=kept_share == 1.0)
-
-
-def _attention_finding(name: str, case: AttentionCase, scale: Scale, with_backward: bool) -> Finding:
-    title = f"{name}, {case.tokens:,} tokens, w = {case.window_size}, {case.kept_share:.0%} kept"
-
-    def measure() -> Finding:
-        rows = time_case(case, [name], scale.repeats, with_backward)
-        if not rows:
-            return Finding(title, "left out: not installed, or too large")
-        rate = matrix_rate(scale) / 1e12
-        for row in rows:
-            row["share_of_matrix_rate"] = round(row["useful_tflop_per_second"] / rate, 3)
-        text = "; ".join(
-            f"{row['direction']} {1000 * row['seconds_median']:.2f} ms, {row['useful_tflop_per_second']:.0f} TFLOP/s "
-            f"({row['share_of_matrix_rate']:.0%})"
-            for row in rows
-        )
-        if name != "block_sparse" or case.kept_share < 1.0 or case.tokens < 50_000:
-            return Finding(title, text, rows=tuple(rows))
-        is_enough = rows[0]["share_of_matrix_rate"] >= LEAST_SHARE_OF_ATTENTION or scale.is_rehearsal
-        return Finding(title, text, f"forward {LEAST_SHARE_OF_ATTENTION:.0%}", is_enough, tuple(rows))
-
-    return or_failure(title, measure)
 
 
 @dataclasses.dataclass
@@ -150,7 +87,7 @@ def build_networks(name: str, scale: Scale) -> Networks:
     return Networks(name, network, sharing_weights(network, config))
 
 
-def _parity_finding(networks: Networks) -> Finding:
+def _parity_finding(networks: Networks, scale: Scale) -> Finding:
     """Whether both are one network on this device, dense and sparse."""
     title = f"{networks.name}, against timm"
 
@@ -158,7 +95,7 @@ def _parity_finding(networks: Networks) -> Finding:
         check_against_timm(networks.ours, networks.timm, networks.config(None, 0.0))
         return Finding(title, "the same features", "the same features", True)
 
-    return or_failure(title, measure)
+    return finding_of(title, measure, scale)
 
 
 def timed(call: Callable[[], object], scale: Scale) -> tuple[list[float], int]:
@@ -178,10 +115,19 @@ def timed(call: Callable[[], object], scale: Scale) -> tuple[list[float], int]:
 
 
 def model(scale: Scale) -> Iterator[Finding]:
-    """Whole forward passes, and what users do today: the same pixels as tiles."""
-    for name in scale.architectures:
+    """Whole forward passes of the first architecture, and what users do today: the same pixels as tiles."""
+    yield from _models(scale.architectures[:1], scale)
+
+
+def other_models(scale: Scale) -> Iterator[Finding]:
+    """The same of the other architectures."""
+    yield from _models(scale.architectures[1:], scale)
+
+
+def _models(architectures: tuple[str, ...], scale: Scale) -> Iterator[Finding]:
+    for name in architectures:
         networks = build_networks(name, scale)
-        yield _parity_finding(networks)
+        yield _parity_finding(networks, scale)
         batch_size, finding = fastest_batch(networks, scale)
         yield finding
         for size in scale.sizes:
@@ -221,13 +167,14 @@ def _models_of_size(networks: Networks, size: int, batch_size: int, scale: Scale
             networks.become(config)
             return model_finding(networks, name, size, config, lambda: networks.ours(pixels), scale, tile_seconds)
 
-        yield or_failure(f"{networks.name}, {size} px, {name}", measure)
+        yield finding_of(f"{networks.name}, {size} px, {name}", measure, scale)
     if size <= DENSE_UP_TO:
-        yield or_failure(
+        yield finding_of(
             f"{networks.name}, {size} px, timm",
             lambda: model_finding(
                 networks, "timm", size, dense, lambda: networks.timm.forward_features(pixels), scale, tile_seconds
             ),
+            scale,
         )
 
 
@@ -242,9 +189,10 @@ def _tiles_finding(networks: Networks, size: int, batch_size: int, scale: Scale)
 
     config = networks.config(None, 0.0)
     flops = num_tiles * forward_flops(config, token_grid_of_size(config, TILE_SIZE, TILE_SIZE))
-    return or_failure(
+    return finding_of(
         f"{networks.name}, {size} px, tiles",
         lambda: model_finding(networks, "tiles", size, config, run, scale, math.nan, flops),
+        scale,
     )
 
 
@@ -329,7 +277,7 @@ def compiled_model(scale: Scale) -> Iterator[Finding]:
                 text = f"{finding.measured}; first call {compile_seconds:.0f} s"
                 return dataclasses.replace(finding, measured=text)
 
-            yield or_failure(title, measure)
+            yield finding_of(title, measure, scale)
 
 
 def profile(scale: Scale) -> Iterator[Finding]:

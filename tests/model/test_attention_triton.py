@@ -174,6 +174,22 @@ def test_a_fused_projection_is_read_in_place(monkeypatch):
     assert [states.data_ptr() for states in read[0]] == [states.data_ptr() for states in split(fused)]
 
 
+def test_keys_and_values_that_lie_differently():
+    """They are copied: one offset serves both."""
+    grid = TokenGrid.create([(7, 5)], num_global_tokens=2, window_size=3)
+    fused = fused_states(grid, heads=2)
+
+    def attention(key, value):
+        output = block_attention(split(fused)[0], key, value, grid.to(DEVICE))
+        return output, torch.autograd.grad(output.square().sum(), fused)[0]
+
+    _, key, value = split(fused)
+    expected = attention(key, value)
+    for states in ((key, value.contiguous()), (key.contiguous(), value)):
+        assert states[0].stride() != states[1].stride()
+        assert all(torch.equal(one, other) for one, other in zip(attention(*states), expected, strict=True))
+
+
 def test_images_do_not_see_each_other_even_where_one_holds_infinities():
     grid = TokenGrid.create([(5, 4)] * 2, num_global_tokens=2, window_size=2)
     fused = fused_states(grid).detach()
@@ -230,18 +246,21 @@ def test_empty_tiles_of_an_upper_bound_do_nothing():
 
 # (kernel, dtype, head_dim, tile size, compute capability): most registers, and most instructions of a step of the loops
 # over whole steps, over the rest and over masked keys. With Triton 3.6 and 3.9 the steps have
-#     forward 64: 296, 218, 178 and 308, 232, 191; forward 128: 295, 208, 189 and 310, 219, 201
-#     backward of queries: 249, 174, 133 and 277, 201, 156; of keys and values: 216, 183, 234 and 227, 175, 193
-# and the registers let four programs of the forward share a multiprocessor, of large tiles two.
+#     forward 64: 295, 214, 176 and 311, 230, 190; forward 128: 294, 206, 188 and 309, 219, 199
+#     backward of queries: 247, 170, 131 and 276, 197, 154; of keys and values: 216, 183, 234 and 227, 175, 193
+# and the registers let four programs of the forward share a multiprocessor, of large tiles two, of the backward three.
 MOST_INSTRUCTIONS = {
     ("forward", "bfloat16", 64, 64, 90): (128, 319, 240, 200),
     ("forward", "bfloat16", 64, 128, 90): (128, 319, 230, 210),
-    ("backward_query", "bfloat16", 64, 64, 90): (168, 290, 210, 165),
+    # A head of 80 is 64 + 16: padded to 128 it took 182 registers and 82 kB of shared memory.
+    ("forward", "bfloat16", 80, 64, 90): (176, 372, 303, 236),
+    ("backward_query", "bfloat16", 64, 64, 90): (168, 290, 207, 162),
     ("backward_key_value", "bfloat16", 64, 64, 90): (168, 240, 190, 245),
-    # With context tokens, whose loop comes last: 345 and 354, of the backward of queries 284 and 306. The others stay.
+    # With context tokens, whose loop comes last: 345 and 352, of the backward of queries 288 and 306. The others stay.
+    # As many programs share a multiprocessor but of the forward, of which shared memory leaves three.
     ("forward stratified", "bfloat16", 64, 64, 90): (160, 325, 245, 205, 375),
-    ("backward_query stratified", "bfloat16", 64, 64, 90): (180, 292, 212, 165, 322),
-    ("backward_key_value stratified", "bfloat16", 64, 64, 90): (192, 242, 200, 260),
+    ("backward_query stratified", "bfloat16", 64, 64, 90): (168, 292, 207, 162, 322),
+    ("backward_key_value stratified", "bfloat16", 64, 64, 90): (168, 242, 200, 260),
 }
 COMPILED_CASES = [
     *MOST_INSTRUCTIONS,
@@ -256,6 +275,7 @@ COMPILED_CASES = [
     ("forward", "bfloat16", 64, 32, 90),
     ("forward", "bfloat16", 64, 16, 90),
     ("backward_query", "float16", 64, 64, 80),
+    ("forward", "bfloat16", 80, 64, 80),
     ("backward_key_value", "bfloat16", 80, 64, 90),
     ("forward", "float32", 16, 64, 80),
     ("split_logsumexp", "bfloat16", 64, 0, 90),

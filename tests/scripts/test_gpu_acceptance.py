@@ -9,6 +9,9 @@ import pytest
 from run_script import load_script
 
 from sparsepath_vit.model import attention_triton_launch
+from studies.benchmarks.acceptance import Scale
+from studies.benchmarks.acceptance_documents import earlier_findings, read_document, state_of
+from studies.benchmarks.gpu_attention import attention_target, published_problem
 
 acceptance = load_script("gpu_acceptance")
 
@@ -32,8 +35,9 @@ def run(run_script, capfd):
 def test_every_step_is_rehearsed(tmp_path, run, monkeypatch):
     monkeypatch.setattr(acceptance, "RECORDS", tmp_path)
     _, printed = run(tmp_path / "run", "--rehearse", "--record")
-    states = {name: acceptance.state_of(tmp_path / "run", name) for name in acceptance.STEPS}
+    states = {name: state_of(tmp_path / "run", name) for name in acceptance.STEPS}
     assert set(states.values()) == {"done"}, printed
+    assert f"all {len(states)} steps were run" in printed
     assert "FAILED" not in printed and "Error" not in printed
     with (tmp_path / "gpu_model.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -46,7 +50,7 @@ def test_a_failing_step_is_said_and_the_others_run(tmp_path, run):
     ended_well, printed = run(tmp_path, "--rehearse", "--steps", "environment,profile", "--fail", "environment")
     assert not ended_well
     assert "FAILED   environment: RuntimeError: this step was told to fail" in printed
-    assert acceptance.state_of(tmp_path, "profile") == "done"
+    assert state_of(tmp_path, "profile") == "done"
     assert "Traceback" in (tmp_path / "environment.log").read_text()
 
 
@@ -87,7 +91,16 @@ class TestWithoutWorkers:
         (tmp_path / "environment.json").write_text(json.dumps(done))
         ended_well, printed = run(tmp_path, "--steps", "environment,tests", "--budget", "60")
         assert ended_well and self.started == []
-        assert "SKIPPED  tests: 150 s do not fit into the 60 s left" in printed
+        assert "NOT YET  tests: not run yet: 120 s do not fit into the 60 s left" in printed
+        assert "1 of 2 steps were run; the same command goes on with tests" in printed
+
+    def test_what_a_stopped_step_has_measured_is_kept_while_others_go_first(self, tmp_path, run):
+        write_stopped(tmp_path, "model", finding("tiles, 224 px"))
+        for _ in range(2):
+            _, printed = run(tmp_path, "--steps", "model", "--budget", "20")
+            assert self.started == []
+            assert "pass     model: tiles, 224 px: 1 ms" in printed
+            assert "NOT YET  model: not run yet: 45 s do not fit into the 20 s left" in printed
 
     def test_a_machine_without_a_gpu_is_named(self, tmp_path, run_script):
         self.folder, self.program = tmp_path, f"raise SystemExit({acceptance.NO_DEVICE})"
@@ -99,3 +112,59 @@ def test_unknown_steps_are_named(tmp_path, run_script, capsys):
     with pytest.raises(SystemExit):
         run_script(acceptance, "--output_dir", str(tmp_path), "--steps", "speed")
     assert "--steps holds speed: it takes environment" in capsys.readouterr().err
+
+
+def test_what_fits_into_ten_minutes_is_everything_but_compiled_and_other_models():
+    left = 600 - acceptance.START_SECONDS
+    run = []
+    for name, step in acceptance.STEPS.items():
+        if not step.fits(left):
+            break
+        run.append(name)
+        left -= step.seconds
+    assert run == [name for name in acceptance.STEPS if name not in ("compiled_model", "other_models")]
+
+
+def finding(name, **changes):
+    return {"name": name, "measured": "1 ms", "target": "", "passed": True, "rows": []} | changes
+
+
+def write_stopped(folder, name, *findings, state="stopped"):
+    document = {"state": state, "problem": "stopped here", "findings": findings, "seconds": 9.0}
+    (folder / f"{name}.json").write_text(json.dumps(document))
+
+
+def test_a_stopped_step_goes_on_but_with_what_failed(tmp_path, run):
+    titles = [f"sdpa_dense, 49 tokens, w = 4, 100% kept, {direction}" for direction in ("forward", "forward+backward")]
+    kept, failed = finding(titles[0], rows=[{"seconds_median": 0.5}]), finding(titles[1], passed=False)
+    write_stopped(tmp_path, "attention_peers", kept, failed)
+    ended_well, printed = run(tmp_path, "--rehearse", "--steps", "attention_peers")
+    measured = {finding["name"]: finding for finding in read_document(tmp_path, "attention_peers")["findings"]}
+    assert ended_well and len(measured) == 7, printed
+    assert measured[titles[0]] == kept
+    assert measured[titles[1]]["rows"]
+
+
+def test_a_step_that_failed_begins_anew(tmp_path):
+    """Something was wrong there."""
+    for state, kept in (("failed", []), ("stopped", [finding("tiles")])):
+        write_stopped(tmp_path, "model.earlier", finding("tiles"), finding("timm", passed=False), state=state)
+        assert earlier_findings(tmp_path, "model") == kept
+
+
+def test_the_published_problem_is_asked_of_ours_only(monkeypatch):
+    """NATTEN's windows of 80 x 80 on 256 x 256 tokens are 5 x 5 blocks of 16."""
+    asked = []
+    monkeypatch.setattr("studies.benchmarks.gpu_attention._finding", lambda *arguments: asked.append(arguments))
+    assert len(list(published_problem(Scale()))) == 3
+    names, cases = [name for name, *_ in asked], {case for _, case, *_ in asked}
+    assert names == ["block_sparse", "natten", "natten_sliding"]
+    (case,) = cases
+    assert (case.tokens, case.window_size * 5, case.heads, case.head_dim) == (256 * 256, 80, 24, 128)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    row = {"share_of_matrix_rate": 0.1, "seconds_median": 0.0187}
+    assert attention_target("block_sparse", case, row)[1] is False
+    assert attention_target("block_sparse", case, row | {"seconds_median": 0.0185})[1] is True
+    assert attention_target("natten", case, row) == ("", None)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA GeForce RTX 4090")
+    assert attention_target("block_sparse", case, row)[1] is None

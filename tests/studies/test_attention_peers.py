@@ -18,8 +18,8 @@ def pruned_grid(side=9, window_size=4, radius=1):
     return grid.select(kept, [len(kept)])
 
 
-def full_grid(side, window_size):
-    return TokenGrid.create([(side, side)], num_global_tokens=3, window_size=window_size)
+def full_grid(side, window_size, radius=1):
+    return TokenGrid.create([(side, side)], num_global_tokens=3, window_size=window_size, neighbor_radius=radius)
 
 
 def dense_with(pattern, states):
@@ -68,24 +68,33 @@ class TestNatten:
 
         monkeypatch.setattr(attention_peers, "natten", types.SimpleNamespace(na2d=na2d, HAS_LIBNATTEN=True))
 
-    @pytest.mark.parametrize("side, window_size", [(6, 2), (9, 3), (13, 4), (24, 8), (15, 4)])
-    def test_it_attends_over_the_pattern_it_names(self, side, window_size, natten):
-        grid = full_grid(side, window_size)
+    @pytest.mark.parametrize("name", ["natten", "natten_sliding"])
+    @pytest.mark.parametrize("side, window_size, radius", [(6, 2, 1), (9, 3, 1), (15, 4, 1), (24, 8, 1), (13, 2, 2)])
+    def test_it_attends_over_the_pattern_it_names(self, side, window_size, radius, name, natten):
+        grid = full_grid(side, window_size, radius)
         states = torch.randn(3, 1, 2, grid.num_tokens, 16)
-        peer = attention_peer("natten", grid)
+        peer = attention_peer(name, grid)
         pattern = peer.pattern(torch.arange(grid.num_tokens))
         torch.testing.assert_close(peer.attend(*states), dense_with(pattern, states))
         assert peer.pairs == pattern.sum() >= attention_pairs(grid)
 
-    def test_away_from_the_border_its_pattern_is_ours(self, natten):
-        grid = full_grid(20, 4)
-        inner = (grid.rows >= 4) & (grid.rows < 16) & (grid.columns >= 4) & (grid.columns < 16)
+    @pytest.mark.parametrize("radius", [1, 2])
+    def test_away_from_the_border_its_pattern_is_ours(self, radius, natten):
+        grid = full_grid(24, 4, radius)
+        border = 4 * radius
+        inner = (torch.stack([grid.rows, grid.columns]) >= border).all(0)
+        inner &= (torch.stack([grid.rows, grid.columns]) < 24 - border).all(0)
         # NATTEN's tokens are in raster order, ours block by block.
-        raster = 3 + (grid.rows * 20 + grid.columns)
+        raster = 3 + (grid.rows * 24 + grid.columns)
         order = torch.cat([torch.arange(3), raster])
         queries = 3 + inner.nonzero()[:, 0]
         pattern = attention_peer("natten", grid).pattern(raster[inner])
         assert torch.equal(pattern[:, order], block_pattern(grid, queries))
+
+    def test_a_window_that_slides_lies_around_each_query(self, natten):
+        grid = full_grid(12, 2)
+        pattern = attention_peer("natten_sliding", grid).pattern(torch.tensor([3 + 5 * 12 + 7]))[0, 3:].view(12, 12)
+        assert pattern[2:8, 4:10].all() and pattern.sum() == 36
 
     def test_where_it_does_not_apply(self, natten):
         with pytest.raises(DoesNotApplyError, match="no form for absent tokens"):

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from studies.benchmarks import attention_peers
-from studies.benchmarks.attention import AttentionCase, check, time_case
+from studies.benchmarks.attention import DIRECTIONS, AttentionCase, check, time_case
 from studies.benchmarks.attention_peers import attention_peer
 
 CASE = AttentionCase(400, 4, 1.0, 2, 16, torch.float32, "cpu")
@@ -21,13 +21,13 @@ def test_an_attention_over_another_pattern_is_not_timed():
 
 def test_unknown_peers_are_named():
     with pytest.raises(ValueError, match="peers holds flash: it takes block_sparse, sdpa_dense"):
-        time_case(CASE, ["flash"], repeats=1, with_backward=False)
+        time_case(CASE, ["flash"], repeats=1)
 
 
 def test_peers_that_do_not_apply_are_left_out_and_the_log_says_why(caplog):
     large = dataclasses.replace(CASE, tokens=4900)
     with caplog.at_level("INFO"):
-        rows = time_case(large, ["reference", "block_sparse"], repeats=1, with_backward=False)
+        rows = time_case(large, ["reference", "block_sparse"], repeats=1)
     assert [row["attention"] for row in rows] == ["block_sparse"]
     assert "reference left out at 4,909 tokens: it keeps all logits" in caplog.text
 
@@ -38,13 +38,13 @@ def test_a_peer_that_runs_out_of_memory_does_not_end_the_others(caplog, monkeypa
 
     monkeypatch.setattr(attention_peers, "scaled_dot_product_attention", full)
     with caplog.at_level("INFO"):
-        rows = time_case(CASE, ["sdpa_dense", "block_sparse"], repeats=1, with_backward=False)
+        rows = time_case(CASE, ["sdpa_dense", "block_sparse"], repeats=1)
     assert [row["attention"] for row in rows] == ["block_sparse"]
     assert "sdpa_dense left out at 409 tokens: the GPU is full" in caplog.text
 
 
 def test_useful_work_counts_pairs_and_five_more_products_in_the_backward():
-    forward, both = time_case(CASE, ["block_sparse"], repeats=1, with_backward=True)
+    forward, both = time_case(CASE, ["block_sparse"], repeats=1, directions=DIRECTIONS)
     pairs = forward["keys_per_query"] * forward["tokens"]
     tflop = [row["useful_tflop_per_second"] * row["seconds_median"] for row in (forward, both)]
     assert tflop[0] == pytest.approx(4 * pairs * 2 * 16 / 1e12, rel=0.1)  # recorded with few digits

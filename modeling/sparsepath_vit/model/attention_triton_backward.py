@@ -9,19 +9,24 @@ There are no atomics: one program writes each number, and partial results are ad
 
 from .attention_triton_functions import (
     add_mean_rows,
+    add_to_parts,
     context_of_tile,
+    dot_parts,
     load_bias,
+    load_parts,
     load_rows,
     load_runs,
     load_split,
     load_tile,
     near_rows,
+    scale_parts,
     split_runs,
     step_at,
     step_bias,
     store_grad_mean,
-    store_rows,
+    store_parts,
     tokens_at,
+    zero_parts,
 )
 
 try:
@@ -54,18 +59,17 @@ def _add_grad_query_of(
     HEAD_DIM: tl.constexpr, BOUNDED: tl.constexpr,
 ):  # fmt: skip
     """Adds what the keys `tokens` contribute, where BOUNDED only those that are keys, with their bias."""
-    key = load_rows(key_states, tokens, is_key, HEAD_DIM, BOUNDED)
-    value = load_rows(value_states, tokens, is_key, HEAD_DIM, BOUNDED)
-    logits = tl.dot(query, tl.trans(key), input_precision="ieee")
+    key = load_parts(key_states, tokens, is_key, HEAD_DIM, BOUNDED)
+    value = load_parts(value_states, tokens, is_key, HEAD_DIM, BOUNDED)
+    logits = dot_parts(query, key)
     if bias is None:
         probabilities = tl.exp2(logits * logit_scale - logsumexp[:, None])
         if BOUNDED:
             probabilities = tl.where(is_key[None, :], probabilities, 0.0)
     else:  # of absent keys it is -inf
         probabilities = tl.exp2(logits * logit_scale + bias[None, :] - logsumexp[:, None])
-    grad_probabilities = tl.dot(grad_output, tl.trans(value), input_precision="ieee")
-    grad_logits = probabilities * (grad_probabilities - delta[:, None])
-    return tl.dot(grad_logits.to(key.dtype), key, grad_query, input_precision="ieee")
+    grad_logits = probabilities * (dot_parts(grad_output, value) - delta[:, None])
+    return add_to_parts(grad_query, grad_logits.to(key[0].dtype), key)
 
 
 @triton.jit
@@ -73,8 +77,8 @@ def _grad_query(
     query, grad_output, logsumexp, delta, key_states, value_states, weight_ptr, logit_scale, whole, num_whole, rest,
     num_rest, NUM_RUNS: tl.constexpr, NUM_REST_RUNS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of the queries, of whole steps of keys and the rest."""
-    grad_query = tl.zeros_like(query).to(tl.float32)
+    """Gradient of the queries in parts, of whole steps of keys and the rest."""
+    grad_query = zero_parts(query[0].shape[0], HEAD_DIM)
     step_tokens = tl.arange(0, BLOCK_N)
     for position in range(0, num_whole, BLOCK_N):
         step_key = step_at(key_states, position, whole, NUM_RUNS)
@@ -124,17 +128,17 @@ def _grad_query_of_context(
 @triton.jit(do_not_specialize=["num_tokens", "first_program", "num_splits", "num_split_programs"])
 def backward_query_kernel(
     query_ptr, key_ptr, value_ptr, grad_output_ptr, grad_query_ptr, logsumexp_ptr, delta_ptr, table_ptr, image_ptr,
-    partial_ptr, query_stride, query_head_stride, key_stride, key_head_stride, value_stride, value_head_stride,
-    grad_output_stride, grad_output_head_stride, num_tokens, first_program, num_splits, num_split_programs, scale,
-    logit_scale, weight_ptr, context_key_ptr, context_value_ptr, context_bias_ptr, context_start_ptr, context_size,
-    entry_ptr, tile_entry_ptr, NUM_GLOBALS: tl.constexpr, NUM_RUNS: tl.constexpr, HEAD_DIM: tl.constexpr,
-    PARTS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    partial_ptr, query_stride, query_head_stride, key_stride, key_head_stride, grad_output_stride,
+    grad_output_head_stride, num_tokens, first_program, num_splits, num_split_programs, scale, logit_scale, weight_ptr,
+    context_key_ptr, context_value_ptr, context_bias_ptr, context_start_ptr, context_size, entry_ptr, tile_entry_ptr,
+    NUM_GLOBALS: tl.constexpr, NUM_RUNS: tl.constexpr, HEAD_DIM: tl.constexpr, PARTS: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the queries; programs, and what may be None, as in the forward."""
     program, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     query_states = (query_ptr + head * query_head_stride, query_stride)
     key_states = (key_ptr + head * key_head_stride, key_stride)
-    value_states = (value_ptr + head * value_head_stride, value_stride)
+    value_states = (value_ptr + head * key_head_stride, key_stride)
     grad_output_states = (grad_output_ptr + head * grad_output_head_stride, grad_output_stride)
     logsumexp_ptr += head * num_tokens
     delta_ptr += head * num_tokens
@@ -142,8 +146,8 @@ def backward_query_kernel(
         image_start, indices, first, length, row = load_split(image_ptr, program, num_splits, NUM_GLOBALS, BLOCK_G)
         is_query = indices < NUM_GLOBALS
         queries = image_start + indices
-        query = load_rows(query_states, queries, is_query, HEAD_DIM, True)
-        grad_output = load_rows(grad_output_states, queries, is_query, HEAD_DIM, True)
+        query = load_parts(query_states, queries, is_query, HEAD_DIM, True)
+        grad_output = load_parts(grad_output_states, queries, is_query, HEAD_DIM, True)
         logsumexp = tl.load(logsumexp_ptr + queries, mask=is_query, other=float("inf"))
         delta = tl.load(delta_ptr + queries, mask=is_query, other=0.0)
         whole, num_whole, rest, num_rest = split_runs(first, length, BLOCK_N)
@@ -151,15 +155,15 @@ def backward_query_kernel(
             query, grad_output, logsumexp, delta, key_states, value_states, weight_ptr, logit_scale, whole, num_whole,
             rest, num_rest, 1, 1, HEAD_DIM, BLOCK_N,
         )  # fmt: skip
-        store_rows((partial_ptr, HEAD_DIM), row + indices, is_query, grad_query, HEAD_DIM)
+        store_parts((partial_ptr, HEAD_DIM), row + indices, is_query, grad_query, HEAD_DIM)
     else:
         tile_program = first_program + program - num_split_programs
         start, end, tile_ptr = load_tile(table_ptr, tile_program, NUM_RUNS, PARTS, BLOCK_M)
         if start < end:
             queries = start + tl.arange(0, BLOCK_M)
             is_query = queries < end
-            query = load_rows(query_states, queries, is_query, HEAD_DIM, True)
-            grad_output = load_rows(grad_output_states, queries, is_query, HEAD_DIM, True)
+            query = load_parts(query_states, queries, is_query, HEAD_DIM, True)
+            grad_output = load_parts(grad_output_states, queries, is_query, HEAD_DIM, True)
             # An absent query has probability exp2(-inf) = 0.
             logsumexp = tl.load(logsumexp_ptr + queries, mask=is_query, other=float("inf"))
             delta = tl.load(delta_ptr + queries, mask=is_query, other=0.0)
@@ -178,7 +182,7 @@ def backward_query_kernel(
                     (context_value_ptr + shift, stride), bias_ptr, length, logit_scale, HEAD_DIM, BLOCK_N,
                 )  # fmt: skip
             grad_query_states = (grad_query_ptr + head * HEAD_DIM, tl.num_programs(1) * HEAD_DIM)
-            store_rows(grad_query_states, queries, is_query, grad_query * scale, HEAD_DIM)
+            store_parts(grad_query_states, queries, is_query, scale_parts(grad_query, scale), HEAD_DIM)
 
 
 @triton.jit
@@ -188,24 +192,22 @@ def _add_grad_key_value_of(
 ):  # fmt: skip
     """Adds what the queries `tokens` contribute, where BOUNDED only those that are queries; bias: of the keys."""
     grad_key, grad_value = gradients
-    query = load_rows(query_states, tokens, is_query, HEAD_DIM, BOUNDED)
-    grad_output = load_rows(grad_output_states, tokens, is_query, HEAD_DIM, BOUNDED)
+    query = load_parts(query_states, tokens, is_query, HEAD_DIM, BOUNDED)
+    grad_output = load_parts(grad_output_states, tokens, is_query, HEAD_DIM, BOUNDED)
     if BOUNDED:
         # An absent query has probability exp2(-inf) = 0.
         logsumexp = tl.load(row_ptrs[0] + tokens, mask=is_query, other=float("inf"))
         delta = tl.load(row_ptrs[1] + tokens, mask=is_query, other=0.0)
     else:
         logsumexp, delta = tl.load(row_ptrs[0] + tokens), tl.load(row_ptrs[1] + tokens)
-    logits = tl.dot(key, tl.trans(query), input_precision="ieee")  # (keys, queries)
+    logits = dot_parts(key, query)  # (keys, queries)
     if bias is None:
         probabilities = tl.exp2(logits * logit_scale - logsumexp[None, :])
     else:
         probabilities = tl.exp2(logits * logit_scale + bias[:, None] - logsumexp[None, :])
-    grad_value = tl.dot(probabilities.to(query.dtype), grad_output, grad_value, input_precision="ieee")
-    grad_probabilities = tl.dot(value, tl.trans(grad_output), input_precision="ieee")
-    grad_logits = probabilities * (grad_probabilities - delta[None, :])
-    grad_key = tl.dot(grad_logits.to(query.dtype), query, grad_key, input_precision="ieee")
-    return grad_key, grad_value
+    grad_value = add_to_parts(grad_value, probabilities.to(value[0].dtype), grad_output)
+    grad_logits = probabilities * (dot_parts(value, grad_output) - delta[None, :])
+    return add_to_parts(grad_key, grad_logits.to(key[0].dtype), query), grad_value
 
 
 @triton.jit
@@ -213,8 +215,11 @@ def _grad_key_value(
     key, value, bias, query_states, grad_output_states, row_ptrs, logit_scale, whole, num_whole, rest, num_rest,
     NUM_RUNS: tl.constexpr, NUM_REST_RUNS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the keys and values, of whole steps of queries and the rest; row_ptrs: of log-sum-exp and delta."""
-    gradients = (tl.zeros_like(key).to(tl.float32), tl.zeros_like(key).to(tl.float32))
+    """Gradients of the keys and values in parts, of whole steps of queries and the rest.
+
+    row_ptrs: of log-sum-exp and delta.
+    """
+    gradients = (zero_parts(key[0].shape[0], HEAD_DIM), zero_parts(key[0].shape[0], HEAD_DIM))
     step_tokens = tl.arange(0, BLOCK_N)
     for position in range(0, num_whole, BLOCK_N):
         step_query = step_at(query_states, position, whole, NUM_RUNS)
@@ -250,10 +255,9 @@ def _grad_key_value(
 def backward_key_value_kernel(
     query_ptr, key_ptr, value_ptr, grad_output_ptr, grad_key_ptr, grad_value_ptr, logsumexp_ptr, delta_ptr, table_ptr,
     image_ptr, partial_key_ptr, partial_value_ptr, query_stride, query_head_stride, key_stride, key_head_stride,
-    value_stride, value_head_stride, grad_output_stride, grad_output_head_stride, num_tokens, first_program, num_splits,
-    num_split_programs, scale, logit_scale, weight_ptr, mean_query_ptr, grad_mean_ptr, mean_logsumexp_ptr,
-    mean_delta_ptr, partial_mean_ptr, partial_mean_split_ptr, num_entries, num_images, most_parts, entry_ptr,
-    tile_entry_ptr, entry_offset_ptr,
+    grad_output_stride, grad_output_head_stride, num_tokens, first_program, num_splits, num_split_programs, scale,
+    logit_scale, weight_ptr, mean_query_ptr, grad_mean_ptr, mean_logsumexp_ptr, mean_delta_ptr, partial_mean_ptr,
+    partial_mean_split_ptr, num_entries, num_images, most_parts, entry_ptr, tile_entry_ptr, entry_offset_ptr,
     NUM_GLOBALS: tl.constexpr, NUM_RUNS: tl.constexpr, HEAD_DIM: tl.constexpr, PARTS: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -264,7 +268,7 @@ def backward_key_value_kernel(
     program, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     query_states = (query_ptr + head * query_head_stride, query_stride)
     key_states = (key_ptr + head * key_head_stride, key_stride)
-    value_states = (value_ptr + head * value_head_stride, value_stride)
+    value_states = (value_ptr + head * key_head_stride, key_stride)
     grad_output_states = (grad_output_ptr + head * grad_output_head_stride, grad_output_stride)
     row_ptrs = (logsumexp_ptr + head * num_tokens, delta_ptr + head * num_tokens)
     mean_stride = tl.num_programs(1) * HEAD_DIM
@@ -275,8 +279,8 @@ def backward_key_value_kernel(
     if program < num_split_programs:
         image_start, indices, first, length, row = load_split(image_ptr, program, num_splits, NUM_GLOBALS, BLOCK_G)
         is_key = indices < NUM_GLOBALS
-        key = load_rows(key_states, image_start + indices, is_key, HEAD_DIM, True)
-        value = load_rows(value_states, image_start + indices, is_key, HEAD_DIM, True)
+        key = load_parts(key_states, image_start + indices, is_key, HEAD_DIM, True)
+        value = load_parts(value_states, image_start + indices, is_key, HEAD_DIM, True)
         whole, num_whole, rest, num_rest = split_runs(first, length, BLOCK_N)
         grad_key, grad_value = _grad_key_value(
             key, value, None, query_states, grad_output_states, row_ptrs, logit_scale, whole, num_whole, rest, num_rest,
@@ -289,7 +293,7 @@ def backward_key_value_kernel(
             first_row += program % num_splits * share
             mean_query = mean_query_ptr + image * mean_stride + head * HEAD_DIM
             bias = tl.where(is_key, 0.0, float("-inf"))
-            gradients = (grad_key, grad_value, tl.zeros([BLOCK_R, key.shape[1]], tl.float32))
+            gradients = (grad_key, grad_value, zero_parts(BLOCK_R, HEAD_DIM))
             for row_of_step in range(first_row, tl.minimum(first_row + share, end_row + 1), BLOCK_R):
                 rows = row_of_step + tl.arange(0, BLOCK_R)
                 is_row = rows < tl.minimum(first_row + share, end_row + 1)
@@ -299,16 +303,16 @@ def backward_key_value_kernel(
                 )
             grad_key, grad_value, grad_mean = gradients
             store_grad_mean(partial_mean_split_ptr, program, grad_mean, HEAD_DIM)
-        store_rows((partial_key_ptr, HEAD_DIM), row + indices, is_key, grad_key, HEAD_DIM)
-        store_rows((partial_value_ptr, HEAD_DIM), row + indices, is_key, grad_value, HEAD_DIM)
+        store_parts((partial_key_ptr, HEAD_DIM), row + indices, is_key, grad_key, HEAD_DIM)
+        store_parts((partial_value_ptr, HEAD_DIM), row + indices, is_key, grad_value, HEAD_DIM)
     else:
         tile_program = first_program + program - num_split_programs
         start, end, tile_ptr = load_tile(table_ptr, tile_program, NUM_RUNS, PARTS, BLOCK_M)
         if start < end:
             keys = start + tl.arange(0, BLOCK_M)
             is_key = keys < end
-            key = load_rows(key_states, keys, is_key, HEAD_DIM, True)
-            value = load_rows(value_states, keys, is_key, HEAD_DIM, True)
+            key = load_parts(key_states, keys, is_key, HEAD_DIM, True)
+            value = load_parts(value_states, keys, is_key, HEAD_DIM, True)
             bias = load_bias(weight_ptr, keys, is_key, BOUNDED=True)
             whole, num_whole, rest, num_rest = load_runs(tile_ptr, NUM_GLOBALS, NUM_RUNS, BLOCK_N)
             grad_key, grad_value = _grad_key_value(
@@ -321,15 +325,16 @@ def backward_key_value_kernel(
                 mean_query = mean_query_ptr + image * mean_stride + head * HEAD_DIM
                 if weight_ptr is None:
                     bias = tl.where(is_key, 0.0, float("-inf"))
-                gradients = (grad_key, grad_value, tl.zeros([BLOCK_R, key.shape[1]], tl.float32))
+                gradients = (grad_key, grad_value, zero_parts(BLOCK_R, HEAD_DIM))
                 grad_key, grad_value, grad_mean = add_mean_rows(
                     gradients, key, value, bias[:, None], mean_query, mean_rows, rows, is_row, logit_scale, HEAD_DIM
                 )
                 row = tile_program // PARTS * most_parts + tile_program % PARTS
                 store_grad_mean(partial_mean_ptr, row, grad_mean, HEAD_DIM)
             stride = tl.num_programs(1) * HEAD_DIM
-            store_rows((grad_key_ptr + head * HEAD_DIM, stride), keys, is_key, grad_key * scale, HEAD_DIM)
-            store_rows((grad_value_ptr + head * HEAD_DIM, stride), keys, is_key, grad_value, HEAD_DIM)
+            grad_key = scale_parts(grad_key, scale)
+            store_parts((grad_key_ptr + head * HEAD_DIM, stride), keys, is_key, grad_key, HEAD_DIM)
+            store_parts((grad_value_ptr + head * HEAD_DIM, stride), keys, is_key, grad_value, HEAD_DIM)
 
 
 @triton.jit

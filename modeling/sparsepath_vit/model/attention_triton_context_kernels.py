@@ -10,7 +10,17 @@ results are added in a fixed order. Queries come in steps of one block, for whic
 """
 
 from .attention_triton_context_tables import ENTRY_COLUMNS
-from .attention_triton_functions import add_mean_rows, load_rows, store_grad_mean, store_rows
+from .attention_triton_functions import (
+    add_mean_rows,
+    add_to_parts,
+    dot_parts,
+    load_parts,
+    load_rows,
+    store_grad_mean,
+    store_parts,
+    store_rows,
+    zero_parts,
+)
 
 try:
     import triton
@@ -97,33 +107,32 @@ def context_key_value_kernel(
     image, first_slot = tile // tiles_of_image, tile % tiles_of_image * BLOCK_M
     stride = num_heads * HEAD_DIM
     slots = image.to(tl.int64) * context_size + first_slot + tl.arange(0, BLOCK_M)
-    key = load_rows((context_key_ptr + head * HEAD_DIM, stride), slots, None, HEAD_DIM, False)
-    value = load_rows((context_value_ptr + head * HEAD_DIM, stride), slots, None, HEAD_DIM, False)
+    key = load_parts((context_key_ptr + head * HEAD_DIM, stride), slots, None, HEAD_DIM, False)
+    value = load_parts((context_value_ptr + head * HEAD_DIM, stride), slots, None, HEAD_DIM, False)
     bias_ptrs = bias_ptr + first_slot + tl.arange(0, BLOCK_M)
     logsumexp_ptr += head * num_tokens
     delta_ptr += head * num_tokens
-    grad_key, grad_value = tl.zeros_like(key).to(tl.float32), tl.zeros_like(key).to(tl.float32)
+    grad_key, grad_value = zero_parts(BLOCK_M, HEAD_DIM), zero_parts(BLOCK_M, HEAD_DIM)
     first, end = _share(tl.load(step_bound_ptr + 2 * image), tl.load(step_bound_ptr + 2 * image + 1), split, num_splits)
     for step in range(first, end):
         step_start, step_end = tl.load(step_ptr + 3 * step), tl.load(step_ptr + 3 * step + 1)
         bias = tl.load(bias_ptrs + tl.load(step_ptr + 3 * step + 2).to(tl.int64) * context_size)
         tokens = step_start + tl.arange(0, BLOCK_N)
         is_query = tokens < step_end
-        query = load_rows((query_ptr + head * query_head_stride, query_stride), tokens, is_query, HEAD_DIM, True)
-        grad_output = load_rows(
+        query = load_parts((query_ptr + head * query_head_stride, query_stride), tokens, is_query, HEAD_DIM, True)
+        grad_output = load_parts(
             (grad_output_ptr + head * grad_output_head_stride, grad_output_stride), tokens, is_query, HEAD_DIM, True
         )
         logsumexp = tl.load(logsumexp_ptr + tokens, mask=is_query, other=float("inf"))
         delta = tl.load(delta_ptr + tokens, mask=is_query, other=0.0)
-        logits = tl.dot(key, tl.trans(query), input_precision="ieee") * logit_scale  # (keys, queries)
+        logits = dot_parts(key, query) * logit_scale  # (keys, queries)
         probabilities = tl.exp2(logits + bias[:, None] - logsumexp[None, :])
-        grad_value = tl.dot(probabilities.to(query.dtype), grad_output, grad_value, input_precision="ieee")
-        grad_probabilities = tl.dot(value, tl.trans(grad_output), input_precision="ieee")
-        grad_logits = probabilities * (grad_probabilities - delta[None, :])
-        grad_key = tl.dot(grad_logits.to(query.dtype), query, grad_key, input_precision="ieee")
+        grad_value = add_to_parts(grad_value, probabilities.to(value[0].dtype), grad_output)
+        grad_logits = probabilities * (dot_parts(value, grad_output) - delta[None, :])
+        grad_key = add_to_parts(grad_key, grad_logits.to(key[0].dtype), query)
     mean_query = mean_query_ptr + image * stride + head * HEAD_DIM
     mean_rows = (grad_mean_ptr + head * HEAD_DIM, stride, mean_logsumexp_ptr, mean_delta_ptr, num_entries + num_images)
-    gradients = (grad_key, grad_value, tl.zeros([BLOCK_R, key.shape[1]], tl.float32))
+    gradients = (grad_key, grad_value, zero_parts(BLOCK_R, HEAD_DIM))
     first, end = _share(tl.load(entry_offset_ptr + image), tl.load(entry_offset_ptr + image + 1), split, num_splits)
     for row in range(first, end, BLOCK_R):
         rows = row + tl.arange(0, BLOCK_R)
@@ -135,8 +144,8 @@ def context_key_value_kernel(
     grad_key, grad_value, grad_mean = gradients
     partial_rows = (split.to(tl.int64) * num_images * context_size + slots) * num_heads + head
     is_slot = slots >= 0
-    store_rows((partial_key_ptr, HEAD_DIM), partial_rows, is_slot, grad_key, HEAD_DIM)
-    store_rows((partial_value_ptr, HEAD_DIM), partial_rows, is_slot, grad_value, HEAD_DIM)
+    store_parts((partial_key_ptr, HEAD_DIM), partial_rows, is_slot, grad_key, HEAD_DIM)
+    store_parts((partial_value_ptr, HEAD_DIM), partial_rows, is_slot, grad_value, HEAD_DIM)
     store_grad_mean(partial_mean_ptr, tl.program_id(0), grad_mean, HEAD_DIM)
 
 

@@ -15,18 +15,23 @@ Log-sum-exps are base 2: probabilities come from exp2, and log2(e) is part of th
 """
 
 from .attention_triton_functions import (
+    add_to_parts,
     context_of_tile,
+    divide_and_correct,
+    dot_parts,
     load_bias,
-    load_correction,
+    load_parts,
     load_rows,
     load_runs,
     load_split,
     load_tile,
+    scale_parts,
     split_runs,
     step_at,
     step_bias,
-    store_rows,
+    store_parts,
     tokens_at,
+    zero_parts,
 )
 
 try:
@@ -43,9 +48,9 @@ def _attend_to(
 ):  # fmt: skip
     """One step of the online softmax: the keys `tokens`, where BOUNDED only those that are keys, with their bias."""
     output, row_max, row_sum = state
-    key = load_rows(key_states, tokens, is_key, HEAD_DIM, BOUNDED)
-    value = load_rows(value_states, tokens, is_key, HEAD_DIM, BOUNDED)
-    logits = tl.dot(query, tl.trans(key), input_precision="ieee")
+    key = load_parts(key_states, tokens, is_key, HEAD_DIM, BOUNDED)
+    value = load_parts(value_states, tokens, is_key, HEAD_DIM, BOUNDED)
+    logits = dot_parts(query, key)
     if bias is None:
         if BOUNDED:
             logits = tl.where(is_key[None, :], logits, float("-inf"))
@@ -57,9 +62,8 @@ def _attend_to(
         probabilities = tl.exp2(logits - new_max[:, None])
     correction = tl.exp2(row_max - new_max)
     row_sum = row_sum * correction + tl.sum(probabilities, axis=1)
-    output = output * correction[:, None]
-    output = tl.dot(probabilities.to(value.dtype), value, output, input_precision="ieee")
-    return output, new_max, row_sum
+    output = scale_parts(output, correction[:, None])
+    return add_to_parts(output, probabilities.to(value[0].dtype), value), new_max, row_sum
 
 
 @triton.jit
@@ -67,10 +71,13 @@ def _attend(
     query, key_states, value_states, weight_ptr, logit_scale, whole, num_whole, rest, num_rest, NUM_RUNS: tl.constexpr,
     NUM_REST_RUNS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over whole steps and the rest: output, running maximum and running sum."""
-    BLOCK_M: tl.constexpr = query.shape[0]
-    output = tl.zeros([BLOCK_M, triton.next_power_of_2(HEAD_DIM)], tl.float32)
-    state = (output, tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32))
+    """Online softmax over whole steps and the rest: output in parts, running maximum and running sum."""
+    BLOCK_M: tl.constexpr = query[0].shape[0]
+    state = (
+        zero_parts(BLOCK_M, HEAD_DIM),
+        tl.full([BLOCK_M], float("-inf"), tl.float32),
+        tl.zeros([BLOCK_M], tl.float32),
+    )
     step_tokens = tl.arange(0, BLOCK_N)
     for position in range(0, num_whole, BLOCK_N):
         step_key, step_value = (
@@ -121,31 +128,32 @@ def _attend_to_context(
 )
 def forward_kernel(
     query_ptr, key_ptr, value_ptr, output_ptr, logsumexp_ptr, table_ptr, image_ptr, partial_output_ptr, partial_max_ptr,
-    partial_sum_ptr, query_stride, query_head_stride, key_stride, key_head_stride, value_stride, value_head_stride,
-    num_tokens, first_program, num_splits, num_split_programs, logit_scale, global_shift, weight_ptr, context_key_ptr,
-    context_value_ptr, context_bias_ptr, context_start_ptr, context_size, mean_output_ptr, num_entries, entry_ptr,
-    tile_entry_ptr, NUM_GLOBALS: tl.constexpr, NUM_RUNS: tl.constexpr, HEAD_DIM: tl.constexpr, PARTS: tl.constexpr,
+    partial_sum_ptr, query_stride, query_head_stride, key_stride, key_head_stride, num_tokens, first_program,
+    num_splits, num_split_programs, logit_scale, global_shift, weight_ptr, context_key_ptr, context_value_ptr,
+    context_bias_ptr, context_start_ptr, context_size, mean_output_ptr, num_entries, entry_ptr, tile_entry_ptr,
+    NUM_GLOBALS: tl.constexpr, NUM_RUNS: tl.constexpr, HEAD_DIM: tl.constexpr, PARTS: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """First the global queries, whose programs wait for memory while others compute, then the tiles; grid y: heads.
 
-    Keys are addressed by packed index, queries by their place, which is another one in a strip. `weight_ptr` is None
-    where all keys count once, what follows it where there are no context tokens.
+    Keys are addressed by packed index, queries by their place, which is another one in a strip. Values have the keys'
+    strides: one offset serves both. `weight_ptr` is None where all keys count once, what follows it where there are no
+    context tokens.
     """
     program, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     query_states = (query_ptr + head * query_head_stride, query_stride)
     key_states = (key_ptr + head * key_head_stride, key_stride)
-    value_states = (value_ptr + head * value_head_stride, value_stride)
+    value_states = (value_ptr + head * key_head_stride, key_stride)
     if program < num_split_programs:
         image_start, queries, first, length, row = load_split(image_ptr, program, num_splits, NUM_GLOBALS, BLOCK_G)
         is_query = queries < NUM_GLOBALS
-        query = load_rows(query_states, image_start - global_shift + queries, is_query, HEAD_DIM, True)
+        query = load_parts(query_states, image_start - global_shift + queries, is_query, HEAD_DIM, True)
         whole, num_whole, rest, num_rest = split_runs(first, length, BLOCK_N)
         output, row_max, row_sum = _attend(
             query, key_states, value_states, weight_ptr, logit_scale, whole, num_whole, rest, num_rest, 1, 1, HEAD_DIM,
             BLOCK_N,
         )  # fmt: skip
-        store_rows((partial_output_ptr, HEAD_DIM), row + queries, is_query, output, HEAD_DIM)
+        store_parts((partial_output_ptr, HEAD_DIM), row + queries, is_query, output, HEAD_DIM)
         tl.store(partial_max_ptr + row + queries, row_max, mask=is_query)
         tl.store(partial_sum_ptr + row + queries, row_sum, mask=is_query)
     else:
@@ -154,7 +162,7 @@ def forward_kernel(
         if start < end:
             queries = start + tl.arange(0, BLOCK_M)
             is_query = queries < end
-            query = load_rows(query_states, queries, is_query, HEAD_DIM, True)
+            query = load_parts(query_states, queries, is_query, HEAD_DIM, True)
             whole, num_whole, rest, num_rest = load_runs(tile_ptr, NUM_GLOBALS, NUM_RUNS, BLOCK_N)
             state = _attend(
                 query, key_states, value_states, weight_ptr, logit_scale, whole, num_whole, rest, num_rest, NUM_RUNS,
@@ -170,12 +178,15 @@ def forward_kernel(
                     state, query, context_states[0], context_states[1], bias_ptr, length, logit_scale, HEAD_DIM, BLOCK_N
                 )
             output, row_max, row_sum = state
-            output = output / row_sum[:, None]
             if context_key_ptr is not None:
                 mean_states = (mean_output_ptr + head * HEAD_DIM, stride)
-                output += load_correction(mean_states, entry, num_entries + image, HEAD_DIM)[None, :]
+                output = divide_and_correct(
+                    output, row_sum, mean_states, entry, num_entries + image, HEAD_DIM, CORRECTS=True
+                )
+            else:
+                output = divide_and_correct(output, row_sum, None, None, None, HEAD_DIM, CORRECTS=False)
             output_states = (output_ptr + head * HEAD_DIM, tl.num_programs(1) * HEAD_DIM)
-            store_rows(output_states, queries, is_query, output, HEAD_DIM)
+            store_parts(output_states, queries, is_query, output, HEAD_DIM)
             logsumexp_ptr += head * num_tokens
             tl.store(logsumexp_ptr + queries, row_max + tl.log2(row_sum), mask=is_query)
 

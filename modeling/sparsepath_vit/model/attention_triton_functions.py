@@ -45,6 +45,72 @@ def store_rows(states, tokens, is_token, rows, HEAD_DIM: tl.constexpr):
 
 
 @triton.jit
+def load_parts(states, tokens, is_token, HEAD_DIM: tl.constexpr, BOUNDED: tl.constexpr):
+    """`load_rows` in one or two parts, each a power of two wide: matrix products then take no column of padding."""
+    FIRST: tl.constexpr = triton.next_power_of_2(HEAD_DIM + 1) // 2  # 64 of 80, 96 and 64
+    parts = (load_rows(states, tokens, is_token, FIRST, BOUNDED),)
+    if HEAD_DIM > FIRST:
+        second_states = (states[0] + FIRST, states[1])
+        parts = parts + (load_rows(second_states, tokens, is_token, HEAD_DIM - FIRST, BOUNDED),)
+    return parts
+
+
+@triton.jit
+def store_parts(states, tokens, is_token, parts, HEAD_DIM: tl.constexpr):
+    """`store_rows` of what `load_parts` reads."""
+    FIRST: tl.constexpr = triton.next_power_of_2(HEAD_DIM + 1) // 2
+    store_rows(states, tokens, is_token, parts[0], FIRST)
+    if HEAD_DIM > FIRST:
+        store_rows((states[0] + FIRST, states[1]), tokens, is_token, parts[1], HEAD_DIM - FIRST)
+
+
+@triton.jit
+def zero_parts(NUM_ROWS: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Parts of float32 to add to."""
+    FIRST: tl.constexpr = triton.next_power_of_2(HEAD_DIM + 1) // 2
+    parts = (tl.zeros([NUM_ROWS, FIRST], tl.float32),)
+    if HEAD_DIM > FIRST:
+        parts = parts + (tl.zeros([NUM_ROWS, HEAD_DIM - FIRST], tl.float32),)
+    return parts
+
+
+@triton.jit
+def dot_parts(first, second):
+    """(rows of first, rows of second), the products of their rows."""
+    product = tl.dot(first[0], tl.trans(second[0]), input_precision="ieee")
+    for part in tl.static_range(1, len(first)):
+        product = tl.dot(first[part], tl.trans(second[part]), product, input_precision="ieee")
+    return product
+
+
+@triton.jit
+def add_to_parts(totals, weights, parts):
+    """The totals and the weights' sums of the rows, part by part."""
+    sums = ()
+    for part in tl.static_range(len(parts)):
+        sums = sums + (tl.dot(weights, parts[part], totals[part], input_precision="ieee"),)
+    return sums
+
+
+@triton.jit
+def scale_parts(parts, factor):
+    """Each part times a number or a column of them."""
+    scaled = ()
+    for part in tl.static_range(len(parts)):
+        scaled = scaled + (parts[part] * factor,)
+    return scaled
+
+
+@triton.jit
+def cast_parts(parts, dtype: tl.constexpr):
+    """Each part in another dtype."""
+    cast = ()
+    for part in tl.static_range(len(parts)):
+        cast = cast + (parts[part].to(dtype),)
+    return cast
+
+
+@triton.jit
 def load_tile(table_ptr, program, NUM_RUNS: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr):
     """First token and end of a program's part of its tile, and where the tile's columns are."""
     tile_ptr = table_ptr + (program // PARTS).to(tl.int64) * (_FIRST_RUN_COLUMN + 2 * NUM_RUNS)
@@ -152,6 +218,20 @@ def load_row(states, token, HEAD_DIM: tl.constexpr):
 
 
 @triton.jit
+def divide_and_correct(parts, divisors, mean_states, entry, all_row, HEAD_DIM: tl.constexpr, CORRECTS: tl.constexpr):
+    """Each row over its divisor, where CORRECTS with `load_correction` added."""
+    FIRST: tl.constexpr = triton.next_power_of_2(HEAD_DIM + 1) // 2
+    divided = ()
+    for part in tl.static_range(len(parts)):
+        rows = parts[part] / divisors[:, None]
+        if CORRECTS:
+            part_states = (mean_states[0] + part * FIRST, mean_states[1])
+            rows += load_correction(part_states, entry, all_row, FIRST if part == 0 else HEAD_DIM - FIRST)[None, :]
+        divided = divided + (rows,)
+    return divided
+
+
+@triton.jit
 def load_correction(mean_states, entry, all_row, HEAD_DIM: tl.constexpr):
     """What a block's queries get added: what the mean query gets from all tokens, less what it gets from its keys."""
     return load_row(mean_states, all_row, HEAD_DIM) - load_row(mean_states, entry, HEAD_DIM)
@@ -164,29 +244,31 @@ def add_mean_rows(
     """Adds what some rows of the mean query contribute to the gradients of keys, of values and of itself.
 
     The mean query is a pointer, the same for all rows, and `mean_rows` is (gradients and their stride, log-sum-exps,
-    what the softmax subtracts, number of all rows). The bias is (keys, rows or 1), -inf for absent keys.
+    what the softmax subtracts, number of all rows). The bias is (keys, rows or 1), -inf for absent keys. Keys, values
+    and gradients are in parts.
     """
     grad_key, grad_value, grad_mean = gradients
     head = tl.program_id(1).to(tl.int64)
-    query = load_rows((mean_query, 0), rows, is_row, HEAD_DIM, True)
-    grad_output = load_rows((mean_rows[0], mean_rows[1]), rows, is_row, HEAD_DIM, True).to(value.dtype)
+    query = load_parts((mean_query, 0), rows, is_row, HEAD_DIM, True)
+    grad_output = cast_parts(load_parts((mean_rows[0], mean_rows[1]), rows, is_row, HEAD_DIM, True), value[0].dtype)
     logsumexp = tl.load(mean_rows[2] + head * mean_rows[4] + rows, mask=is_row, other=float("inf"))
     delta = tl.load(mean_rows[3] + head * mean_rows[4] + rows, mask=is_row, other=0.0)
-    logits = tl.dot(key, tl.trans(query), input_precision="ieee")  # (keys, rows)
+    logits = dot_parts(key, query)  # (keys, rows)
     probabilities = tl.exp2(logits * logit_scale + bias - logsumexp[None, :])
-    grad_value = tl.dot(probabilities.to(value.dtype), grad_output, grad_value, input_precision="ieee")
-    grad_probabilities = tl.dot(value, tl.trans(grad_output), input_precision="ieee")
-    grad_logits = (probabilities * (grad_probabilities - delta[None, :])).to(key.dtype)
-    grad_key = tl.dot(grad_logits, query, grad_key, input_precision="ieee")
-    return grad_key, grad_value, tl.dot(tl.trans(grad_logits), key, grad_mean, input_precision="ieee")
+    grad_value = add_to_parts(grad_value, probabilities.to(value[0].dtype), grad_output)
+    grad_logits = (probabilities * (dot_parts(value, grad_output) - delta[None, :])).to(key[0].dtype)
+    grad_key = add_to_parts(grad_key, grad_logits, query)
+    return grad_key, grad_value, add_to_parts(grad_mean, tl.trans(grad_logits), key)
 
 
 @triton.jit
 def store_grad_mean(partial_ptr, row, grad_mean, HEAD_DIM: tl.constexpr):
     """Stores what one program contributes to the gradient of the mean query, the sum of its rows."""
-    dims = tl.arange(0, triton.next_power_of_2(HEAD_DIM))
+    FIRST: tl.constexpr = triton.next_power_of_2(HEAD_DIM + 1) // 2
     partial_ptr += (row.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * HEAD_DIM
-    tl.store(partial_ptr + dims, tl.sum(grad_mean, axis=0), mask=dims < HEAD_DIM)
+    tl.store(partial_ptr + tl.arange(0, FIRST), tl.sum(grad_mean[0], axis=0))
+    if HEAD_DIM > FIRST:
+        tl.store(partial_ptr + FIRST + tl.arange(0, HEAD_DIM - FIRST), tl.sum(grad_mean[1], axis=0))
 
 
 @triton.jit

@@ -1,8 +1,9 @@
 # Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
 """Block-local and stratified attention on NVIDIA GPUs: launches the Triton kernels, bitwise reproducible.
 
-Queries, keys and values are read in place through their strides, so that a fused projection is never copied. Nothing
-waits for the device, so a forward can be captured in a CUDA graph.
+Queries, keys and values are read in place through their strides, so that a fused projection is never copied; keys and
+values that lie differently are, since one offset serves both. Nothing waits for the device, so a forward can be
+captured in a CUDA graph.
 """
 
 import math
@@ -55,10 +56,11 @@ class LaunchShape(NamedTuple):
     num_stages: int
 
 
-# By kernel and tile size; 16-bit states with head_dim up to 64, then up to 128. For sm_80 and sm_90 Triton 3.6 spills
-# nothing; for sm_90 and head_dim 64 the registers are, from the top: 123, 127, 168, 230; 158, 162, 174; 160, 217, 222.
-# With context tokens 64-token tiles take 151, 178 and 166. The last spills there: for sm_80 and a longer head_dim 32 to
-# 124 bytes, and with Triton 3.9 in float32 824.
+# By kernel and tile size; 16-bit states with head_dim up to 64, then up to 128. For sm_90 and head_dim 64 the registers
+# with Triton 3.6 are, from the top: 124, 124, 160, 174; 156, 159, 168; 160, 217, 222. With context tokens tiles of 64
+# take 147, 160 and 166. Spilled are, for sm_80 and sm_90: by the backward of queries in tiles of 16 12 bytes; with
+# context tokens by that of keys and values, of heads of 80 and more, 16 to 124 bytes, and in float32 3 kB, nearly all
+# of it outside the loops.
 _SHAPES = {
     ("forward", 128): (LaunchShape(128, 64, 8, 3), LaunchShape(128, 64, 8, 2)),
     ("forward", 64): (LaunchShape(64, 64, 4, 3), LaunchShape(64, 64, 4, 2)),
@@ -90,9 +92,13 @@ def launch_shape(kernel: str, head_dim: int, dtype: torch.dtype, tile_size: int,
         tile_size: most tokens of the tiles.
         capability: major compute capability of the GPU.
     """
+    has_warp_groups = capability in (9, 10)
     if dtype == torch.float32:
         shape = _SHAPE_FLOAT32
-    elif head_dim > 64 and capability not in (9, 10):
+    elif head_dim in (80, 96) and (tile_size < 64 or not has_warp_groups):
+        # A warp for 16 tokens: more of them would compute the products of a head's second part twice.
+        shape = LaunchShape(min(64, tile_size), 32, min(64, tile_size) // 16, 2)
+    elif head_dim > 64 and not has_warp_groups:
         shape = _SHAPE_WITHOUT_WARP_GROUPS
     else:
         # The backward takes the tokens of its large tiles in two parts.
@@ -129,7 +135,7 @@ def _launch(
 ) -> None:
     """Launches one of the three kernels that work on tiles, once for each width of them.
 
-    `states` are read with their strides; `numbers` come after those that all three take.
+    `states` are read with their strides, the value with the key's; `numbers` come after those that all three take.
     """
     num_tokens, num_heads, head_dim = states[0].shape  # of queries: a strip has fewer of them than of keys
     capability = torch.cuda.get_device_capability()[0] if states[0].is_cuda else 0
@@ -141,7 +147,7 @@ def _launch(
         kernel[(num_split_programs + count * parts, num_heads)](
             *states,
             *tensors,
-            *[stride for state in states for stride in state.stride()[:2]],
+            *[stride for state in (*states[:2], *states[3:]) for stride in state.stride()[:2]],
             num_tokens,
             first * parts,
             programs.num_splits,
@@ -160,6 +166,11 @@ def _launch(
             enable_fp_fusion=FP_FUSION,
         )
         num_split_programs = 0  # the global tokens are done by the first launch
+
+
+def _lying_alike(key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values with the same strides: they themselves where they have, as views of one projection do."""
+    return (key, value) if key.stride() == value.stride() else (key.contiguous(), value.contiguous())
 
 
 def _context_arguments(layer: StratifiedLayer | None) -> tuple[object, ...]:
@@ -190,6 +201,7 @@ def launch_block_attention(
         The output in the query's shape, and the base-2 log-sum-exp (heads, queries) of each query's logits, float32.
     """
     num_tokens, num_heads, head_dim = query.shape
+    key, value = _lying_alike(key, value)
     num_images, num_splits, *_ = _programs(tiles, len(key))
     output = query.new_empty(query.shape)
     logsumexp = query.new_empty((num_heads, num_tokens), dtype=torch.float32)
@@ -231,6 +243,7 @@ def launch_block_attention_backward(
     With context tokens also with respect to the mean queries, (images, heads, head_dim).
     """
     num_tokens, num_heads, head_dim = query.shape
+    key, value = _lying_alike(key, value)
     num_images, num_splits, _, num_split_programs = _programs(tiles, num_tokens)
     # The gradient of a sum is one number expanded to all: its last dimension is not contiguous.
     grad_output = grad_output if grad_output.stride(-1) == 1 else grad_output.contiguous()
