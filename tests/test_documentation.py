@@ -9,6 +9,7 @@ import ast
 import importlib.util
 import re
 import shlex
+import sys
 
 import pytest
 import yaml
@@ -51,7 +52,11 @@ def commands(name):
 def load_of_docs(name):
     specification = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
+    sys.path.insert(0, str(ROOT / "docs"))  # as where it is run as a script
+    try:
+        specification.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(ROOT / "docs"))
     return module
 
 
