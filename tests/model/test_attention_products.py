@@ -10,7 +10,7 @@ from token_batches import Batch, batches
 from sparsepath_vit import TokenGrid, block_attention
 from sparsepath_vit.model import attention_sdpa_tables, attention_sdpa_tiles
 from sparsepath_vit.model.attention_backend import prepared_grid
-from sparsepath_vit.model.attention_products import MULTIPLE, TileProducts, products_are_faster
+from sparsepath_vit.model.attention_products import MULTIPLE_OF_KEYS, TileProducts, products_are_faster
 from sparsepath_vit.model.attention_sdpa_keys import TileKeys
 from sparsepath_vit.model.attention_sdpa_tables import query_tiles
 from sparsepath_vit.model.attention_sdpa_tiles import SDPA_TILES
@@ -47,7 +47,7 @@ def test_products_are_as_near_to_float64_as_sdpa(size, num_queries, num_keys, ki
     }[kind]
     if mask is not None and kind != "a number a key":
         mask[:, 0] = 1  # each query sees something
-    filled_up = [torch.nn.functional.pad(states, (0, 0, 0, -num_keys % MULTIPLE)) for states in (key, value)]
+    filled_up = [torch.nn.functional.pad(states, (0, 0, 0, -num_keys % MULTIPLE_OF_KEYS)) for states in (key, value)]
     attended, logsumexp = TileProducts().attend(query, *filled_up, num_keys, mask, 0.125)
 
     query = query.transpose(0, 1)

@@ -15,9 +15,10 @@ import math
 
 import torch
 
-# oneDNN compiles each product for its shape, once a process: 0.5 ms, as long as the product of a block takes. Where
-# pruning leaves blocks of any size, queries and keys are filled up to a multiple of this, so that there are few shapes.
-MULTIPLE = 16
+# oneDNN compiles each product for its shape, once a process: 0.5 ms, as long as the product of a block takes, and half
+# a megabyte that stays. Where pruning leaves blocks of any size, queries and keys are filled up to multiples of these:
+# 20 shapes at 3430 px, where multiples of 16 leave 61 and take 58 MB more.
+MULTIPLE_OF_QUERIES, MULTIPLE_OF_KEYS = 32, 64
 # Logits at once: fewer cost more calls, and more do not stay in the cache (measured with 75,000 to 900,000).
 _MOST_LOGITS = 5 * 2**17
 # Of one tile, so that one head's logits are not more than that.
@@ -116,9 +117,9 @@ class TileProducts:
 
 
 def _filled_up(query: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(heads, queries, head_dim), a multiple of `MULTIPLE` or one (a block's mean query) more, and their mask."""
+    """(heads, queries, head_dim) and their mask: a multiple of `MULTIPLE_OF_QUERIES`, or one (a mean query) more."""
     num_queries = query.shape[0]
-    missing = 0 if num_queries % MULTIPLE == 1 else -num_queries % MULTIPLE
+    missing = 0 if num_queries % MULTIPLE_OF_QUERIES == 1 else -num_queries % MULTIPLE_OF_QUERIES
     if missing == 0:
         return query.transpose(0, 1).contiguous(), mask
     if mask is not None and mask.shape[0] > 1:

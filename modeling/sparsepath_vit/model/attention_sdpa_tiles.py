@@ -16,7 +16,7 @@ import torch
 
 from .attention_backend import AttentionBackend, LayerContext, PreparedGrid, StripContext
 from .attention_precision import without_autocast
-from .attention_products import MULTIPLE, TileProducts, fit_products, products_are_faster
+from .attention_products import MULTIPLE_OF_KEYS, TileProducts, fit_products, products_are_faster
 from .attention_sdpa_correction import MeanQueryCorrection
 from .attention_sdpa_keys import KeyGradients, TileKeys, TileMasks, num_keys
 from .attention_sdpa_tables import QueryTile, own_weights, prepare_tiles, query_tiles
@@ -50,7 +50,7 @@ class _TileAttention:
         of_context: Sequence[torch.Tensor] | None = None,
     ) -> None:
         self.products = TileProducts() if products_are_faster(key) else None
-        multiple = 1 if self.products is None else MULTIPLE
+        multiple = 1 if self.products is None else MULTIPLE_OF_KEYS
         self.keys = TileKeys([key, value], tiles, context, multiple, of_context)
         self.context, self.scale, self.are_weighted = context, scale, are_weighted
 
