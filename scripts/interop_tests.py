@@ -130,7 +130,9 @@ def try_adapters(folder: Path, peers: dict[str, Peer], seconds: float, may_be_mi
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = ScriptParser(__doc__)
     parser.add_argument("--folder", type=Path, default=ROOT / ".interop", help="where the environments lie")
-    parser.add_argument("--only", nargs="+", choices=sorted(PEERS), help="these toolkits alone")
+    parser.add_argument(
+        "--only", nargs="*", choices=sorted(PEERS), help="these toolkits alone; without a name only the checkouts"
+    )
     parser.add_argument("--trident", type=Path, help="folder of a TRIDENT checkout, to try it as well")
     parser.add_argument("--patho-bench", type=Path, help="folder of a Patho-Bench checkout, with --trident")
     parser.add_argument("--seconds", type=float, default=3600, help="how long all of it may take")
