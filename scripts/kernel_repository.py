@@ -33,6 +33,7 @@ KERNEL_VERSION = 1
 _PACKAGE_NAME = KERNEL_NAME.replace("-", "_")
 # The operator and all that it imports: nothing of it needs more than torch, and Triton where there is a GPU.
 _SOURCES = (
+    "operator_names.py",
     "stratified_sampling.py",
     "token_grid.py",
     "token_strips.py",
