@@ -21,7 +21,7 @@ from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sparsepath_vit import TokenGrid, block_attention, set_block_attention_backend
-from sparsepath_vit.model import attention_sdpa_tables, attention_sdpa_tiles, device_memory
+from sparsepath_vit.model import attention_sdpa_probabilities, attention_sdpa_tables, device_memory
 from sparsepath_vit.model.attention_dense import dense_attention_mask, eager_attention_forward
 from sparsepath_vit.model.attention_registration import block_sparse_attention_forward
 from sparsepath_vit.model.attention_specification import attention_pattern
@@ -137,7 +137,7 @@ def test_gradients_are_those_of_the_definition(batch, seed, queries_at_once):
     for backend in BACKENDS:
         set_block_attention_backend(backend)
         output = block_attention(*(in_grid_order(state, batch, grid) for state in states), grid, scale=0.5)
-        with mock.patch.object(attention_sdpa_tiles, "MAX_QUERIES_AT_ONCE", queries_at_once):
+        with mock.patch.object(attention_sdpa_probabilities, "MAX_QUERIES_AT_ONCE", queries_at_once):
             gradients = torch.autograd.grad((in_raster_order(output, batch, grid) * weights).sum(), states)
         scale = max(gradient.abs().max() for gradient in expected)
         for gradient, wanted in zip(gradients, expected, strict=True):

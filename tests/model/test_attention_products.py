@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from token_batches import Batch, batches
 
 from sparsepath_vit import TokenGrid, block_attention
-from sparsepath_vit.model import attention_sdpa_tables, attention_sdpa_tiles
+from sparsepath_vit.model import attention_sdpa_queries, attention_sdpa_tables
 from sparsepath_vit.model.attention_backend import prepared_grid
 from sparsepath_vit.model.attention_products import MULTIPLE_OF_KEYS, TileProducts, products_are_faster
 from sparsepath_vit.model.attention_sdpa_keys import TileKeys
@@ -93,7 +93,7 @@ def test_a_grid_by_products_is_as_near_to_float64_as_by_sdpa(is_pruned, num_cont
     exact = naive_block_attention(*packed, grid, scale=0.125, context=context).transpose(0, 1)[None]
     by_products = attend(grid, states, context)
     assert torch.equal(by_products, attend(grid, states, context))  # bit by bit, run to run
-    monkeypatch.setattr(attention_sdpa_tiles, "products_are_faster", lambda query: False)
+    monkeypatch.setattr(attention_sdpa_queries, "products_are_faster", lambda query: False)
     by_sdpa = attend(grid, states, context)
     assert not torch.equal(by_products, by_sdpa)
     assert error(by_products, exact) <= 1.3 * error(by_sdpa, exact) < 0.01

@@ -25,7 +25,7 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sparsepath_vit import TokenGrid, block_attention, set_block_attention_backend
-from sparsepath_vit.model import attention_backends, attention_sdpa_tables, attention_sdpa_tiles
+from sparsepath_vit.model import attention_backends, attention_sdpa_probabilities, attention_sdpa_tables
 from sparsepath_vit.model.attention_backend import LayerContext, prepared_grid
 from sparsepath_vit.model.attention_dense import dense_stratified_attention, eager_attention_forward
 from sparsepath_vit.model.attention_registration import ATTENTION_NAME
@@ -138,7 +138,7 @@ def test_gradients_are_those_of_the_definition(case, seed, queries_at_once):
     for backend in BACKENDS:
         set_block_attention_backend(backend)
         output = attend(states, batch, grid, scale=0.5)
-        with mock.patch.object(attention_sdpa_tiles, "MAX_QUERIES_AT_ONCE", queries_at_once):
+        with mock.patch.object(attention_sdpa_probabilities, "MAX_QUERIES_AT_ONCE", queries_at_once):
             gradients = torch.autograd.grad((output * factors).sum(), states)
         scale = max(gradient.abs().max() for gradient in expected)
         for gradient, wanted in zip(gradients, expected, strict=True):

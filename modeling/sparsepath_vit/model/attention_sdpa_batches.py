@@ -1,0 +1,164 @@
+# Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
+"""Tiles of about one size together: a tile alone is too little work for the twenty operations that it takes.
+
+What is gathered for them, queries, keys and what is added to the logits, is filled up to the size of the largest.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+
+from .attention_backend import PreparedGrid
+from .attention_products import MULTIPLE_OF_KEYS, MULTIPLE_OF_QUERIES
+from .attention_sdpa_tables import QueryTile, own_weights
+
+# A size that so many tiles have is kept, all others are filled up: few sizes, for each of which oneDNN compiles code.
+MIN_TILES_OF_A_SIZE = 4
+
+
+class TileBatch(NamedTuple):
+    """Tiles of one image that are attended to together.
+
+    Attributes:
+        tiles: which have a block row.
+        num_queries, num_keys: what each is filled up to.
+    """
+
+    tiles: list[QueryTile]
+    num_queries: int
+    num_keys: int
+
+
+def tile_batches(tiles: Sequence[QueryTile], most_at_once: Callable[[int, int], int]) -> Iterator[TileBatch]:
+    """The tiles, all of which have a block row, in batches.
+
+    Args:
+        tiles: of one or several images.
+        most_at_once: takes the number of queries and keys of a tile, gives that of tiles which go together well.
+    """
+    sizes = [(tile.image, tile.queries[1] - tile.queries[0], tile.num_keys) for tile in tiles]
+    counts, of_size = Counter(sizes), {}
+    for tile, size in zip(tiles, sizes, strict=True):
+        num_queries, num_keys = size[1:]
+        if counts[size] < MIN_TILES_OF_A_SIZE:
+            num_queries, num_keys = _filled_up(num_queries, MULTIPLE_OF_QUERIES), _filled_up(num_keys, MULTIPLE_OF_KEYS)
+        of_size.setdefault((tile.image, num_queries, num_keys), []).append(tile)
+    # Image by image: one in a batch of images gets what it gets alone, bit by bit.
+    for (_, num_queries, num_keys), alike in of_size.items():
+        start = 0
+        for count in _parts(len(alike), most_at_once(num_queries, num_keys)):
+            yield TileBatch(alike[start : start + count], num_queries, num_keys)
+            start += count
+
+
+def _filled_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
+
+
+def _parts(number: int, most: int) -> Iterator[int]:
+    """The number as a sum of parts of at most so many, in few sizes: the most, then powers of two."""
+    while number:
+        part = most if number >= most else 1 << (number.bit_length() - 1)
+        yield part
+        number -= part
+
+
+class GatheredTiles:
+    """What batches of tiles take of the packed tokens, each batch in the same memory.
+
+    Args:
+        query: (queries, heads, head_dim), of the tokens from `first_query` on.
+        key, value: (M, heads, head_dim).
+        first_query: a packed index.
+        prepared: where the tokens are.
+        batches: all that will be asked for, in this order.
+    """
+
+    def __init__(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        first_query: int,
+        prepared: PreparedGrid,
+        batches: Sequence[TileBatch],
+    ) -> None:
+        self.query = query.flatten(1)  # (queries, heads * head_dim)
+        # (heads * M, head_dim): rows of one head are copied as fast as memory can.
+        self.rows = [states.transpose(0, 1).reshape(-1, states.shape[2]) for states in (key, value)]
+        self.memories = [states.new_empty(0) for states in (key, value)]
+        self.num_heads, self.head_dim = query.shape[1:]
+        self.first_rows = torch.arange(self.num_heads, device=query.device)[:, None] * len(key)
+        tiles, device = [tile for batch in batches for tile in batch.tiles], query.device
+        most_queries, most_keys = (max(batch[index] for batch in batches) for index in (1, 2))
+        self.queries, _ = _tokens_of_runs([[tile.queries] for tile in tiles], most_queries, device)
+        self.keys, self.num_keys = _tokens_of_runs([tile.keys for tile in tiles], most_keys, device)
+        self.first_query, self.num_passed = first_query, 0
+        self.block_columns, (self.num_globals, self.neighbor_radius) = prepared.tensors[1], prepared.numbers
+        weights = own_weights(prepared)
+        self.addition = None if weights is None else weights.to(torch.promote_types(key.dtype, torch.float32)).log()
+
+    def of(self, batch: TileBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Queries, keys, values and mask of the next batch, good until the one after it.
+
+        Returns:
+            (tiles, heads, queries or keys, head_dim) each, contiguous, filled up with what is there already; and where
+            queries see keys, as a bool or a number that is added to the logits, (tiles, 1, queries or 1, keys), `None`
+            where all see all.
+        """
+        tiles = slice(self.num_passed, self.num_passed + len(batch.tiles))
+        self.num_passed = tiles.stop
+        queries, keys = self.queries[tiles, : batch.num_queries], self.keys[tiles, : batch.num_keys]
+        rows = (keys[:, None] + self.first_rows).flatten()
+        shape = len(batch.tiles), self.num_heads, -1, self.head_dim
+        key, value = (self._gathered(index, rows).view(shape) for index in (0, 1))
+        query = self.query.index_select(0, (queries - self.first_query).flatten())
+        query = query.unflatten(0, queries.shape).unflatten(2, (self.num_heads, -1)).transpose(1, 2).contiguous()
+        return query, key, value, self._mask(batch, queries, keys, self.num_keys[tiles])
+
+    def _gathered(self, index: int, rows: torch.Tensor) -> torch.Tensor:
+        """(rows, head_dim) of keys or values."""
+        size = len(rows) * self.head_dim
+        if self.memories[index].numel() < size:
+            self.memories[index] = self.rows[index].new_empty(size)
+        return torch.index_select(self.rows[index], 0, rows, out=self.memories[index][:size].view(-1, self.head_dim))
+
+    def _mask(
+        self, batch: TileBatch, queries: torch.Tensor, keys: torch.Tensor, ends: torch.Tensor
+    ) -> torch.Tensor | None:
+        """The mask of (tiles, queries) and (tiles, keys) tokens, of which those before the ends are keys."""
+        is_seen = None
+        if any(tile.num_keys < batch.num_keys for tile in batch.tiles):
+            is_seen = (torch.arange(batch.num_keys, device=ends.device) < ends[:, None])[:, None]
+        if any(tile.joins_blocks for tile in batch.tiles):
+            distance = self.block_columns[queries][:, :, None] - self.block_columns[keys][:, None, :]
+            is_near = distance.abs_() <= self.neighbor_radius
+            is_near[..., : self.num_globals] = True
+            is_seen = is_near if is_seen is None else is_near & is_seen
+        if self.addition is None:
+            return None if is_seen is None else is_seen[:, None]
+        addition = self.addition[keys][:, None]
+        return (addition if is_seen is None else torch.where(is_seen, addition, -torch.inf))[:, None]
+
+
+def _tokens_of_runs(
+    runs: list[list[tuple[int, int]]], length: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The packed indices of each tile's runs, one after the other, and how many these are.
+
+    Returns:
+        (tiles, length) int64, filled up with a tile's last token; (tiles,) int64.
+    """
+    most = max(map(len, runs))
+    # (tiles, runs, 2); where a tile has fewer runs, empty ones at the end of its last follow
+    bounds = [of_tile + [(of_tile[-1][1],) * 2] * (most - len(of_tile)) for of_tile in runs]
+    starts, ends = torch.tensor(bounds, device=device).unbind(dim=-1)
+    passed = (ends - starts).cumsum(dim=1)
+    positions = torch.arange(length, device=device)
+    tokens = positions + starts[:, :1]
+    for run in range(1, most):
+        jump = starts[:, run : run + 1] - ends[:, run - 1 : run]
+        tokens += torch.where(positions >= passed[:, run - 1 : run], jump, 0)
+    return torch.minimum(tokens, ends[:, -1:] - 1), passed[:, -1]
