@@ -85,16 +85,18 @@ class SparsePathViTAttention(nn.Module):
         settings = {"scaling": self.scaling, "dropout": self.config.attention_dropout if self.training else 0.0}
         context, states = self.context_tokens(query, key, value, grid), (query, key, value)
         if context is None or implementation == ATTENTION_NAME:
-            attended, weights = attend(
-                self, *states, attention_mask, token_grid=grid, context_tokens=context, **settings
-            )
+            settings |= {"token_grid": grid, "context_tokens": context, "with_logsumexp": score_tokens}
+            attended, weights = attend(self, *states, attention_mask, **settings)
         else:
             attended, weights = dense_stratified_attention(
                 implementation, attend, self, *states, grid, context, **settings
             )
-        scores = None
+        scores = logsumexp = None
+        if implementation == ATTENTION_NAME:  # which has no weights
+            weights, logsumexp = None, weights
         if score_tokens:
-            scores = prune_scores(query, key, value, grid, scale=self.scaling, kind=self.config.prune_score)
+            kind = self.config.prune_score
+            scores = prune_scores(query, key, value, grid, scale=self.scaling, kind=kind, logsumexp=logsumexp)
         # (batch, tokens, heads, head_dim) -> (batch, tokens, hidden_size)
         return self.projection(attended.reshape(batch, tokens, -1)), weights, scores
 
@@ -127,14 +129,18 @@ class SparsePathViTMLP(nn.Module):
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.fc2(self.activations(hidden_states))
+
+    def activations(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """What `fc2` gets: (..., hidden_size) -> (..., intermediate_size)."""
         hidden_states = self.fc1(hidden_states)
         if self.is_gated:
-            return self.fc2(gated_silu(hidden_states, may_fuse=not self.training))
+            return gated_silu(hidden_states, may_fuse=not self.training)
         is_seen = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
         if is_seen or self.fc1._forward_hooks:
-            return self.fc2(nn.functional.gelu(hidden_states))
+            return nn.functional.gelu(hidden_states)
         # In place: beside the keys this is the largest tensor of a strip, and nobody else has it.
-        return self.fc2(torch.ops.aten.gelu_(hidden_states))
+        return torch.ops.aten.gelu_(hidden_states)
 
 
 class SparsePathViTLayer(GradientCheckpointingLayer):
