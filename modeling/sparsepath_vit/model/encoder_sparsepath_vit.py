@@ -15,6 +15,7 @@ from .configuration_sparsepath_vit import SparsePathViTConfig
 from .context_tokens import ContextTokens, draw_context_tokens, exact_tokens
 from .embeddings import OnTokens
 from .fused_elementwise import add_scaled_, add_scaled_and_normalise, fuses_layer, gated_silu
+from .linear_products import add_product_, adds_product, scaled_weights
 from .mean_query_correction import mean_queries
 from .streamed_layers import run_in_strips, streams
 from .token_grid import TokenGrid, per_image
@@ -194,8 +195,12 @@ class SparsePathViTLayer(GradientCheckpointingLayer):
         """
         scale1 = self.layer_scale1.lambda1 if self.config.use_layerscale else None
         scale2 = self.layer_scale2.lambda1 if self.config.use_layerscale else None
-        hidden_states, normalised = add_scaled_and_normalise(hidden_states, branch, scale1, self.norm2, output)
-        return add_scaled_(hidden_states, self.mlp(normalised), scale2)
+        if not adds_product(hidden_states, self.mlp.fc2, self.mlp):
+            hidden_states, normalised = add_scaled_and_normalise(hidden_states, branch, scale1, self.norm2, output)
+            return add_scaled_(hidden_states, self.mlp(normalised), scale2)
+        weight, bias = scaled_weights(self.mlp.fc2, scale2)
+        hidden_states, normalised = add_scaled_and_normalise(hidden_states, branch, scale1, self.norm2, output, bias)
+        return add_product_(hidden_states, self.mlp.activations(normalised), weight)
 
 
 class EncoderOutput(NamedTuple):
