@@ -53,6 +53,7 @@ MODEL_ALLOWED = {
         "token_grid",
     },
     "fused_elementwise": {"attention_precision", "attention_triton", "fused_elementwise"},
+    "linear_products": {"attention_precision", "fused_elementwise"},
     "device_memory": set(),
     "attention": {
         *("attention", "context_tokens", "device_memory", "mean_query_correction", "operator_names", "processes"),
@@ -60,10 +61,10 @@ MODEL_ALLOWED = {
     },
     "embeddings": {"configuration_sparsepath_vit", "patch_embeddings", "token_grid"},
     "streamed_prune_scores": {"processes", "token_strips"},
-    "streamed_context": {"attention", "context_tokens", "token_grid"},
+    "streamed_context": {"attention", "context_tokens", "linear_products", "token_grid"},
     "streamed_layers": {
-        *("attention", "configuration_sparsepath_vit", "embeddings", "streamed_context", "streamed_prune_scores"),
-        *("token_grid", "token_shares", "token_strips"),
+        *("attention", "configuration_sparsepath_vit", "embeddings", "linear_products", "streamed_context"),
+        *("streamed_prune_scores", "token_grid", "token_shares", "token_strips"),
     },
     "pillow_images": set(),
     "image_inputs": {"pillow_images"},

@@ -7,11 +7,10 @@ Run as a program, because Triton decides on import whether kernels are compiled 
 
 takes (kernel, dtype, head_dim, tile size, compute capability) and prints a list of {"registers", "spilled_bytes",
 "shared_bytes", "matrix_products", "asynchronous_copies"}. Of "add_scaled" and "gated_silu" it takes the width, of
-"split_logsumexp" and "prune_score" the head_dim, and ignores the tile size. Attention kernels report "instructions",
-too: those of one step of a tile's three loops, "whole", "rest" and "masked". "forward stratified" and the others of
-that kind are the same kernels with context tokens, those that stream keys with a fourth loop, "context"; "forward
-weighted" has weights of keys, too. "context_key_value", "mean_block", "mean_all", "mean_merge" and "mean_gradient" come
-beside them.
+"prune_score" the head_dim, and ignores the tile size. Attention kernels report "instructions", too: those of one step
+of a tile's three loops, "whole", "rest" and "masked". "forward stratified" and the others of that kind are the same
+kernels with context tokens, those that stream keys with a fourth loop, "context"; "forward weighted" has weights of
+keys, too. "context_key_value", "mean_block", "mean_all", "mean_merge" and "mean_gradient" come beside them.
 Another version of Triton is counted by putting its folder first on PYTHONPATH.
 """
 
@@ -139,32 +138,31 @@ def compile_stratified_kernel(name, dtype, head_dim, capability):
 def compile_fused_kernel(name, dtype, width, capability):
     block = {"add_scaled": "add_scaled_block", "gated_silu": "gated_silu_block"}[name]
     block = getattr(fused_elementwise_triton, block)(width)
-    constants = {"WIDTH": width, "SCALES": True, "NORMALISES": True, "BLOCK_M": block, "BLOCK_N": block}
+    constants = dict.fromkeys(("SCALES", "NORMALISES", "SHIFTS"), True)
+    constants |= {"WIDTH": width, "BLOCK_M": block, "BLOCK_N": block}
     kernel = getattr(fused_elementwise_triton, f"{name}_kernel")
     options = {"num_warps": fused_elementwise_triton.NUM_WARPS}
     return report_of(source(kernel, dtype, constants), options, capability)[0]
 
 
-def compile_prune_score_kernel(name, dtype, head_dim, capability):
+def compile_prune_score_kernel(dtype, head_dim, capability):
     constants = {
         "NUM_GLOBALS": 9,
         "NUM_QUERIES": 9,
         "WEIGHS_VALUES": True,
         "HEAD_DIM": head_dim,
         "BLOCK_G": 16,
-        "BLOCK_S": prune_score_triton.MAX_SPLITS,
         "BLOCK_N": prune_score_triton.score_block(getattr(torch, dtype)),
     }
-    kernel = getattr(prune_score_triton, f"{name}_kernel")
     options = {"num_warps": prune_score_triton.NUM_WARPS}
-    return report_of(source(kernel, dtype, constants), options, capability)[0]
+    return report_of(source(prune_score_triton.prune_score_kernel, dtype, constants), options, capability)[0]
 
 
 def compile_kernel(name, dtype, size, tile_size, capability):
     if name in ("add_scaled", "gated_silu"):
         return compile_fused_kernel(name, dtype, size, capability)
-    if name in ("split_logsumexp", "prune_score"):
-        return compile_prune_score_kernel(name, dtype, size, capability)
+    if name == "prune_score":
+        return compile_prune_score_kernel(dtype, size, capability)
     if name.startswith(("mean", "context", "sum_of_images")):
         return compile_stratified_kernel(name, dtype, size, capability)
     return compile_attention_kernel(name, dtype, size, tile_size, capability)

@@ -278,7 +278,7 @@ COMPILED_CASES = [
     ("forward", "bfloat16", 80, 64, 80),
     ("backward_key_value", "bfloat16", 80, 64, 90),
     ("forward", "float32", 16, 64, 80),
-    ("split_logsumexp", "bfloat16", 64, 0, 90),
+    ("prune_score", "bfloat16", 64, 0, 90),
     ("prune_score", "bfloat16", 64, 0, 80),
     ("prune_score", "float32", 64, 0, 90),
     ("add_scaled", "bfloat16", 1536, 0, 90),

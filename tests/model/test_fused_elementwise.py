@@ -9,7 +9,7 @@ import torch
 from small_models import small_model
 
 from sparsepath_vit import SparsePathViTModel
-from sparsepath_vit.model import fused_elementwise
+from sparsepath_vit.model import encoder_sparsepath_vit, fused_elementwise
 
 pytest.importorskip("triton")
 
@@ -84,9 +84,14 @@ def test_sum_and_norm_are_rounded_once(shape, has_scale, dtype, kernels):
     assert_rounded_once(normalised, expected_norm)
     assert torch.equal(residual, before)
 
+    shift = random_numbers(shape[-1], dtype=dtype)
+    shifted, normalised_again = fused_elementwise.add_scaled_and_normalise(residual, branch, scale, norm, shift=shift)
+    assert_rounded_once(shifted, expected + shift.double())
+    assert torch.equal(normalised_again, normalised)
+
     assert fused_elementwise.add_scaled_(residual, branch, scale) is residual
     assert torch.equal(residual, total)
-    assert len(kernels) == 2
+    assert len(kernels) == 3
 
 
 @torch.no_grad()
@@ -110,6 +115,8 @@ def test_the_torch_form_is_the_specification():
     total, normalised = fused_elementwise.add_scaled_and_normalise(residual, branch, scale, norm)
     assert torch.equal(total, residual + branch * scale) and torch.equal(normalised, norm(total))
     assert torch.equal(fused_elementwise.add_scaled_(residual.clone(), branch, scale), total)
+    shifted, same = fused_elementwise.add_scaled_and_normalise(residual, branch, scale, norm, shift=scale)
+    assert torch.equal(shifted, total + scale) and torch.equal(same, normalised)
     gate, value = branch.chunk(2, dim=-1)
     assert torch.equal(fused_elementwise.gated_silu(branch), torch.nn.functional.silu(gate) * value)
 
@@ -119,18 +126,25 @@ def test_the_torch_form_is_the_specification():
 @pytest.mark.parametrize("mlp_type", ["swiglu", "gelu"])
 @pytest.mark.parametrize("use_layerscale", [True, False])
 def test_a_model_computes_the_same(use_layerscale, mlp_type, tokens_per_strip, kernels, monkeypatch):
+    added, add_product_ = [], encoder_sparsepath_vit.add_product_
+    monkeypatch.setattr(
+        encoder_sparsepath_vit, "add_product_", lambda *arguments: added.append(1) or add_product_(*arguments)
+    )
     model = small_model(
         SparsePathViTModel, mlp_type=mlp_type, use_layerscale=use_layerscale, tokens_per_strip=tokens_per_strip
     )
     model = model.to(DEVICE).eval()
     pixels = torch.randn(2, 3, 24, 32, device=DEVICE)
     outputs = model(pixels, output_hidden_states=True)
-    # Once after attention, once after the MLP, which has a SwiGLU; of each strip.
+    # Of each strip once after attention, and once in the MLP or after it. Whole layers have more tokens than an MLP is
+    # wide, so that its last product adds to the residual itself.
     fused = len(kernels)
-    assert fused >= 2 * len(model.encoder.layers)
+    assert fused >= (1 + (mlp_type == "swiglu")) * len(model.encoder.layers)
+    assert len(added) == (0 if tokens_per_strip else len(model.encoder.layers))
     monkeypatch.setattr(fused_elementwise, "kernels_run_on", lambda device: False)
+    added.clear()
     expected = model(pixels, output_hidden_states=True)
-    assert len(kernels) == fused
+    assert len(kernels) == fused and not added
     # The roundings of each step grow over the layers: to 1.3e-5 on CPUs without AVX-512.
     for state, expected_state in zip(outputs.hidden_states, expected.hidden_states, strict=True):
         torch.testing.assert_close(state, expected_state, rtol=3e-5, atol=3e-5)

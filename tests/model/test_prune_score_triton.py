@@ -1,11 +1,13 @@
 # Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
 """The prune score kernel against the specification in float64: interpreted on a CPU, compiled on a GPU."""
 
+import math
+
 import pytest
 import torch
-from small_models import random_mask
+from small_models import random_mask, random_pixels, small_model
 
-from sparsepath_vit import TokenGrid
+from sparsepath_vit import SparsePathViTModel, TokenGrid, set_block_attention_backend
 from sparsepath_vit.model import prune_score_operator, token_pruning
 
 pytest.importorskip("triton")
@@ -34,9 +36,19 @@ def poisoned_memory():
 
 @pytest.fixture(autouse=True)
 def kernel_runs(monkeypatch):
-    """`prune_scores` takes the kernel, interpreted or not, with splits small enough that these images have several."""
+    """`prune_scores` takes the kernel, interpreted or not."""
     monkeypatch.setattr(prune_score_operator, "kernels_run_on", lambda device: True)
-    monkeypatch.setattr(kernel, "_TOKENS_PER_SPLIT", 30)
+
+
+class Counted:
+    """Stands for a kernel, which it launches, and keeps the grids of programs."""
+
+    def __init__(self, kernel, launches):
+        self._kernel, self._launches = kernel, launches
+
+    def __getitem__(self, programs):
+        self._launches.append(programs)
+        return self._kernel[programs]
 
 
 def states(grid, heads, head_dim, dtype):
@@ -46,20 +58,32 @@ def states(grid, heads, head_dim, dtype):
     return fused.to(DEVICE, dtype).permute(2, 0, 3, 1, 4).unbind(0)
 
 
+def packed_images(states, grid):
+    """Of each image (heads, tokens, head_dim) float64, from (batch, heads, tokens, head_dim)."""
+    packed = states.transpose(0, 1).flatten(1, 2).cpu().double()
+    bounds = zip(grid.image_offsets[:-1], grid.image_offsets[1:], strict=True)
+    return [packed[:, start:end] for start, end in bounds]
+
+
+def logsumexp_by_definition(query, key, grid, scale):
+    """(heads, all tokens) as the attention kernel leaves them; of patch tokens, which are not read, NaN."""
+    found = torch.full((query.shape[1], grid.num_tokens), torch.nan, dtype=torch.float64)
+    images = zip(packed_images(query, grid), packed_images(key, grid), grid.image_offsets[:-1], strict=True)
+    for queries, keys, start in images:
+        logits = queries[:, : grid.num_global_tokens] @ keys.mT * scale
+        found[:, start : start + grid.num_global_tokens] = logits.logsumexp(dim=-1) / math.log(2)
+    return found.to(DEVICE, torch.float32)
+
+
 def check_scores(grid, heads, head_dim, dtype, kind):
     query, key, value = states(grid, heads, head_dim, dtype)
     scale = head_dim**-0.5
-    scores = token_pruning.prune_scores(query, key, value, grid, scale=scale, kind=kind)
-    bounds = zip(grid.image_offsets[:-1], grid.image_offsets[1:], strict=True)
-    # (batch, heads, tokens, head_dim) -> (heads, all tokens, head_dim)
-    packed = [part.transpose(0, 1).reshape(heads, -1, head_dim).cpu().double() for part in (query, key, value)]
-    expected = [
-        by_definition(*(part[:, start:end] for part in packed), grid.num_global_tokens, scale, kind)
-        for start, end in bounds
-    ]
+    settings = {"scale": scale, "kind": kind, "logsumexp": logsumexp_by_definition(query, key, grid, scale)}
+    scores = token_pruning.prune_scores(query, key, value, grid, **settings)
+    images = zip(*(packed_images(part, grid) for part in (query, key, value)), strict=True)
+    expected = [by_definition(*image, grid.num_global_tokens, scale, kind) for image in images]
     torch.testing.assert_close(scores.cpu().double(), torch.cat(expected), rtol=TOLERANCE, atol=0.0)
-    again = token_pruning.prune_scores(query, key, value, grid, scale=scale, kind=kind)
-    assert torch.equal(scores, again)
+    assert torch.equal(scores, token_pruning.prune_scores(query, key, value, grid, **settings))
 
 
 def by_definition(query, key, value, num_global_tokens, scale, kind):
@@ -97,7 +121,8 @@ def test_large_logits_do_not_overflow():
     grid = TokenGrid.create([(8, 8)], num_global_tokens=2, window_size=4, device=DEVICE)
     query, key, value = states(grid, 1, 16, torch.float32)
     query = query * 60.0
-    scores = token_pruning.prune_scores(query, key, value, grid, scale=1.0)
+    logsumexp = logsumexp_by_definition(query, key, grid, 1.0)
+    scores = token_pruning.prune_scores(query, key, value, grid, scale=1.0, logsumexp=logsumexp)
     expected = by_definition(*(part[0].cpu().double() for part in (query, key, value)), 2, 1.0, "attention")
     torch.testing.assert_close(scores.cpu().double(), expected, rtol=2e-2, atol=1e-6)
 
@@ -106,18 +131,40 @@ def test_what_the_kernel_does_not_take_runs_in_torch(monkeypatch):
     monkeypatch.setattr(token_pruning, "kernel_prune_scores", lambda *_: pytest.fail("the kernel was called"))
     for dtype, head_dim, num_globals in [(torch.float64, 16, 1), (torch.float32, 144, 1), (torch.float32, 16, 65)]:
         grid = TokenGrid.create([(2, 3)], num_global_tokens=num_globals, window_size=4, device=DEVICE)
-        assert token_pruning.prune_scores(*states(grid, 1, head_dim, dtype), grid, scale=0.1).isfinite().all()
+        settings = {"scale": 0.1, "logsumexp": torch.zeros(1, grid.num_tokens, device=DEVICE)}
+        assert token_pruning.prune_scores(*states(grid, 1, head_dim, dtype), grid, **settings).isfinite().all()
+    # Another attention leaves no log-sum-exps.
+    assert token_pruning.prune_scores(*states(grid, 1, 16, torch.float32), grid, scale=0.1).isfinite().all()
 
 
 def test_a_score_that_the_kernel_does_not_know_runs_in_torch(monkeypatch):
     """Regression: the kernel computed "attention" for every name that it did not know."""
     monkeypatch.setattr(token_pruning, "kernel_prune_scores", lambda *_: pytest.fail("the kernel was called"))
     grid = TokenGrid.create([(2, 3)], num_global_tokens=1, window_size=4, device=DEVICE)
-    token_pruning.prune_scores(*states(grid, 1, 16, torch.float32), grid, scale=0.1, kind="a new score")
+    settings = {"scale": 0.1, "kind": "a new score", "logsumexp": torch.zeros(1, grid.num_tokens, device=DEVICE)}
+    token_pruning.prune_scores(*states(grid, 1, 16, torch.float32), grid, **settings)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_takes_the_log_sum_exps_of_its_attention_and_launches_one_kernel(kind, monkeypatch):
+    model = small_model(SparsePathViTModel, prune_ratio=0.5, prune_score=kind, tokens_per_strip=0).to(DEVICE)
+    pixels, launches, launch = random_pixels(2, 9, 7).to(DEVICE), [], kernel.prune_score_kernel
+    expected = model(pixels).prune_scores
+    monkeypatch.setattr(kernel, "prune_score_kernel", Counted(launch, launches))
+    set_block_attention_backend("triton")
+    try:
+        scores = model(pixels).prune_scores
+    finally:
+        set_block_attention_backend("auto")
+    assert len(launches) == 1
+    torch.testing.assert_close(scores, expected, rtol=2e-4, atol=1e-7)
 
 
 def test_the_operator_passes_the_checks_of_torch_library():
     grid = TokenGrid.create([(5, 3)], num_global_tokens=2, window_size=4, device=DEVICE)
     packed = [part.transpose(1, 2).reshape(-1, 2, 16) for part in states(grid, 2, 16, torch.float32)]
     offsets = torch.tensor(grid.image_offsets, device=DEVICE)
-    torch.library.opcheck(prune_score_operator._prune_scores, (*packed, offsets, 15, 2, 0.25, "attention_value"))
+    logsumexp = torch.ones(2, grid.num_tokens, device=DEVICE)
+    arguments = (*packed, logsumexp, offsets, 15, 2, 0.25, "attention_value")
+    torch.library.opcheck(prune_score_operator._prune_scores, arguments)

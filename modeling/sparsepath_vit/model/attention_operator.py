@@ -49,6 +49,23 @@ def block_attention(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit each other, the grid or the backend.
     """
+    return attention_with_logsumexp(query, key, value, grid, context=context, scale=scale, dropout=dropout)[0]
+
+
+def attention_with_logsumexp(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    grid: TokenGrid,
+    *,
+    context: ContextTokens | None = None,
+    scale: float | None = None,
+    dropout: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`block_attention`, and the base-2 log-sum-exps of each query's logits, (heads, batch * tokens) float32.
+
+    They have no gradient, and are `None` where the backend does not return them.
+    """
     scale = check_states(query, key, value, grid, scale)
     check_context(context, grid)
     if not 0.0 <= dropout < 1.0:
@@ -57,6 +74,7 @@ def block_attention(
     backend = backend_for(query, dropout, grid.weighs_keys)
     # (batch, heads, tokens, head_dim) -> (batch * tokens, heads, head_dim): a view of a fused projection
     packed = [states.transpose(1, 2).reshape(-1, heads, head_dim) for states in (query, key, value)]
+    logsumexp = None
     if backend == REFERENCE:
         # Differentiated by autograd itself: it holds the backends' own gradients to account.
         output = naive_block_attention(*packed, grid, scale, dropout, context)
@@ -68,8 +86,9 @@ def block_attention(
         layer_context = [], None, None
         if context is not None:
             layer_context = list(context[:-1]), list(context.counts), mean_queries(packed[0], grid)
-        output, _ = _block_attention(*packed, *prepared, *layer_context, scale, dropout, seed, backend)
-    return output.view(batch, tokens, heads, head_dim).transpose(1, 2)
+        output, returned = _block_attention(*packed, *prepared, *layer_context, scale, dropout, seed, backend)
+        logsumexp = returned if BACKENDS[backend].returns_logsumexp else None
+    return output.view(batch, tokens, heads, head_dim).transpose(1, 2), logsumexp
 
 
 def _layer_context(

@@ -9,12 +9,17 @@ import torch
 FP_FUSION = True
 
 
+def autocasts(device_type: str) -> bool:
+    """Whether autocast is on for a device type, such as "cuda"; "meta" has none."""
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
 def without_autocast(device_type: str) -> contextlib.AbstractContextManager:
     """Switches autocast off for a device type; does nothing where it is off, so that compiled graphs stay free of it.
 
     Args:
-        device_type: such as "cuda"; "meta" has no autocast.
+        device_type: such as "cuda".
     """
-    if device_type != "meta" and torch.is_autocast_enabled(device_type):
+    if autocasts(device_type):
         return torch.autocast(device_type, enabled=False)
     return contextlib.nullcontext()

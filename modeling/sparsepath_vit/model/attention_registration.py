@@ -8,7 +8,7 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
-from .attention_operator import block_attention
+from .attention_operator import attention_with_logsumexp
 from .context_tokens import ContextTokens
 from .token_grid import TokenGrid
 
@@ -25,8 +25,9 @@ def block_sparse_attention_forward(
     dropout: float = 0.0,
     token_grid: TokenGrid | None = None,
     context_tokens: ContextTokens | None = None,
+    with_logsumexp: bool = False,
     **kwargs: object,
-) -> tuple[torch.Tensor, None]:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`block_attention` with the signature Transformers' `AttentionInterface` asks for.
 
     Args:
@@ -37,10 +38,12 @@ def block_sparse_attention_forward(
         dropout: share of attention probabilities set to zero.
         token_grid: where the tokens are.
         context_tokens: what the layer's queries see beyond their neighbourhood.
+        with_logsumexp: whether the log-sum-exps of logits are wanted, which prune scores are made of.
         **kwargs: arguments of other implementations.
 
     Returns:
-        (batch, tokens, heads, head_dim), and `None` in place of attention weights.
+        (batch, tokens, heads, head_dim), and `None` in place of attention weights, or what was wanted, as
+        `attention_with_logsumexp` returns it.
 
     Raises:
         ValueError: a mask was given, or no grid.
@@ -55,8 +58,9 @@ def block_sparse_attention_forward(
             f"attention_mask of shape {tuple(attention_mask.shape)} was given beside token_grid: block_sparse takes "
             "None. Say which tokens are absent with patch_mask, from which the grid is made."
         )
-    output = block_attention(query, key, value, token_grid, context=context_tokens, scale=scaling, dropout=dropout)
-    return output.transpose(1, 2), None
+    settings = {"context": context_tokens, "scale": scaling, "dropout": dropout}
+    output, logsumexp = attention_with_logsumexp(query, key, value, token_grid, **settings)
+    return output.transpose(1, 2), logsumexp if with_logsumexp else None
 
 
 AttentionInterface.register(ATTENTION_NAME, block_sparse_attention_forward)

@@ -15,6 +15,7 @@ from .configuration_sparsepath_vit import SparsePathViTConfig
 from .context_tokens import ContextTokens, draw_context_tokens, exact_tokens
 from .embeddings import OnTokens
 from .fused_elementwise import add_scaled_, add_scaled_and_normalise, fuses_layer, gated_silu
+from .linear_products import add_product_, adds_product, scaled_weights
 from .mean_query_correction import mean_queries
 from .streamed_layers import run_in_strips, streams
 from .token_grid import TokenGrid, per_image
@@ -85,16 +86,18 @@ class SparsePathViTAttention(nn.Module):
         settings = {"scaling": self.scaling, "dropout": self.config.attention_dropout if self.training else 0.0}
         context, states = self.context_tokens(query, key, value, grid), (query, key, value)
         if context is None or implementation == ATTENTION_NAME:
-            attended, weights = attend(
-                self, *states, attention_mask, token_grid=grid, context_tokens=context, **settings
-            )
+            settings |= {"token_grid": grid, "context_tokens": context, "with_logsumexp": score_tokens}
+            attended, weights = attend(self, *states, attention_mask, **settings)
         else:
             attended, weights = dense_stratified_attention(
                 implementation, attend, self, *states, grid, context, **settings
             )
-        scores = None
+        scores = logsumexp = None
+        if implementation == ATTENTION_NAME:  # which has no weights
+            weights, logsumexp = None, weights
         if score_tokens:
-            scores = prune_scores(query, key, value, grid, scale=self.scaling, kind=self.config.prune_score)
+            kind = self.config.prune_score
+            scores = prune_scores(query, key, value, grid, scale=self.scaling, kind=kind, logsumexp=logsumexp)
         # (batch, tokens, heads, head_dim) -> (batch, tokens, hidden_size)
         return self.projection(attended.reshape(batch, tokens, -1)), weights, scores
 
@@ -127,14 +130,18 @@ class SparsePathViTMLP(nn.Module):
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.fc2(self.activations(hidden_states))
+
+    def activations(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """What `fc2` gets: (..., hidden_size) -> (..., intermediate_size)."""
         hidden_states = self.fc1(hidden_states)
         if self.is_gated:
-            return self.fc2(gated_silu(hidden_states, may_fuse=not self.training))
+            return gated_silu(hidden_states, may_fuse=not self.training)
         is_seen = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
         if is_seen or self.fc1._forward_hooks:
-            return self.fc2(nn.functional.gelu(hidden_states))
+            return nn.functional.gelu(hidden_states)
         # In place: beside the keys this is the largest tensor of a strip, and nobody else has it.
-        return self.fc2(torch.ops.aten.gelu_(hidden_states))
+        return torch.ops.aten.gelu_(hidden_states)
 
 
 class SparsePathViTLayer(GradientCheckpointingLayer):
@@ -188,8 +195,12 @@ class SparsePathViTLayer(GradientCheckpointingLayer):
         """
         scale1 = self.layer_scale1.lambda1 if self.config.use_layerscale else None
         scale2 = self.layer_scale2.lambda1 if self.config.use_layerscale else None
-        hidden_states, normalised = add_scaled_and_normalise(hidden_states, branch, scale1, self.norm2, output)
-        return add_scaled_(hidden_states, self.mlp(normalised), scale2)
+        if not adds_product(hidden_states, self.mlp.fc2, self.mlp):
+            hidden_states, normalised = add_scaled_and_normalise(hidden_states, branch, scale1, self.norm2, output)
+            return add_scaled_(hidden_states, self.mlp(normalised), scale2)
+        weight, bias = scaled_weights(self.mlp.fc2, scale2)
+        hidden_states, normalised = add_scaled_and_normalise(hidden_states, branch, scale1, self.norm2, output, bias)
+        return add_product_(hidden_states, self.mlp.activations(normalised), weight)
 
 
 class EncoderOutput(NamedTuple):

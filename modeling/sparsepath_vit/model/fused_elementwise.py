@@ -9,7 +9,8 @@ result; the norm is that of the sum before it is rounded. The kernels are import
 attention are.
 
 Bytes moved for N tokens of width C in 16 bits, in units of 2 N C, C the width and the gated MLP 16/3 C wide as in
-UNI2-h: LayerScale, residual and norm 4 instead of 7, LayerScale and residual 3 instead of 5, SwiGLU 8 instead of 13.3.
+UNI2-h: LayerScale, residual and norm 4 instead of 7, SwiGLU 8 instead of 13.3, LayerScale and residual 3 instead of 5;
+these 3 are none where the last product of the MLP itself adds to the residual (`linear_products.py`).
 """
 
 import torch
@@ -70,6 +71,7 @@ def add_scaled_and_normalise(
     scale: torch.Tensor | None,
     norm: nn.LayerNorm,
     total: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The sum residual + branch * scale, and its LayerNorm.
 
@@ -78,17 +80,19 @@ def add_scaled_and_normalise(
         scale: (width,) LayerScale, `None` for 1.
         norm: over the width.
         total: takes the sum, and may be the residual itself; `None` for a new tensor.
+        shift: (width,) added to the sum that is returned and not to what is normalised; `None` for 0.
 
     Returns:
         The sum and the normalised sum, each (..., width).
     """
-    if _fuses_sum(residual, branch, scale, norm.weight, norm.bias):
+    if _fuses_sum(residual, branch, scale, norm.weight, norm.bias, shift):
         from .fused_elementwise_triton import launch_add_scaled
 
         total = torch.empty_like(residual) if total is None else total
-        return total, launch_add_scaled(residual, branch, scale, total, norm)
+        return total, launch_add_scaled(residual, branch, scale, total, norm, shift)
     total = torch.add(residual, branch if scale is None else branch * scale, out=total)
-    return total, norm(total)
+    normalised = norm(total)
+    return total if shift is None else total.add_(shift), normalised
 
 
 def add_scaled_(residual: torch.Tensor, branch: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:

@@ -19,10 +19,13 @@ NUM_WARPS = 4
 
 @triton.jit(do_not_specialize=["num_rows"])
 def add_scaled_kernel(
-    residual_ptr, branch_ptr, scale_ptr, weight_ptr, bias_ptr, sum_ptr, normalised_ptr, num_rows, eps,
-    WIDTH: tl.constexpr, SCALES: tl.constexpr, NORMALISES: tl.constexpr, BLOCK_M: tl.constexpr,
+    residual_ptr, branch_ptr, scale_ptr, weight_ptr, bias_ptr, shift_ptr, sum_ptr, normalised_ptr, num_rows, eps,
+    WIDTH: tl.constexpr, SCALES: tl.constexpr, NORMALISES: tl.constexpr, SHIFTS: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Computes residual + branch * scale, and its LayerNorm, of BLOCK_M whole rows; `sum_ptr` may be `residual_ptr`."""
+    """Computes residual + branch * scale, and its LayerNorm, of BLOCK_M whole rows; `sum_ptr` may be `residual_ptr`.
+
+    The sum is stored with the shift, and normalised without.
+    """
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.arange(0, triton.next_power_of_2(WIDTH))
     is_column = columns < WIDTH
@@ -33,7 +36,10 @@ def add_scaled_kernel(
     if SCALES:
         total *= tl.load(scale_ptr + columns, mask=is_column, other=0.0).to(tl.float32)[None, :]
     total += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    tl.store(sum_ptr + offsets, total.to(sum_ptr.dtype.element_ty), mask=mask)
+    stored = total
+    if SHIFTS:
+        stored += tl.load(shift_ptr + columns, mask=is_column, other=0.0).to(tl.float32)[None, :]
+    tl.store(sum_ptr + offsets, stored.to(sum_ptr.dtype.element_ty), mask=mask)
     if NORMALISES:
         centred = tl.where(is_column[None, :], total - (tl.sum(total, axis=1) / WIDTH)[:, None], 0.0)
         variance = tl.sum(centred * centred, axis=1) / WIDTH
@@ -72,6 +78,7 @@ def launch_add_scaled(
     scale: torch.Tensor | None,
     total: torch.Tensor,
     norm: torch.nn.LayerNorm | None = None,
+    shift: torch.Tensor | None = None,
 ) -> torch.Tensor | None:
     """Writes residual + branch * scale to `total`, which may be `residual`, and returns its LayerNorm where asked for.
 
@@ -79,6 +86,7 @@ def launch_add_scaled(
         residual, branch, total: (..., width), contiguous.
         scale: (width,), `None` for 1.
         norm: over the width, with weight and bias.
+        shift: (width,), added to what is written and not to what is normalised; `None` for 0.
     """
     width = residual.shape[-1]
     num_rows, block = residual.numel() // width, add_scaled_block(width)
@@ -90,6 +98,7 @@ def launch_add_scaled(
             scale,
             None if norm is None else norm.weight,
             None if norm is None else norm.bias,
+            shift,
             total,
             normalised,
             num_rows,
@@ -97,6 +106,7 @@ def launch_add_scaled(
             WIDTH=width,
             SCALES=scale is not None,
             NORMALISES=norm is not None,
+            SHIFTS=shift is not None,
             BLOCK_M=block,
             num_warps=NUM_WARPS,
             enable_fp_fusion=FP_FUSION,

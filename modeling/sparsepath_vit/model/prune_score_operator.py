@@ -24,9 +24,15 @@ def has_prune_score_kernel(query: torch.Tensor, grid: TokenGrid, kind: str) -> b
 
 
 def kernel_prune_scores(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, grid: TokenGrid, scale: float, kind: str
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    logsumexp: torch.Tensor,
+    grid: TokenGrid,
+    scale: float,
+    kind: str,
 ) -> torch.Tensor:
-    """What `token_pruning.prune_scores` specifies, for all images in two launches where torch takes seven a head.
+    """What `token_pruning.prune_scores` specifies, for all images in one launch where torch takes seven a head.
 
     The arguments are those of `prune_scores`. Bitwise reproducible on the same machine.
     """
@@ -34,7 +40,7 @@ def kernel_prune_scores(
     # (batch, heads, tokens, head_dim) -> (batch * tokens, heads, head_dim): a view of a fused projection
     packed = [states.transpose(1, 2).reshape(-1, heads, head_dim) for states in (query, key, value)]
     image_offsets = per_image(grid.image_offsets, query.device)
-    return _prune_scores(*packed, image_offsets, max(grid.counts), grid.num_global_tokens, scale, kind)
+    return _prune_scores(*packed, logsumexp, image_offsets, max(grid.counts), grid.num_global_tokens, scale, kind)
 
 
 @torch.library.custom_op(operator_name("prune_scores"), mutates_args=())
@@ -42,6 +48,7 @@ def _prune_scores(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
+    logsumexp: torch.Tensor,
     image_offsets: torch.Tensor,
     most_patch_tokens: int,
     num_global_tokens: int,
@@ -50,7 +57,9 @@ def _prune_scores(
 ) -> torch.Tensor:
     from .prune_score_triton import launch_prune_scores
 
-    return launch_prune_scores(query, key, value, image_offsets, most_patch_tokens, num_global_tokens, scale, kind)
+    return launch_prune_scores(
+        query, key, value, logsumexp, image_offsets, most_patch_tokens, num_global_tokens, scale, kind
+    )
 
 
 @_prune_scores.register_fake
@@ -58,6 +67,7 @@ def _prune_scores_fake(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
+    logsumexp: torch.Tensor,
     image_offsets: torch.Tensor,
     most_patch_tokens: int,
     num_global_tokens: int,

@@ -17,13 +17,14 @@ from torch import nn
 from .attention_backend import StripContext
 from .attention_precision import without_autocast
 from .context_tokens import ContextTokens, draw_context_tokens, exact_tokens
+from .linear_products import is_plain
 from .token_grid import TokenGrid
 
 
 def obstacle_to_streamed_context(layer: nn.Module) -> str | None:
     """Why the context tokens of a layer cannot be found without its keys, in a few words; `None` where they can."""
     qkv = layer.attention.qkv
-    if type(qkv) is nn.Linear and type(qkv.weight) in (torch.Tensor, nn.Parameter):
+    if is_plain(qkv):
         return None
     return (
         f"its qkv is no plain linear layer ({type(qkv).__name__} of {type(qkv.weight).__name__}), with context tokens"

@@ -20,6 +20,7 @@ from .attention_registration import ATTENTION_NAME
 from .attention_strips import MergedAttention, prepare_strips, strip_attention, strips_take_context
 from .configuration_sparsepath_vit import SparsePathViTConfig
 from .embeddings import OnTokens
+from .linear_products import WrittenProducts
 from .streamed_context import obstacle_to_streamed_context, strip_contexts
 from .streamed_prune_scores import PruneLogits
 from .token_grid import TokenGrid
@@ -219,15 +220,19 @@ class _Window:
     def states_of(self, strip: TokenStrip) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Query (heads, G + S, head_dim), key and value (heads, M, head_dim) of a strip, the next one of the image."""
         attention, width = self._layer.attention, self._hidden_states.shape[1]
+        of_query, of_key_value = slice(0, width), slice(width, 3 * width)
         first_key, end = strip.around_in_batch
         self._queries.forget(strip.own_in_batch[0])
         self._keys_values.forget(first_key)
         for start in range(self._end, end, self._most_tokens):
             part = self._hidden_states[start : min(start + self._most_tokens, end)]
-            qkv = attention.qkv(self._layer.norm1(part))  # (tokens, 3 * width)
-            self._keys_values.append(qkv[:, width:])
-            self._queries.append(qkv[: max(0, self._end_of_globals - start), :width])
-            self._queries.append(qkv[max(0, self._first_query - start) :, :width])
+            qkv = WrittenProducts(attention.qkv, self._layer.norm1(part))  # (tokens, 3 * width)
+            end_of_globals, first_query = (
+                min(max(0, token - start), len(part)) for token in (self._end_of_globals, self._first_query)
+            )
+            self._keys_values.append(qkv, slice(0, len(part)), of_key_value)
+            self._queries.append(qkv, slice(0, end_of_globals), of_query)
+            self._queries.append(qkv, slice(first_query, len(part)), of_query)
         self._end = max(end, self._end)  # the strip before may have seen all
         states = (self._queries.states()[: strip.num_queries], *self._keys_values.states().split(width, dim=1))
         return tuple(state.unflatten(1, (attention.num_heads, attention.head_dim)).transpose(0, 1) for state in states)
@@ -251,12 +256,14 @@ class _Kept:
         """(G + tokens, features) of what is kept."""
         return self._buffer[: self._length]
 
-    def append(self, states: torch.Tensor) -> None:
-        """Keeps those of the next tokens, (tokens, features)."""
+    def append(self, products: WrittenProducts, tokens: slice, features: slice) -> None:
+        """Keeps the features of the next tokens."""
         if self._buffer is None:
-            self._buffer = states.new_empty(self._most_tokens, states.shape[1])
-        self._buffer[self._length : self._length + len(states)] = states
-        self._length += len(states)
+            self._buffer = products.new_empty(self._most_tokens, features.stop - features.start)
+        end = self._length + tokens.stop - tokens.start
+        if end > self._length:
+            products.write(tokens, features, self._buffer[self._length : end])
+        self._length = end
 
     def forget(self, first: int) -> None:
         """Forgets the patch tokens before a packed index."""

@@ -169,6 +169,7 @@ def prune_scores(
     *,
     scale: float,
     kind: str = "attention",
+    logsumexp: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """How much the global tokens attend to each patch token.
 
@@ -181,12 +182,14 @@ def prune_scores(
         scale: factor on the logits.
         kind: "attention" averages over heads and all global queries, "cls_attention" over heads of the CLS query only,
             "attention_value" averages probability times the norm of the value.
+        logsumexp: of the logits of all queries, see `attention_with_logsumexp`; with it the kernel can run. `None`
+            where attention left none.
 
     Returns:
         (T,) float32, in the grid's order.
     """
-    if grid.weights is None and has_prune_score_kernel(query, grid, kind):
-        return kernel_prune_scores(query, key, value, grid, scale, kind)
+    if logsumexp is not None and grid.weights is None and has_prune_score_kernel(query, grid, kind):
+        return kernel_prune_scores(query, key, value, logsumexp, grid, scale, kind)
     heads, head_dim = query.shape[1], query.shape[3]
     packed = query.transpose(1, 2).reshape(-1, heads, head_dim)
     queries = packed[grid.global_indices()].view(grid.batch_size, -1, heads, head_dim).transpose(1, 2)
