@@ -2,10 +2,11 @@
 """What is written for readers is true: code runs, commands parse, links and files are there, tables are true.
 
 Python blocks run one after the other, page by page, in a folder that holds `region.png` and `slide.tiff`. One that is
-not meant to run stands below a comment that says why.
+not meant to run stands below a comment that says why. Where readers come for one block of a page, each runs alone.
 """
 
 import ast
+import builtins
 import importlib.util
 import re
 import shlex
@@ -29,6 +30,7 @@ PATH = re.compile(
     r"(?:modeling|docs|examples|configuration|model_card|scripts|studies|tests|\.ci)/[\w./-]*|[A-Z]+\.(?:md|cff)|pyproject\.toml"
 )
 MODULE = re.compile(r"python -m (studies\.\w+)")
+EACH_BLOCK_ALONE = ("docs/interop.md",)
 MOST_LINES_OF_THE_README = 120
 LOWER_CASE_NAMES = ("bfloat16", "mpp", "timm")  # written so at the beginning of a sentence, too
 
@@ -82,12 +84,25 @@ def test_python_blocks_run_one_after_the_other(name, readers_folder):
     namespace = {"__name__": "reader"}
     run = 0
     for number, (before, code) in enumerate(blocks(name, "python"), start=1):
+        if name in EACH_BLOCK_ALONE:
+            namespace = {"__name__": "reader"}
         if NOT_RUN.search(before):
             ast.parse(code)  # what is not run is at least Python
             continue
         exec(compile(code, f"{name}, python block {number}", "exec"), namespace)
         run += 1
     assert run, "every page with Python has some that runs"
+
+
+@pytest.mark.parametrize("name", EACH_BLOCK_ALONE)
+def test_blocks_that_are_copied_alone_name_nothing_of_another(name):
+    """Also those that are not run here."""
+    for number, (_, code) in enumerate(blocks(name, "python"), start=1):
+        nodes = list(ast.walk(ast.parse(code)))
+        names = [node for node in nodes if isinstance(node, ast.Name)]
+        bound = {node.id for node in names if isinstance(node.ctx, ast.Store)} | set(dir(builtins))
+        bound |= {alias.asname or alias.name for node in nodes if hasattr(node, "names") for alias in node.names}
+        assert {node.id for node in names} <= bound, f"python block {number}"
 
 
 SPARSEPATH = [
