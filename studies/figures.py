@@ -184,27 +184,35 @@ def plot_long_range(rows: Sequence[Mapping[str, str]], path: Path) -> None:
     """Accuracy against the distance of two structures, with and without global tokens.
 
     Args:
-        rows: of python -m studies.long_range, one per model and distance.
+        rows: of python -m studies.long_range, one per model, pattern, distance and seed.
         path: PNG to write.
     """
     panels = {"True": "with global tokens", "False": "without global tokens"}
     present = [key for key in panels if any(row["has_globals"] == key for row in rows)]
     with drawn_axes(path, len(present)) as axes:
         for axis, key in zip(axes, present, strict=True):
-            of_panel = [row for row in rows if row["has_globals"] == key]
-            for window, context in dict.fromkeys((row["window_size"], row["num_context_tokens"]) for row in of_panel):
-                kind = {"window_size": window, "num_context_tokens": context}
-                curve = sorted((row for row in of_panel if row.items() >= kind.items()), key=_distance)
-                accuracy = np.array([float(row["accuracy"]) for row in curve])
-                strips = np.array([int(row["strips"]) for row in curve])
+            curves: dict[str, list[Mapping[str, str]]] = {}
+            for row in rows:
+                if row["has_globals"] == key:
+                    curves.setdefault(_trained_and_tested(row), []).append(row)
+            for name, curve in curves.items():
+                distances = sorted({_distance(row) for row in curve})
+                of = [[row for row in curve if _distance(row) == distance] for distance in distances]
+                accuracy = np.array([np.mean([float(row["accuracy"]) for row in seeds]) for seeds in of])
+                strips = np.array([sum(int(row["strips"]) for row in seeds) for seeds in of])
                 spread = 1.96 * np.sqrt(np.clip(accuracy * (1 - accuracy), 0, None) / strips)
-                name = f"w = {window}, reach {curve[0]['reach']}" if window else "dense"
-                name = name if context == "0" else f"w = {window}, {context} context tokens"
-                axis.errorbar([_distance(row) for row in curve], accuracy, spread, marker="o", capsize=2, label=name)
+                axis.errorbar(distances, accuracy, spread, marker="o", capsize=2, label=name)
             axis.axhline(0.5, color="black", linestyle=":", label="chance")
             axis.set_xscale("log", base=2)
             axis.set_ylim(0.4, 1.03)
-            finish(axis, panels[key], "tokens between the structures", "accuracy (bars: 95 %)")
+            finish(axis, panels[key], "tokens between the structures", "accuracy (bars: 95 %, over strips)")
+
+
+def _trained_and_tested(row: Mapping[str, str]) -> str:
+    """The pattern of a row, and that of its training where it was another."""
+    name = f"w = {row['window_size']}" if row["window_size"] else "dense"
+    name += f", {row['num_context_tokens']} context tokens" if row["num_context_tokens"] != "0" else ""
+    return f"{name}, trained dense" if row["window_size"] and row["trained"].startswith("dense") else name
 
 
 def _distance(row: Mapping[str, str]) -> int:

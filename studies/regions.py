@@ -65,6 +65,12 @@ def spread_order(number: int) -> list[int]:
     return sorted(range(number), key=lambda index: index % REGIONS_OF_A_CLASS)
 
 
+def shorter_side(path: Path) -> int:
+    """Pixels of an image's shorter side, read from its header."""
+    with Image.open(path) as opened:
+        return min(opened.size)
+
+
 def square(path: Path, size: int) -> np.ndarray:
     """(size, size, 3) uint8, the largest square around the centre, resized."""
     with Image.open(path) as opened:

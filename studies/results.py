@@ -47,10 +47,14 @@ class ResultsTable:
         """Whether the row with these values of the key columns is there."""
         return self.find(key) is not None
 
+    def holds(self, **values: Any) -> bool:
+        """Whether there is a row with these values."""
+        return any(_has_values(row, values) for row in self.rows)
+
     def drop(self, **values: Any) -> int:
         """Forgets the rows with these values and says how many; the file changes with the next row."""
         before = len(self.rows)
-        self.rows = [row for row in self.rows if any(row[name] != _cell(value) for name, value in values.items())]
+        self.rows = [row for row in self.rows if not _has_values(row, values)]
         return before - len(self.rows)
 
     def add(self, row: Mapping[str, Any]) -> None:
@@ -95,6 +99,10 @@ def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
             "something else. Move it away, or choose another file."
         )
     write_table(path, [*({name: row.get(name) for name in rows[0]} for row in earlier), *rows])
+
+
+def _has_values(row: Mapping[str, str], values: Mapping[str, Any]) -> bool:
+    return all(row[name] == _cell(value) for name, value in values.items())
 
 
 def _cell(value: Any) -> str:

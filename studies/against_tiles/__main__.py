@@ -21,7 +21,8 @@ Examples:
 
 import argparse
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from sparsepath_vit.runtime.measure import describe_run
 
 from ..real_weights.cache import chosen_checkpoint
 from ..regions import osteosarcoma_regions
-from ..results import write_table
+from ..results import ResultsTable, write_table
 
 with imports_of_extra("train", "sklearn"):
     from ..tiny_evidence.evidence import color_histogram, untrained_twin
@@ -54,12 +55,13 @@ with imports_of_extra("train", "sklearn"):
         tokens_to_border,
         with_positions,
     )
-    from .finetuning import VARIANTS, Training, fine_tuned
+    from .finetuning import VARIANTS, Regions, Training, fine_tuned
     from .probes import Probe, cross_validated, difference_with_interval, score_with_interval
 
 logger = logging.getLogger("against_tiles")
 
 PARTS = ("regions", "tokens", "positions", "finetuning")
+PREDICTION_KEYS, PREDICTION_VALUES = ("size", "variant", "settings", "region"), ("fold", "epochs", "probabilities")
 RANDOM_WEIGHTS, HISTOGRAM = "random weights, w = 8", "colour histogram"
 NEAR_BORDER = 2  # tokens between a token and the border, at most, that still count as near
 
@@ -71,7 +73,7 @@ def main() -> None:
     parser.add_argument("--parts", default=",".join(PARTS), help=f"of {', '.join(PARTS)}")
     parser.add_argument("--sizes", default="224,448,672,1022", help="pixels of a region's side")
     parser.add_argument("--seeds", type=int, default=5, help="divisions into folds")
-    parser.add_argument("--epochs", type=int, default=Training.epochs, help="of fine-tuning")
+    parser.add_argument("--epochs", type=int, default=Training.most_epochs, help="of fine-tuning, at most")
     parser.add_argument("--out", type=Path, default=Path("outputs/against_tiles"), help="folder of the CSVs")
     run_script(run, parser.parse_args())
 
@@ -130,7 +132,9 @@ def position_rows(encoder: Encoder, arguments: argparse.Namespace) -> Iterator[d
 def finetuning_rows(encoder: Encoder, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """A row for each size and variant: the frozen probe on the same folds, and after training."""
     files, labels, blocks = osteosarcoma_regions(arguments.data_dir)
-    training = Training(epochs=arguments.epochs)
+    training = Training(most_epochs=arguments.epochs)
+    table = ResultsTable(arguments.out / "against_tiles_finetuning_predictions.csv", PREDICTION_KEYS, PREDICTION_VALUES)
+    _, groups = np.unique(blocks, return_inverse=True)
     for size in map(int, arguments.sizes.split(",")):
         images = [resized(path, size) for path in files]
         probes = {}
@@ -138,9 +142,34 @@ def finetuning_rows(encoder: Encoder, arguments: argparse.Namespace) -> Iterator
             frozen = np.stack(
                 [region_features(encoder, image, name) for image in tqdm(images, desc=name, disable=None)]
             )
+            regions = Regions(images, frozen, labels, groups, int(labels.max()) + 1)
+            key = {"size": size, "variant": name, "settings": " ".join(map(str, astuple(training)))}
             probes[f"{name}, frozen"] = cross_validated(frozen, labels, blocks, training.num_folds, num_seeds=1)
-            probes[name] = fine_tuned(encoder, images, frozen, labels, blocks, name, training)
-        yield from _rows(probes, {"size": size, "epochs": training.epochs, "rank": training.rank})
+            probes[name] = _fine_tuned_probe(encoder, regions, [path.name for path in files], key, training, table)
+        yield from _rows(probes, {"size": size, "epochs": training.most_epochs, "rank": training.rank})
+
+
+def _fine_tuned_probe(
+    encoder: Encoder,
+    regions: Regions,
+    names: Sequence[str],
+    key: Mapping[str, object],
+    training: Training,
+    table: ResultsTable,
+) -> Probe:
+    """What networks trained on all folds but one say of the others; folds that are in the table are done."""
+    probabilities = np.full((1, len(names), regions.num_classes), np.nan)
+    for fold, (train, held_out) in enumerate(regions.folds(training.num_folds, training.seed)):
+        if not all(table.has({**key, "region": names[index]}) for index in held_out):
+            table.drop(**key, fold=fold)
+            said, epochs = fine_tuned(encoder, train, regions.part(held_out), str(key["variant"]), training)
+            for index, of_region in zip(held_out, said, strict=True):
+                text = " ".join(f"{value:.6g}" for value in of_region)
+                table.add({**key, "region": names[index], "fold": fold, "epochs": epochs, "probabilities": text})
+        for index in held_out:
+            row = table.find({**key, "region": names[index]})
+            probabilities[0, index] = [float(value) for value in row["probabilities"].split()]
+    return Probe(probabilities, regions.labels, regions.groups)
 
 
 def _probes(

@@ -12,7 +12,7 @@ from sparsepath_vit.tasks.classification.linear_probe import LinearHead, ProbeSe
 
 PENALTIES = (1.0, 1e1, 1e2, 1e3, 1e4)  # 1 / C of scikit-learn
 BOOTSTRAP_SAMPLES = 2000
-_UNLIKELY = 1e-12  # a class that the training folds lack
+UNLIKELY = 1e-12  # a class that the training folds lack
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def softmax(head: LinearHead, features: np.ndarray) -> np.ndarray:
     """(items, classes) probabilities, none of them 0."""
     logits = head.logits(features)
     exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return np.maximum(exponentials / exponentials.sum(axis=1, keepdims=True), _UNLIKELY)
+    return np.maximum(exponentials / exponentials.sum(axis=1, keepdims=True), UNLIKELY)
 
 
 def score_with_interval(probe: Probe, items: np.ndarray | None = None) -> dict[str, float]:

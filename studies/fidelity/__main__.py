@@ -9,6 +9,7 @@ not fit in memory are refused, with the size that would fit.
 
 Examples:
     python -m studies.fidelity --data-dir ../shared/data --sizes 700,1022,1400 --out model_card/results
+    python -m studies.fidelity --data-dir ../shared/data --sizes 2240 --least-side 1100 --out model_card/results
     python -m studies.fidelity --model-name-or-path ./uni2-h --images region.png --sizes 448,1120 --out outputs/f
     python -m studies.fidelity --model-name-or-path ./uni2-h --images rois/*.png --windows 4,8 --out outputs/f \
         --context-tokens 0,1024 --prune-ratios 0,0.6 --bf16
@@ -36,7 +37,7 @@ with imports_of_extra("train", "matplotlib"):
 
     from ..figures import plot_fidelity
     from ..real_weights.cache import cache_folder, chosen_checkpoint
-    from ..regions import spread_order, square, twelve_regions
+    from ..regions import shorter_side, spread_order, square, twelve_regions
     from ..results import ResultsTable
 
 logger = logging.getLogger("fidelity")
@@ -57,6 +58,7 @@ def main() -> None:
     parser.add_argument("--images", type=Path, nargs="+", help="instead of the twelve regions")
     parser.add_argument("--data-dir", type=Path, help="folder with the twelve regions")
     parser.add_argument("--most-images", type=int, default=12, help="so many of the twelve, evenly spread")
+    parser.add_argument("--least-side", type=int, default=0, help="px; without those of the twelve that are smaller")
     parser.add_argument("--sizes", default="", help="px of the longer side, comma separated; as they are by default")
     parser.add_argument("--windows", default="8", help="tokens per block side")
     parser.add_argument("--context-tokens", default="0,1024", help="0 is block-local attention")
@@ -78,12 +80,13 @@ def run(arguments: argparse.Namespace) -> None:
     variants, described = variants_of(arguments), describe_run(arguments.device)
     for path, size in tqdm(images_and_sizes(arguments), desc="fidelity", unit="image"):
         key = {"model": name, "image": path.name, "size": size or ""}
-        if sum(row["image"] == path.name and row["size"] == str(size or "") for row in table.rows) > len(variants):
+        lacking = [variant for variant in variants if not table.holds(**key, **variant)]
+        if not lacking:
             continue
         pixels = region(path, size, arguments.images is None)
         inputs = prepare(processor, [pixels], model.device, mask_background=processor.mask_background)
         try:
-            rows = compare_to_dense(model, inputs, variants, estimates_error=True)
+            rows = compare_to_dense(model, inputs, lacking, estimates_error=True)
         except DenseDoesNotFit as error:
             logger.warning("%s: %s", path.name, error)
             continue
@@ -125,7 +128,8 @@ def images_and_sizes(arguments: argparse.Namespace) -> list[tuple[Path, int | No
         if arguments.data_dir is None or None in sizes:
             raise ValueError("nothing to compare: pass --images, or --data-dir and --sizes.")
         regions = list(twelve_regions(arguments.data_dir))
-        paths = [regions[index] for index in spread_order(len(regions))[: arguments.most_images]]
+        spread = [regions[index] for index in spread_order(len(regions))]
+        paths = [path for path in spread if shorter_side(path) >= arguments.least_side][: arguments.most_images]
     return [(path, size) for size in sizes for path in paths]
 
 

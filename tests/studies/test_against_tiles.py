@@ -9,6 +9,7 @@ from PIL import Image
 from sparsepath_vit import SparsePathViTConfig, SparsePathViTImageProcessor, SparsePathViTModel
 from sparsepath_vit.runtime.configured import configured
 from sparsepath_vit.runtime.pixels import prepare
+from sparsepath_vit.tasks.classification.linear_probe import LinearHead
 from studies.against_tiles import __main__ as against_tiles
 from studies.against_tiles import features, finetuning
 from studies.against_tiles.datasets import cells_of_three_kinds, nuclei
@@ -158,6 +159,7 @@ def test_labels_of_tokens(tmp_path):
 def test_each_variant_has_its_row(part, encoder, tmp_path, run_script, monkeypatch):
     monkeypatch.setattr(features, "TILE_SIZE", 28)
     monkeypatch.setattr("studies.against_tiles.probes.BOOTSTRAP_SAMPLES", 20)
+    monkeypatch.setattr(against_tiles, "VARIANTS", against_tiles.VARIANTS[:2])
     encoder.model.save_pretrained(tmp_path / "model")
     encoder.processor.save_pretrained(tmp_path / "model")
     given = {"--data-dir": small_data(tmp_path / "data"), "--model-name-or-path": tmp_path / "model", "--parts": part}
@@ -171,8 +173,8 @@ def test_each_variant_has_its_row(part, encoder, tmp_path, run_script, monkeypat
     with (tmp_path / f"out/against_tiles_{part}.csv").open() as file:
         rows = list(csv.DictReader(file))
     # Two data sets of tokens, none of which lies away from such small tiles' borders; tiles and two patterns with three
-    # kinds of positions each, at the size that is larger than the window; three frozen and three trained.
-    assert len(rows) == {"regions": 8, "tokens": 2 * 2 * 4, "positions": 1 + 2 * 3, "finetuning": 2 * 3}[part]
+    # kinds of positions each, at the size that is larger than the window; two frozen and two trained.
+    assert len(rows) == {"regions": 8, "tokens": 2 * 2 * 4, "positions": 1 + 2 * 3, "finetuning": 2 * 2}[part]
     for row in rows:
         if row["variant"] == features.TILES:
             assert float(row["balanced_accuracy_minus_tiles"]) == float(row["log_loss_high_minus_tiles"]) == 0
@@ -201,33 +203,50 @@ def test_shares_of_the_training_labels_say_nothing():
     assert np.mean([found["balanced_accuracy"] for found in accuracies]) > 0.27
 
 
-def test_fine_tuning_starts_from_the_probe_and_learns(encoder, monkeypatch):
-    """Regions of three colours: the frozen probe and training both find them; without a step both say the same."""
-    monkeypatch.setattr(features, "TILE_SIZE", 28)
+def colours(encoder, variant):
+    """Twelve regions of three colours."""
     generator = np.random.default_rng(0)
     labels = np.repeat([0, 1, 2], 4)
     images = [generator.integers(0, 90, (56, 56, 3), dtype=np.uint8) for _ in labels]
     for image, label in zip(images, labels, strict=True):
         image[..., label] += 100
-    groups = [str(number) for number in range(len(labels))]
-    for variant in (features.TILES, "w = 8, 60 % pruned"):
-        frozen = np.stack([features.region_features(encoder, image, variant) for image in images])
-        untrained = finetuning.Training(epochs=0)
-        at_start = finetuning.fine_tuned(encoder, images, frozen, labels, groups, variant, untrained)
-        probe = cross_validated(frozen, labels, groups, num_folds=3, num_seeds=1)
-        np.testing.assert_allclose(at_start.probabilities, probe.probabilities, atol=0.02)  # bfloat16 on some machines
-        before = {name: state.clone() for name, state in encoder.model.state_dict().items()}
-        trained = finetuning.fine_tuned(
-            encoder, images, frozen, labels, groups, variant, finetuning.Training(epochs=3, learning_rate=3e-3)
-        )
-        assert trained.scores()[1] < at_start.scores()[1] - 0.01
-        for name, state in encoder.model.state_dict().items():
-            torch.testing.assert_close(state, before[name], rtol=0, atol=0)
+    frozen = np.stack([features.region_features(encoder, image, variant) for image in images])
+    return finetuning.Regions(images, frozen, labels, np.arange(12), 3)
+
+
+WEAK = 1e2  # a penalty that leaves training much to gain on colours
+
+
+@pytest.mark.parametrize("variant", [features.TILES, "w = 8, 60 % pruned"])
+def test_fine_tuning_starts_from_the_probe_and_learns(encoder, variant, monkeypatch):
+    monkeypatch.setattr(features, "TILE_SIZE", 28)
+    regions = colours(encoder, variant)
+    train, indices = regions.folds(3, seed=0)[0]
+    held_out, training = regions.part(indices), finetuning.Training(learning_rate=3e-3)
+    before = {name: state.clone() for name, state in encoder.model.state_dict().items()}
+    said = finetuning.said_after_each_epoch(encoder, train, held_out, WEAK, variant, training, {0, 3})
+    np.testing.assert_array_equal(said[0], softmax(train.head(WEAK), held_out.features))
+    of_label = [probabilities[range(4), held_out.labels] for probabilities in (said[0], said[3])]
+    assert np.log(of_label[1]).mean() > np.log(of_label[0]).mean() + 0.01
+    for name, state in encoder.model.state_dict().items():
+        torch.testing.assert_close(state, before[name], rtol=0, atol=0)
+
+
+def test_a_training_that_harms_is_not_chosen(encoder):
+    """Steps so large that the features are lost: the frozen probe is what remains, to the last bit."""
+    regions = colours(encoder, "w = 8")
+    train, indices = regions.folds(3, seed=0)[0]
+    held_out, harmful = regions.part(indices), finetuning.Training(learning_rate=30.0, most_epochs=1)
+    said, epochs = finetuning.fine_tuned(encoder, train, held_out, "w = 8", harmful)
+    assert epochs == 0
+    np.testing.assert_array_equal(said, softmax(train.head(train.penalty()), held_out.features))
+    useful = finetuning.Training(learning_rate=3e-3, most_epochs=1)
+    assert finetuning.chosen_epochs(encoder, train, WEAK, "w = 8", useful) == 1
 
 
 def test_logits_of_tiles_are_those_of_their_mean_by_area(encoder, image, monkeypatch):
     monkeypatch.setattr(features, "TILE_SIZE", 56)
-    classifier = finetuning._classifier(encoder, 3).eval()
+    classifier = finetuning._classifier(encoder, LinearHead(np.ones((3, 32)), np.zeros(3))).eval()
     with configured(classifier, **features.PATTERNS[features.DENSE]), torch.no_grad():
         pooled = torch.as_tensor(features.region_features(encoder, image, features.TILES), dtype=torch.float32)
         expected = classifier.classifier(pooled)

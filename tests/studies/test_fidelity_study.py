@@ -48,6 +48,16 @@ def test_the_table_has_all_variants_and_goes_on_where_it_was_stopped(call, tmp_p
         every = call(*arguments, tmp_path / "a.png", tmp_path / "b.png")
     assert every[:10] == first and len(every) == 20 and compared == ["b.png"] * 2
     assert "w = 2, 40 context tokens" in caplog.text
+    table = tmp_path / "out" / "fidelity.csv"
+    lines = table.read_text().splitlines(keepends=True)
+    table.write_text("".join(lines[:-3] + lines[-2:]))  # a row that somebody took out is made again, and no other
+    compare, lacking = study.compare_to_dense, []
+    monkeypatch.setattr(
+        study, "compare_to_dense", lambda *given, **more: lacking.append(given[2]) or compare(*given, **more)
+    )
+    again = call(*arguments, tmp_path / "a.png", tmp_path / "b.png")
+    assert [row["variant"] for row in again[-3:]] == [every[index]["variant"] for index in (-2, -1, -3)]
+    assert [len(variants) for variants in lacking] == [1]
 
 
 region = study.region

@@ -8,6 +8,7 @@ from PIL import Image
 from places import SHARED_DATA
 from run_script import load_study
 
+from sparsepath_vit.runtime.configured import configured
 from studies.long_range import experiment as long_range
 from studies.long_range.experiment import LongRangeModel, LongRangePattern, LongRangeSettings, TissueStrips, reach
 
@@ -56,12 +57,40 @@ def test_the_reach_is_the_largest_distance_that_can_be_learnt():
     assert 20 > of(4, False) >= 4
 
 
-def test_context_tokens_go_with_a_window_and_global_tokens():
+def test_context_tokens_go_with_a_window_and_dense_weights_are_tested_with_all_patterns():
     settings = LongRangeSettings(windows=(None, 8), contexts=(0, 48))
-    names = [str(pattern) for pattern in long_range.patterns_of(settings)]
-    assert names == ["dense", "dense, no globals", "w = 8", "w = 8, 48 context tokens", "w = 8, no globals"]
+    patterns = long_range.patterns_of(settings)
+    without = ["dense, no globals", "w = 8, no globals", "w = 8, 48 context tokens, no globals"]
+    names = ["dense", without[0], "w = 8", "w = 8, 48 context tokens", *without[1:]]
+    assert [str(pattern) for pattern in patterns] == names
+    assert [str(pattern) for pattern in long_range.tests_of(settings, patterns[1])] == without
+    assert long_range.tests_of(settings, patterns[3]) == [patterns[3]]
     model = LongRangeModel(settings, LongRangePattern(8, True, 48))
     assert model.encoder.config.num_context_tokens == 48
+
+
+@pytest.mark.parametrize("num_context_tokens", [8, 32])
+def test_without_global_tokens_context_tokens_are_right_where_they_are_exact(num_context_tokens):
+    """With one for every token, and, as all queries equal the mean query, with fewer, they give what dense gives."""
+    torch.manual_seed(0)
+    model = LongRangeModel(SMALL, LongRangePattern(None, False)).eval()
+    if num_context_tokens < SMALL.columns:
+        for layer in model.encoder.encoder.layers:
+            layer.attention.qkv.weight.data[: SMALL.hidden_size] = 0
+            layer.attention.qkv.bias.data[: SMALL.hidden_size].normal_()
+    pixels = torch.randn(2, 3, 4, 4 * SMALL.columns)
+    first = model.encoder.config.num_global_tokens
+    with torch.no_grad():
+        dense = model.encoder(pixels).last_hidden_state[:, first:]
+        with configured(model.encoder, window_size=4):
+            local = model.encoder(pixels).last_hidden_state[:, first:]
+        with configured(model.encoder, window_size=4, num_context_tokens=num_context_tokens):
+            stratified = model.encoder(pixels).last_hidden_state[:, first:]
+        model.encoder.embeddings.cls_token.data.normal_()  # seen by none, and there is nothing to choose
+        with configured(model.encoder, window_size=4, num_context_tokens=32):
+            torch.testing.assert_close(model.encoder(pixels).last_hidden_state[:, first:], dense)
+    torch.testing.assert_close(stratified, dense)
+    assert (local - dense).abs().max() > 0.01
 
 
 def test_structures_lie_where_they_should_and_the_label_compares_them(tmp_path):
@@ -113,15 +142,20 @@ def test_the_script_writes_table_and_figure_and_goes_on(run_script, tissue, tmp_
     run_script(script, *flags)
     with (tmp_path / "long_range.csv").open() as file:
         rows = list(csv.DictReader(file))
-    models = [("", "True", "0"), ("", "False", "0"), ("4", "True", "0"), ("4", "True", "8"), ("4", "False", "0")]
-    expected = [(*model, distance) for model in models for distance in ("4", "20")]
+    of_window = [("4", has_globals, context) for has_globals in ("True", "False") for context in ("0", "8")]
+    of_dense = [
+        [("", has_globals, "0"), *[row for row in of_window if row[1] == has_globals]]
+        for has_globals in ("True", "False")
+    ]
+    expected = [(*row, distance) for row in (*of_dense[0], *of_dense[1], *of_window) for distance in ("4", "20")]
     columns = ("window_size", "has_globals", "num_context_tokens", "distance")
     assert [tuple(row[name] for name in columns) for row in rows] == expected
+    assert [row["trained"] for row in rows[:14:2]] == ["dense"] * 3 + ["dense, no globals"] * 3 + ["w = 4"]
     assert (tmp_path / "long_range.png").stat().st_size > 10_000
     lines = (tmp_path / "long_range.csv").read_text().splitlines(keepends=True)
     (tmp_path / "long_range.csv").write_text("".join(lines[:-1]))  # as if stopped inside the last model
     trained, train = [], long_range.train
     monkeypatch.setattr(script, "train", lambda *arguments: trained.append(arguments[2]) or train(*arguments))
     run_script(script, *flags)
-    assert trained == [LongRangePattern(4, False)]
-    assert len((tmp_path / "long_range.csv").read_text().splitlines()) == 11
+    assert trained == [LongRangePattern(4, False, 8)]
+    assert (tmp_path / "long_range.csv").read_text().splitlines(keepends=True) == lines
