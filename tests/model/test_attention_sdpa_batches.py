@@ -33,13 +33,11 @@ def test_each_tile_gets_its_own_queries_keys_and_mask(batch, most_tiles, min_til
     packed = [torch.randn(grid.num_tokens, HEADS, HEAD_DIM) for _ in range(3)]
     gathered = GatheredTiles(*packed, 0, prepared, of_tiles)
     for part in of_tiles:
-        assert len(part.tiles) <= most_tiles
+        assert len(part.tiles) <= part.count <= most_tiles
         assert len({tile.image for tile in part.tiles}) == 1  # an image's batches do not depend on other images
         *states, mask = gathered.of(part)
         sizes = (part.num_queries, part.num_keys, part.num_keys)
-        assert [tuple(of_part.shape) for of_part in states] == [
-            (len(part.tiles), HEADS, size, HEAD_DIM) for size in sizes
-        ]
+        assert [tuple(of_part.shape) for of_part in states] == [(part.count, HEADS, size, HEAD_DIM) for size in sizes]
         for index, tile in enumerate(part.tiles):
             for of_part, of_all, runs in zip(states, packed, ([tile.queries], tile.keys, tile.keys), strict=True):
                 expected = take_runs(of_all, runs).transpose(0, 1)
@@ -70,7 +68,8 @@ def test_full_blocks_are_computed_together_and_few_sizes_are_left():
     tiles = [tile for tile in query_tiles(prepared) if tile.block_row >= 0]
     of_tiles = list(tile_batches(tiles, lambda num_queries, num_keys: 16))
     inside = [part for part in of_tiles if (part.num_queries, part.num_keys) == (64, 9 * 64 + 5)]
-    assert [len(part.tiles) for part in inside] == [16, 16, 8, 2]  # 7 x 6 blocks
+    assert [part.count for part in inside] == [16, 16, 4, 4, 1, 1]  # 7 x 6 blocks
+    assert {part.count for part in of_tiles} == {16, 4, 1}
     assert len({(part.num_queries, part.num_keys) for part in of_tiles}) < 9
 
 

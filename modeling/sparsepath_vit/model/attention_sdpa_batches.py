@@ -14,8 +14,9 @@ from .attention_backend import PreparedGrid
 from .attention_products import MULTIPLE_OF_KEYS, MULTIPLE_OF_QUERIES
 from .attention_sdpa_tables import QueryTile, own_weights
 
-# A size that so many tiles have is kept, all others are filled up: few sizes, for each of which oneDNN compiles code.
-MIN_TILES_OF_A_SIZE = 4
+# oneDNN compiles a product for the sizes and the number of its tiles, and keeps 2 MB for the three of attention. So
+# there are few sizes: one that so many tiles have is kept, all others are filled up.
+MIN_TILES_OF_A_SIZE = 8
 
 
 class TileBatch(NamedTuple):
@@ -23,10 +24,12 @@ class TileBatch(NamedTuple):
 
     Attributes:
         tiles: which have a block row.
+        count: of the tiles that are computed; where it is more, the last one is repeated.
         num_queries, num_keys: what each is filled up to.
     """
 
     tiles: list[QueryTile]
+    count: int
     num_queries: int
     num_keys: int
 
@@ -48,21 +51,25 @@ def tile_batches(tiles: Sequence[QueryTile], most_at_once: Callable[[int, int], 
     # Image by image: one in a batch of images gets what it gets alone, bit by bit.
     for (_, num_queries, num_keys), alike in of_size.items():
         start = 0
-        for count in _parts(len(alike), most_at_once(num_queries, num_keys)):
-            yield TileBatch(alike[start : start + count], num_queries, num_keys)
+        for count in _counts(len(alike), most_at_once(num_queries, num_keys)):
+            yield TileBatch(alike[start : start + count], count, num_queries, num_keys)
             start += count
+
+
+def _counts(number: int, most: int) -> Iterator[int]:
+    """Parts of at most so many, which are the number together or more, in at most three sizes."""
+    few = 1 if most < 4 else 2 if most < 8 else 4
+    while number > 0:
+        if number + few > most:
+            part = most
+        else:
+            part = few if 2 * number > few else 1
+        yield part
+        number -= part
 
 
 def _filled_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
-
-
-def _parts(number: int, most: int) -> Iterator[int]:
-    """The number as a sum of parts of at most so many, in few sizes: the most, then powers of two."""
-    while number:
-        part = most if number >= most else 1 << (number.bit_length() - 1)
-        yield part
-        number -= part
 
 
 class GatheredTiles:
@@ -91,8 +98,9 @@ class GatheredTiles:
         self.memories = [states.new_empty(0) for states in (key, value)]
         self.num_heads, self.head_dim = query.shape[1:]
         self.first_rows = torch.arange(self.num_heads, device=query.device)[:, None] * len(key)
-        tiles, device = [tile for batch in batches for tile in batch.tiles], query.device
-        most_queries, most_keys = (max(batch[index] for batch in batches) for index in (1, 2))
+        tiles = [tile for batch in batches for tile in _repeated(batch)]
+        most_queries, most_keys = (max(batch[index] for batch in batches) for index in (2, 3))
+        device = query.device
         self.queries, _ = _tokens_of_runs([[tile.queries] for tile in tiles], most_queries, device)
         self.keys, self.num_keys = _tokens_of_runs([tile.keys for tile in tiles], most_keys, device)
         self.first_query, self.num_passed = first_query, 0
@@ -104,15 +112,15 @@ class GatheredTiles:
         """Queries, keys, values and mask of the next batch, good until the one after it.
 
         Returns:
-            (tiles, heads, queries or keys, head_dim) each, contiguous, filled up with what is there already; and where
-            queries see keys, as a bool or a number that is added to the logits, (tiles, 1, queries or 1, keys), `None`
+            (count, heads, queries or keys, head_dim) each, contiguous, filled up with what is there already; and where
+            queries see keys, as a bool or a number that is added to the logits, (count, 1, queries or 1, keys), `None`
             where all see all.
         """
-        tiles = slice(self.num_passed, self.num_passed + len(batch.tiles))
+        tiles = slice(self.num_passed, self.num_passed + batch.count)
         self.num_passed = tiles.stop
         queries, keys = self.queries[tiles, : batch.num_queries], self.keys[tiles, : batch.num_keys]
         rows = (keys[:, None] + self.first_rows).flatten()
-        shape = len(batch.tiles), self.num_heads, -1, self.head_dim
+        shape = batch.count, self.num_heads, -1, self.head_dim
         key, value = (self._gathered(index, rows).view(shape) for index in (0, 1))
         query = self.query.index_select(0, (queries - self.first_query).flatten())
         query = query.unflatten(0, queries.shape).unflatten(2, (self.num_heads, -1)).transpose(1, 2).contiguous()
@@ -128,7 +136,7 @@ class GatheredTiles:
     def _mask(
         self, batch: TileBatch, queries: torch.Tensor, keys: torch.Tensor, ends: torch.Tensor
     ) -> torch.Tensor | None:
-        """The mask of (tiles, queries) and (tiles, keys) tokens, of which those before the ends are keys."""
+        """The mask of (count, queries) and (count, keys) tokens, of which those before the ends are keys."""
         is_seen = None
         if any(tile.num_keys < batch.num_keys for tile in batch.tiles):
             is_seen = (torch.arange(batch.num_keys, device=ends.device) < ends[:, None])[:, None]
@@ -141,6 +149,11 @@ class GatheredTiles:
             return None if is_seen is None else is_seen[:, None]
         addition = self.addition[keys][:, None]
         return (addition if is_seen is None else torch.where(is_seen, addition, -torch.inf))[:, None]
+
+
+def _repeated(batch: TileBatch) -> list[QueryTile]:
+    """As many tiles of a batch as are computed."""
+    return batch.tiles + batch.tiles[-1:] * (batch.count - len(batch.tiles))
 
 
 def _tokens_of_runs(

@@ -100,7 +100,7 @@ class TileAttention:
                 attended = self.products.attend_batch(*states, mask, self.scale)
             else:
                 attended = torch.nn.functional.scaled_dot_product_attention(*states, attn_mask=mask, scale=self.scale)
-            for tile, of_tile in zip(batch.tiles, attended.transpose(1, 2).unbind(), strict=True):
+            for tile, of_tile in zip(batch.tiles, attended.transpose(1, 2), strict=False):
                 start, end = tile.queries
                 output[start - first_query : end - first_query] = of_tile[: end - start]
 

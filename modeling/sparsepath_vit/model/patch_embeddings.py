@@ -97,9 +97,9 @@ class SparsePathViTPatchEmbeddings(nn.Module):
             )
         # On an accelerator reading the answer would stall the queue, and capturing a graph would fail.
         is_checked = pixel_values.device.type == "cpu" and not torch.compiler.is_compiling()
-        # In parts: the check makes copies of what it checks.
+        # In parts: the check makes copies of what it checks. Where the sum is finite, all are; that is much quicker.
         parts = pixel_values.split(_CHECKED_PIXEL_ROWS, dim=2) if is_checked and not is_raw else ()
-        if not all(torch.isfinite(part).all() for part in parts):
+        if not all(part.sum().isfinite() or part.isfinite().all() for part in parts):
             raise ValueError(
                 "pixel_values holds NaN or infinite numbers, which would spread to every token: check the image and "
                 "its normalisation."
