@@ -121,7 +121,8 @@ class SparsePathViTEmbeddings(nn.Module):
         if image_sizes is not None:
             sizes = image_sizes.tolist() if isinstance(image_sizes, torch.Tensor) else list(image_sizes)
             _check_image_sizes(sizes, batch, height, width)
-            grid_sizes = [(-(-rows // patch_size), -(-columns // patch_size)) for rows, columns in sizes]
+            # Rounded up by a sum: torch.compile fails on products of `-(-rows // patch_size)` where sizes are open.
+            grid_sizes = [tuple((side + patch_size - 1) // patch_size for side in size) for size in sizes]
         present = None if patch_mask is None else patch_mask.to(pixel_values.device)
         return token_grid_of_sizes(self.config, grid_sizes, present, pixel_values.device)
 
@@ -252,16 +253,20 @@ class SparsePathViTEmbeddings(nn.Module):
         size = grid.grid_sizes[0]
         if all(other == size for other in grid.grid_sizes):
             return self._position_map(size, 0, size[0])[grid.rows, grid.columns]
-        # A list, not a dict: hashing a size would make torch.compile compile anew for every size.
+        # Lists and `==`, no dict and no `index`: torch.compile would compile anew for every size, or not at all.
         distinct_sizes: list[tuple[int, int]] = []
+        first_entries: list[int] = []  # of each in the table
+        starts: list[int] = []  # of each image
+        end = 0
         for size in grid.grid_sizes:
-            if size not in distinct_sizes:
+            known = [entry for other, entry in zip(distinct_sizes, first_entries, strict=True) if other == size]
+            if not known:
                 distinct_sizes.append(size)
+                first_entries.append(end)
+                known = [end]
+                end += size[0] * size[1]
+            starts += known
         position_table = torch.cat([self._position_map(size, 0, size[0]).flatten(0, 1) for size in distinct_sizes])
-        first_entries = [
-            sum(rows * columns for rows, columns in distinct_sizes[:index]) for index in range(len(distinct_sizes))
-        ]
-        starts = [first_entries[distinct_sizes.index(size)] for size in grid.grid_sizes]
         images = grid.images()
         columns_of_image = per_image([columns for _, columns in grid.grid_sizes], grid.device)
         starts_of_image = per_image(starts, grid.device)
