@@ -68,7 +68,9 @@ def resampling_weights(
         (new_size, old_size), of the dtype and on the device of `like`.
     """
     identity = torch.eye(old_size, dtype=like.dtype, device=like.device)
-    if new_size == old_size and not offset:
+    # Compiling is asked first: the comparison would bind a graph to this size, or exclude it. The kernel at scale 1 is
+    # the identity.
+    if not torch.compiler.is_compiling() and new_size == old_size and not offset:
         return identity
     # Where torch is given a scale it takes samples at that scale, and rounds only their number.
     target = {"scale_factor": ((new_size + offset) / old_size, 1.0)} if offset else {"size": (new_size, old_size)}
@@ -237,7 +239,9 @@ class SparsePathViTEmbeddings(nn.Module):
     def _position_map(self, size: tuple[int, int], first_row: int, num_rows: int) -> torch.Tensor:
         """Position embeddings of some rows of a grid, resampled bicubically: (num_rows, columns, hidden_size)."""
         side, antialias = self.position_grid, self.config.position_antialias
-        offset = 0.0 if size == (side, side) else self.config.position_interpolation_offset
+        offset = self.config.position_interpolation_offset
+        if offset and size == (side, side):  # the offset first: comparing sizes would bind a graph to them
+            offset = 0.0
         positions = self.position_embeddings[0, self.config.num_prefix_position_embeddings :]
         positions = positions.to(torch.promote_types(positions.dtype, torch.float32))
         with maybe_autocast(positions.device.type, enabled=False):  # autocast would resample in its lower precision
