@@ -101,6 +101,8 @@ def memory() -> str:
         title = f"{name}, {row['layers']} layers, {SHORT_DTYPES[row['dtype']]}, p = {row['prune_ratio']}"
         whole = "" if row["tokens_per_strip"] == "default" else ", whole layers"
         whole += f", {row['processes']} processes, the larger" if row["processes"] != "1" else ""
+        if row.get("num_context_tokens") not in (None, "", "0"):  # earlier rows are of none, and have no such column
+            whole += f", {row['num_context_tokens']} context tokens"
         return [
             f"{title}{whole}, {row['size']} px",
             *(f"{gibibytes[name]:.2f}" for name in gibibytes),

@@ -15,6 +15,7 @@ Examples:
     python scripts/benchmark.py memory --architecture uni2-h --layers 3 --sizes 13720 --prune-after-layer 1
     python scripts/benchmark.py quantised --checkpoint ./uni2-h --image region.png --sizes 896
     python scripts/benchmark.py memory --sizes 6860 --processes 1,2
+    python scripts/benchmark.py memory --layers 3 --sizes 3430 --prune-ratios 0 --context-tokens 0,1024
 
 On a GPU:
     python scripts/benchmark.py model --architecture uni2-h --sizes 224,448,896,1400,3430,6860,13720 --compile
@@ -89,6 +90,7 @@ def _memory_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser
     memory.add_argument("--sizes", default="3430", help="pixels of a square image, comma separated")
     memory.add_argument("--prune-ratios", default="0,0.6", help="comma separated")
     memory.add_argument("--prune-after-layer", type=int, default=4)
+    memory.add_argument("--context-tokens", default="0", help="comma separated; 0 is block-local attention")
     memory.add_argument("--tokens-per-strip", type=int, default=None, help="0 for whole layers; the model's by default")
     memory.add_argument("--processes", default="1", help="how many share the image, comma separated")
     memory.add_argument("--out", type=Path, default=Path("model_card/results/benchmark_memory.csv"))
@@ -148,18 +150,20 @@ def benchmark_memory(arguments: argparse.Namespace) -> None:
             dtype=arguments.dtype,
             prune_ratio=prune_ratio,
             prune_after_layer=arguments.prune_after_layer,
+            num_context_tokens=num_context_tokens,
             tokens_per_strip=arguments.tokens_per_strip,
             num_threads=torch.get_num_threads(),
             num_processes=num_processes,
         )
         for size in map(int, arguments.sizes.split(","))
         for prune_ratio in map(float, arguments.prune_ratios.split(","))
+        for num_context_tokens in map(int, arguments.context_tokens.split(","))
         for num_processes in map(int, arguments.processes.split(","))
     ]
     for row in measure_memory(cases):
         logger.info(
-            "%(size)5d px  p = %(prune_ratio)s  %(processes)d processes  %(times_hidden_states)s x hidden states above "
-            "weights and pixels, process %(process_gib).2f GiB",
+            "%(size)5d px  p = %(prune_ratio)s  %(num_context_tokens)d context tokens  %(processes)d processes  "
+            "%(times_hidden_states)s x hidden states above weights and pixels, process %(process_gib).2f GiB",
             {**row, "process_gib": row["process_peak_bytes"] / 2**30},
         )
         append_rows(arguments.out, [row])

@@ -59,10 +59,7 @@ def fidelity_table(rows: "Sequence[Fidelity]") -> Table:
     table = Table("cosine to dense", *(row.variant for row in rows))
     lines = (
         ("CLS", lambda row: f"{row.cls_cosine:.4f}"),
-        (
-            "CLS, estimated",
-            lambda row: "-" if row.estimated_cls_error is None else f"{1 - row.estimated_cls_error:.4f}",
-        ),
+        ("CLS, estimated", _estimated),
         ("pooled", lambda row: f"{row.pooled_cosine:.4f}"),
         ("patches, centred", lambda row: f"{row.centred_patch_cosine:.3f}"),
         ("- 5 % are below", lambda row: f"{row.centred_patch_cosine_p5:.3f}"),

@@ -33,6 +33,7 @@ class MemoryCase:
         dtype: of the weights, "float32" or "bfloat16".
         prune_ratio: share of the patch tokens removed.
         prune_after_layer: counted from 1.
+        num_context_tokens: of the configuration; 0 for block-local attention.
         tokens_per_strip: of the configuration; 0 for whole layers, `None` for the default.
         num_threads: of the CPU, in each process.
         num_processes: that share the image; what counts is the largest of them.
@@ -44,6 +45,7 @@ class MemoryCase:
     dtype: str
     prune_ratio: float
     prune_after_layer: int
+    num_context_tokens: int
     tokens_per_strip: int | None
     num_threads: int
     num_processes: int = 1
@@ -82,6 +84,7 @@ def _measure(case: MemoryCase, rank: int, meeting: str) -> dict[str, object]:
         "processes": case.num_processes,
         "prune_ratio": case.prune_ratio,
         "prune_after_layer": case.prune_after_layer,
+        "num_context_tokens": case.num_context_tokens,
         "tokens_per_strip": "default" if case.tokens_per_strip is None else case.tokens_per_strip,
         "hidden_states_bytes": hidden_bytes,
         "weights_bytes": sum(parameter.nbytes for parameter in model.parameters()),
@@ -99,6 +102,7 @@ def _model(case: MemoryCase) -> SparsePathViTModel:
     config = known.build_config(
         prune_ratio=case.prune_ratio,
         prune_after_layer=case.prune_after_layer,
+        num_context_tokens=case.num_context_tokens,
         tokens_per_strip=case.tokens_per_strip,
         **depth,
     )

@@ -58,6 +58,24 @@ def test_a_program_of_torch_export_takes_any_batch_and_sides():
         assert_agrees([output.detach() for output in program(pixels)], model, pixels)
 
 
+@pytest.mark.parametrize(
+    ("num_context_tokens", "sizes"), [(0, [(8, 12), (6, 6), (6, 17), (33, 2)]), (30, [(8, 12), (6, 17), (33, 2)])]
+)
+def test_the_model_itself_is_exported_with_open_sides(num_context_tokens, sizes):
+    """As docs/interop.md says; (6, 6) is the size of the stored positions, and all in one neighbourhood."""
+    model = small_model(SparsePathViTModel, num_context_tokens=num_context_tokens, **PRUNED)
+    rows, columns = (torch.export.Dim(name, min=2, max=4096) for name in ("rows", "columns"))
+    sides = {"pixel_values": {2: 4 * rows, 3: 4 * columns}}
+    with torch.no_grad():
+        pixels = {"pixel_values": random_pixels(2, 9, 7)}
+        program = torch.export.export(model, (), pixels, dynamic_shapes=sides, strict=True).module()
+        for size in sizes:
+            pixels = random_pixels(2, *size)
+            expected, outputs = model(pixels), program(pixel_values=pixels)
+            for name in ("pooler_output", "last_hidden_state", "patch_positions"):
+                assert torch.allclose(outputs[name], expected[name], atol=3e-5), (size, name)
+
+
 def test_onnx_takes_any_batch_and_sides_in_onnxruntime(tmp_path):
     for name in ("onnxscript", "onnxruntime"):
         pytest.importorskip(name)

@@ -300,6 +300,20 @@ class TestCompile:
             assert relative_error(outputs.last_hidden_state, expected.last_hidden_state) < 1e-5
         assert counter.frame_count <= 2
 
+    @torch.no_grad()
+    def test_images_of_several_sizes_on_one_canvas_compile(self):
+        """Regression: the first sizes compiled, and other ones could not be traced."""
+        torch._dynamo.reset()
+        model = small_model(SparsePathViTModel, num_hidden_layers=2, prune_ratio=0.5, prune_after_layer=1)
+        counter = CompileCounterWithBackend("eager")
+        compiled = torch.compile(model, backend=counter, fullgraph=True)
+        for sizes in ([(36, 28), (20, 26)], [(48, 47), (48, 16)], [(20, 40), (20, 80)]):
+            pixels = random_pixels(2, *(-(-max(sides) // 4) for sides in zip(*sizes, strict=True)))
+            expected, outputs = model(pixels, image_sizes=sizes), compiled(pixels, image_sizes=sizes)
+            assert torch.equal(outputs.patch_positions, expected.patch_positions)
+            assert relative_error(outputs.last_hidden_state, expected.last_hidden_state) < 1e-5
+        assert counter.frame_count <= 3
+
     def test_training_compiles_without_graph_breaks(self):
         torch._dynamo.reset()
         model = small_model(SparsePathViTForImageClassification, num_hidden_layers=2, num_labels=3).train()

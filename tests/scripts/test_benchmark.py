@@ -5,6 +5,7 @@ import sys
 import pytest
 from run_script import load_script
 
+from studies.benchmarks import memory
 from studies.benchmarks.model import PEERS
 
 benchmark = load_script("benchmark")
@@ -88,13 +89,31 @@ def test_peaks_of_memory_are_recorded(tmp_path, run_script):
         "--dtype",
         "float32",
     ]
-    settings = ["--prune-ratios", "0.6", "--prune-after-layer", "1", "--processes", "2"]
+    settings = ["--prune-ratios", "0.6", "--prune-after-layer", "1", "--processes", "2", "--context-tokens", "0"]
     run_script(benchmark, *arguments, *settings, "--out", str(output))
     with output.open() as file:
         (row,) = csv.DictReader(file)
     assert (row["layers"], row["tokens"], row["prune_ratio"]) == ("2", str(32 * 32 + 5), "0.6")
+    assert row["num_context_tokens"] == "0"
     assert int(row["hidden_states_bytes"]) == (32 * 32 + 5) * 192 * 4 and int(row["pixels_bytes"]) == 3 * 448**2
     assert float(row["times_hidden_states"]) == pytest.approx(
         int(row["peak_growth_bytes"]) / int(row["hidden_states_bytes"]), abs=1e-3
     )
     assert int(row["process_peak_bytes"]) > int(row["peak_growth_bytes"]) + int(row["weights_bytes"])
+
+
+def test_peaks_of_memory_are_taken_with_context_tokens(tmp_path, run_script, monkeypatch):
+    output, configurations = tmp_path / "memory.csv", []
+
+    def measure(cases):
+        """In this process: only what the models are made of counts here."""
+        for case in cases:
+            configurations.append(memory._model(case).config)
+            yield memory._measure(case, 0, "")
+
+    monkeypatch.setattr(benchmark, "measure_memory", measure)
+    settings = ["--architecture", "vit-tiny-14-reg4", "--layers", "1", "--sizes", "224", "--prune-ratios", "0"]
+    run_script(benchmark, "memory", *settings, "--context-tokens", "0,64", "--out", str(output))
+    with output.open() as file:
+        assert [row["num_context_tokens"] for row in csv.DictReader(file)] == ["0", "64"]
+    assert [config.num_context_tokens for config in configurations] == [0, 64]

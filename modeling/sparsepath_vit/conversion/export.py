@@ -1,8 +1,9 @@
 # Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
 """A checkpoint as one graph of tensor operations, for `torch.export` and ONNX, with batch and sides left open.
 
-The model itself plans its blocks in Python, so a graph of it holds for one batch of one size. Here the pattern is a
-dense mask computed inside the graph: the same numbers, in the memory of dense attention.
+`torch.export` of the model itself leaves the sides open, but lists the images of a batch in Python and calls the
+operator of this package. Here the pattern is a dense mask computed inside the graph: the same numbers, in the memory of
+dense attention, by operations that every runtime knows.
 """
 
 import importlib.util

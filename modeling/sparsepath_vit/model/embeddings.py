@@ -68,7 +68,9 @@ def resampling_weights(
         (new_size, old_size), of the dtype and on the device of `like`.
     """
     identity = torch.eye(old_size, dtype=like.dtype, device=like.device)
-    if new_size == old_size and not offset:
+    # Compiling is asked first: the comparison would bind a graph to this size, or exclude it. The kernel at scale 1 is
+    # the identity.
+    if not torch.compiler.is_compiling() and new_size == old_size and not offset:
         return identity
     # Where torch is given a scale it takes samples at that scale, and rounds only their number.
     target = {"scale_factor": ((new_size + offset) / old_size, 1.0)} if offset else {"size": (new_size, old_size)}
@@ -121,7 +123,8 @@ class SparsePathViTEmbeddings(nn.Module):
         if image_sizes is not None:
             sizes = image_sizes.tolist() if isinstance(image_sizes, torch.Tensor) else list(image_sizes)
             _check_image_sizes(sizes, batch, height, width)
-            grid_sizes = [(-(-rows // patch_size), -(-columns // patch_size)) for rows, columns in sizes]
+            # Rounded up by a sum: torch.compile fails on products of `-(-rows // patch_size)` where sizes are open.
+            grid_sizes = [tuple((side + patch_size - 1) // patch_size for side in size) for size in sizes]
         present = None if patch_mask is None else patch_mask.to(pixel_values.device)
         return token_grid_of_sizes(self.config, grid_sizes, present, pixel_values.device)
 
@@ -236,7 +239,9 @@ class SparsePathViTEmbeddings(nn.Module):
     def _position_map(self, size: tuple[int, int], first_row: int, num_rows: int) -> torch.Tensor:
         """Position embeddings of some rows of a grid, resampled bicubically: (num_rows, columns, hidden_size)."""
         side, antialias = self.position_grid, self.config.position_antialias
-        offset = 0.0 if size == (side, side) else self.config.position_interpolation_offset
+        offset = self.config.position_interpolation_offset
+        if offset and size == (side, side):  # the offset first: comparing sizes would bind a graph to them
+            offset = 0.0
         positions = self.position_embeddings[0, self.config.num_prefix_position_embeddings :]
         positions = positions.to(torch.promote_types(positions.dtype, torch.float32))
         with maybe_autocast(positions.device.type, enabled=False):  # autocast would resample in its lower precision
@@ -252,16 +257,20 @@ class SparsePathViTEmbeddings(nn.Module):
         size = grid.grid_sizes[0]
         if all(other == size for other in grid.grid_sizes):
             return self._position_map(size, 0, size[0])[grid.rows, grid.columns]
-        # A list, not a dict: hashing a size would make torch.compile compile anew for every size.
+        # Lists and `==`, no dict and no `index`: torch.compile would compile anew for every size, or not at all.
         distinct_sizes: list[tuple[int, int]] = []
+        first_entries: list[int] = []  # of each in the table
+        starts: list[int] = []  # of each image
+        end = 0
         for size in grid.grid_sizes:
-            if size not in distinct_sizes:
+            known = [entry for other, entry in zip(distinct_sizes, first_entries, strict=True) if other == size]
+            if not known:
                 distinct_sizes.append(size)
+                first_entries.append(end)
+                known = [end]
+                end += size[0] * size[1]
+            starts += known
         position_table = torch.cat([self._position_map(size, 0, size[0]).flatten(0, 1) for size in distinct_sizes])
-        first_entries = [
-            sum(rows * columns for rows, columns in distinct_sizes[:index]) for index in range(len(distinct_sizes))
-        ]
-        starts = [first_entries[distinct_sizes.index(size)] for size in grid.grid_sizes]
         images = grid.images()
         columns_of_image = per_image([columns for _, columns in grid.grid_sizes], grid.device)
         starts_of_image = per_image(starts, grid.device)

@@ -364,6 +364,11 @@ def test_what_lies_under_the_mouse_is_said(window, opened):
     found = [int(part) for part in re.findall(r"[xy] = (\d+)", said)]
     assert np.abs(np.array(found) - (x, y)).max() <= 1 and f"({x * 0.0005:.3f}, {y * 0.0005:.3f} mm)" in said
     assert float(said.split("prune_scores ")[1]) == pytest.approx(grid.values[row, column], rel=1e-3)
+    # Regression: other colours came, and the text was that of the former ones until the mouse moved.
+    window.choose("layer", "kept tokens")
+    until(lambda: "kept" in window.text("position"), "the number of the other colours")
+    window.choose("layer", "nothing")
+    until(lambda: window.text("position") == said.split(",  ")[0], "the position alone")
 
 
 def test_polygons_of_a_file_and_probabilities_are_drawn(chromium, embedded, tmp_path):

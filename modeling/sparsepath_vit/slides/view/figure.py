@@ -38,8 +38,10 @@ _NO_PALETTE = ["#ffffff"]
 _NAME_LENGTH = 13  # letters under a thumbnail
 _INVISIBLE = 1 / 512  # an alpha of 0 takes the text's place away, too
 _EMPTY_IMAGE = {"image": [], "values": [], "x": [], "y": [], "dw": [], "dh": []}
+_KEEP_POINTER = "pointer.data = {x: [cb_obj.x], y: [cb_obj.y]}"
 _SAY_POSITION = """
-const {x, y} = cb_obj
+if (pointer.data.x.length == 0) { position.text = ""; return }
+const x = pointer.data.x[0], y = pointer.data.y[0]
 const [unit_x, unit_y] = facts.data.unit[0]
 let text = `x = ${Math.floor(x / unit_x)}, y = ${Math.floor(-y / unit_y)} px`
 if (facts.data.is_known[0]) { text += ` (${(x / 1000).toFixed(3)}, ${(-y / 1000).toFixed(3)} mm)` }
@@ -82,6 +84,7 @@ class SlideFigure:
         self.position = Div(text="", name="position", height=20)
         self.overlay = ColumnDataSource(dict(_EMPTY_IMAGE), name="overlay")
         self._facts = ColumnDataSource({"unit": [[1.0, 1.0]], "is_known": [False], "name": [""]})
+        self._pointer = ColumnDataSource({"x": [], "y": []})  # where the mouse was last, on the page
         self._tiles = self.figure.add_tile(WMTSTileSource(), level="underlay", name="tiles")
         # Row 0 of the grid is at the top.
         place = {"origin": "top_left", "anchor": "bottom_left"}
@@ -114,6 +117,7 @@ class SlideFigure:
             wrap_around=False,
         )
         self._facts.data = {"unit": [slide.unit.tolist()], "is_known": [slide.mpp is not None], "name": [""]}
+        self._pointer.data = {"x": [], "y": []}
         (left, top), (right, bottom) = slide.to_page(np.array([(x, y), (x + width, y + height)])).tolist()
         self._extent = (left, right, bottom, top)
         self.fit()
@@ -153,6 +157,8 @@ class SlideFigure:
         numbers = grid if grid.ndim == 2 else np.full((rows, columns), np.nan)
         corners = np.array([(left, top), (left + columns * cell[0], top + rows * cell[1])])
         (west, north), (east, south) = slide.to_page(corners).tolist()
+        # Before the numbers: with these the window says anew what lies under the mouse.
+        self._facts.data = {**self._facts.data, "name": [values.name]}
         self.overlay.data = {
             "image": [np.ascontiguousarray(image).view(np.uint32).reshape(rows, columns)],
             "values": [numbers.astype(np.float32)],
@@ -161,7 +167,6 @@ class SlideFigure:
             "dw": [east - west],
             "dh": [north - south],
         }
-        self._facts.data = {**self._facts.data, "name": [values.name]}
         if values.is_colored:
             self._label_bar("first three principal components of the features as red, green and blue", None)
         else:
@@ -268,8 +273,13 @@ class SlideFigure:
         self.figure.add_layout(self.scale_bar)
 
     def _add_scripts(self) -> None:
+        """What lies under the mouse is said when the mouse moves, and when the colours under it change."""
         arguments = {"facts": self._facts, "overlay": self.overlay, "renderer": self.colors, "position": self.position}
-        self.figure.js_on_event("mousemove", CustomJS(args=arguments, code=_SAY_POSITION))
+        say = CustomJS(args={**arguments, "pointer": self._pointer}, code=_SAY_POSITION)
+        self.figure.js_on_event("mousemove", CustomJS(args={"pointer": self._pointer}, code=_KEEP_POINTER))
+        self._pointer.js_on_change("data", say)
+        self.overlay.js_on_change("data", say)
+        self.colors.js_on_change("visible", say)
 
 
 def place_label(place: SimilarPlace, names: Sequence[str]) -> str:
