@@ -171,20 +171,21 @@ def prune_layers() -> str:
 
 
 def long_range() -> str:
-    """Accuracy against the distance of two structures, by what patch tokens see."""
-    names = ("window_size", "num_context_tokens", "has_globals")
-    of: dict[tuple[str, ...], list[Row]] = {}
+    """Accuracy against the distance of two structures, by what patch tokens see, seed by seed."""
+    names = ("has_globals", "trained", "window_size", "num_context_tokens")
+    of: dict[tuple[str, ...], dict[str, list[Row]]] = {}
     for row in read("long_range"):
-        of.setdefault(tuple(row[name] for name in names), []).append(row)
-    table = [
-        [
-            f"w = {window}, {context} context tokens, global tokens: {has_globals}",
-            *(f"{float(row['accuracy']):.2f}" for row in rows),
-        ]
-        for (window, context, has_globals), rows in of.items()
-    ]
-    distances = [row["distance"] for row in next(iter(of.values()))]
-    return markdown(["tokens between the structures", *distances], table)
+        of.setdefault(tuple(row[name] for name in names), {}).setdefault(row["distance"], []).append(row)
+    table = []
+    for (has_globals, trained, window, context), by_distance in of.items():
+        tested = f"w = {window}" if window else "dense"
+        tested += f", {context} context tokens" if context != "0" else ""
+        weights = "of the dense one" if window and trained.startswith("dense") else "its own"
+        keys = next(iter(by_distance.values()))[0]["keys_per_query"]
+        cells = [" / ".join(f"{float(row['accuracy']):.2f}" for row in rows) for rows in by_distance.values()]
+        table.append([tested, "seen" if has_globals == "True" else "not seen", weights, f"{float(keys):.0f}", *cells])
+    distances = [f"{distance} apart" for distance in next(iter(of.values()))]
+    return markdown(["accuracy, seed by seed", "global tokens", "weights", "keys a query", *distances], table)
 
 
 TABLES: dict[str, Callable[[], str]] = {

@@ -68,7 +68,7 @@ class LongRangeSettings:
     hidden_size: int = 32
     num_layers: int = 2
     num_register_tokens: int = 3
-    steps: int = 800
+    steps: int = 1600
     batch_size: int = 32
     learning_rate: float = 5e-3
     test_strips: int = 256
