@@ -146,7 +146,8 @@ def finetuning_rows(encoder: Encoder, arguments: argparse.Namespace) -> Iterator
             key = {"size": size, "variant": name, "settings": " ".join(map(str, astuple(training)))}
             probes[f"{name}, frozen"] = cross_validated(frozen, labels, blocks, training.num_folds, num_seeds=1)
             probes[name] = _fine_tuned_probe(encoder, regions, [path.name for path in files], key, training, table)
-        yield from _rows(probes, {"size": size, "epochs": training.most_epochs, "rank": training.rank})
+            of_variant = {"size": size, "epochs": training.most_epochs, "rank": training.rank}
+            yield from _rows(probes, of_variant, names=(f"{name}, frozen", name))
 
 
 def _fine_tuned_probe(
@@ -213,12 +214,17 @@ def _to_border(image: TokenImage, patch_size: int) -> np.ndarray:
 
 
 def _rows(
-    probes: dict[str, Probe], key: dict[str, object], items: np.ndarray | None = None
+    probes: dict[str, Probe],
+    key: dict[str, object],
+    items: np.ndarray | None = None,
+    names: Sequence[str] | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """What each probe scores, and its paired differences to tiles and to dense."""
-    for name, probe in probes.items():
+    """What each probe, or each named one, scores; its paired differences to tiles, to dense and to itself frozen."""
+    for name in names or probes:
+        probe = probes[name]
         row = {**key, "variant": name, **score_with_interval(probe, items)}
-        for other, short in ((TILES, "tiles"), (DENSE, "dense")):
+        others = {"tiles": TILES, "dense": DENSE, "frozen": f"{name.removesuffix(', frozen')}, frozen"}
+        for short, other in others.items():
             if other not in probes:
                 continue
             difference = difference_with_interval(probe, probes[other], items)
