@@ -124,7 +124,7 @@ def _attend_with_mean_queries(
     """`mean_output` and `mean_logsumexp` of a layer; of a strip `of_all` is known, and that of its logits unknown."""
     _, starts, context_key, context_value, bias, mean_query = layer
     tables, (num_images, num_heads, head_dim) = tiles.context, mean_query.shape
-    num_entries, log_scale = len(tables.entries), scale * math.log2(math.e)
+    num_entries, logit_scale = len(tables.entries), scale * math.log2(math.e)
     partial = bias.new_empty((num_entries, num_heads, head_dim))
     partial_max, partial_sum = (partial.new_empty(partial.shape[:-1]) for _ in range(2))
     mean_output = partial.new_empty((num_entries + num_images, num_heads, head_dim))
@@ -133,22 +133,13 @@ def _attend_with_mean_queries(
     states, strides = (mean_query, key, value), (*key.stride()[:2], *value.stride()[:2])
     shape, num_globals = {"HEAD_DIM": head_dim, "BLOCK_N": 32, "enable_fp_fusion": FP_FUSION}, tiles.num_global_tokens
     of_globals = {"NUM_GLOBALS": num_globals, "BLOCK_G": max(16, triton.next_power_of_2(num_globals))}
-    arguments = (*states, tables.entries, tiles.weights, *partials, *strides, log_scale)
+    arguments = (*states, tables.entries, tiles.weights, *partials, *strides, logit_scale)
     mean_block_kernel[(num_entries, num_heads)](*arguments, **shape)
     if of_all is None:
         mean_all_kernel[(num_images, num_heads)](
-            *(
-                *states,
-                tables.entry_offsets,
-                tiles.image_offsets,
-                *partials,
-                *results,
-                *strides,
-                num_entries,
-                log_scale,
-            ),
-            **of_globals,
-            **shape,
+            *(*states, tables.entry_offsets, tiles.image_offsets, *partials, *results),
+            *(*strides, num_entries, logit_scale),
+            **of_globals | shape,
         )
     else:
         mean_output[num_entries:] = of_all
@@ -156,7 +147,7 @@ def _attend_with_mean_queries(
     mean_merge_kernel[(num_images * chunks, num_heads)](
         *(*states, tables.entries, tables.entry_offsets, tiles.image_offsets, *partials),
         *(context_key, context_value, bias, starts, *results),
-        *(*strides, num_entries, num_images, chunks, tiles.global_shift, bias.shape[1], log_scale),
+        *(*strides, num_entries, num_images, chunks, tiles.global_shift, bias.shape[1], logit_scale),
         RADIUS=tiles.neighbor_radius,
         BLOCK_E=MEAN_ROWS,
         **of_globals,
