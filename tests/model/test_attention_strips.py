@@ -189,6 +189,38 @@ def test_the_kernel_equals_the_specification(size, window, radius, num_globals, 
     assert_equals_the_specification(grid if kept == "all" else ragged(grid, 0.4), 40, torch.float32)
 
 
+# Rows of the mean query and slots of context tokens that are not written must not be read: memory is full of NaN.
+@pytest.mark.parametrize(
+    ("size", "window", "radius", "num_context_tokens", "share", "is_weighted", "cut"),
+    [
+        ((14, 9), 4, 1, 20, None, False, "block rows"),
+        ((13, 7), 3, 0, 9, 0.6, True, "block rows"),
+        ((10, 5), 2, 2, 8, 0.5, False, "anywhere"),
+        ((25, 6), 8, 1, 100, 0.7, True, "anywhere"),
+        ((11, 9), 4, 0, 1, None, True, "block rows"),
+    ],
+)
+@needs_the_kernel
+def test_the_kernel_shows_context_tokens_to_strips(
+    size, window, radius, num_context_tokens, share, is_weighted, cut, monkeypatch
+):
+    set_block_attention_backend("triton")
+    settings = {"window_size": window, "neighbor_radius": radius, "num_context_tokens": num_context_tokens}
+    grid = TokenGrid.create([size], num_global_tokens=3, **settings)
+    grid, generator = grid if share is None else ragged(grid, share), torch.Generator().manual_seed(4)
+    if is_weighted:
+        grid = dataclasses.replace(grid, weights=torch.randint(1, 9, (len(grid.rows),), generator=generator))
+    assert grid.has_context
+    context = draw_context_tokens(grid, exact_tokens(torch.rand(len(grid.rows), generator=generator), grid))
+    if cut == "anywhere":
+        monkeypatch.setattr(token_strips, "block_row_ends", lambda *arguments: None)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert_equals_the_specification(grid, 30, torch.float32, context)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_errors_say_what_a_strip_takes():
     grid = TokenGrid.create([(12, 8)], num_global_tokens=2, window_size=4)
     strip = token_strip(grid, 0, strip_ranges(grid, 0, 32)[1])

@@ -246,21 +246,23 @@ def test_empty_tiles_of_an_upper_bound_do_nothing():
 
 # (kernel, dtype, head_dim, tile size, compute capability): most registers, and most instructions of a step of the loops
 # over whole steps, over the rest and over masked keys. With Triton 3.6 and 3.9 the steps have
-#     forward 64: 295, 214, 176 and 311, 230, 190; forward 128: 294, 206, 188 and 309, 219, 199
-#     backward of queries: 247, 170, 131 and 276, 197, 154; of keys and values: 216, 183, 234 and 227, 175, 193
+#     forward 64: 285, 198, 168 and 294, 214, 183; forward 128: 283, 198, 179 and 298, 211, 191
+#     backward of queries: 235, 153, 123 and 265, 181, 146; of keys and values: 234, 176, 227 and 219, 165, 186
 # and the registers let four programs of the forward share a multiprocessor, of large tiles two, of the backward three.
+# What 3.9 takes more are fences between copies and matrix products, and uniform registers that it fills again.
 MOST_INSTRUCTIONS = {
-    ("forward", "bfloat16", 64, 64, 90): (128, 319, 240, 200),
-    ("forward", "bfloat16", 64, 128, 90): (128, 319, 230, 210),
+    ("forward", "bfloat16", 64, 64, 90): (128, 304, 224, 192),
+    ("forward", "bfloat16", 64, 128, 90): (128, 304, 222, 200),
     # A head of 80 is 64 + 16: padded to 128 it took 182 registers and 82 kB of shared memory.
-    ("forward", "bfloat16", 80, 64, 90): (176, 372, 303, 236),
-    ("backward_query", "bfloat16", 64, 64, 90): (168, 290, 207, 162),
-    ("backward_key_value", "bfloat16", 64, 64, 90): (168, 240, 190, 245),
-    # With context tokens, whose loop comes last: 345 and 352, of the backward of queries 288 and 306. The others stay.
-    # As many programs share a multiprocessor but of the forward, of which shared memory leaves three.
-    ("forward stratified", "bfloat16", 64, 64, 90): (160, 325, 245, 205, 375),
-    ("backward_query stratified", "bfloat16", 64, 64, 90): (168, 292, 207, 162, 322),
-    ("backward_key_value stratified", "bfloat16", 64, 64, 90): (168, 242, 200, 260),
+    ("forward", "bfloat16", 80, 64, 90): (176, 360, 277, 225),
+    ("backward_query", "bfloat16", 64, 64, 90): (168, 278, 190, 153),
+    ("backward_key_value", "bfloat16", 64, 64, 90): (168, 240, 185, 238),
+    # With context tokens, whose loop comes last: 337 and 342, of the backward of queries 280 and 300. The others stay.
+    # As many programs share a multiprocessor but of the forward, of which shared memory leaves three, and with Triton
+    # 3.6 of the backward of queries, whose 170 registers leave two.
+    ("forward stratified", "bfloat16", 64, 64, 90): (160, 315, 224, 192, 359),
+    ("backward_query stratified", "bfloat16", 64, 64, 90): (168, 278, 190, 153, 315),
+    ("backward_key_value stratified", "bfloat16", 64, 64, 90): (168, 240, 197, 258),
 }
 COMPILED_CASES = [
     *MOST_INSTRUCTIONS,

@@ -13,7 +13,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sparsepath_vit import SparsePathViTModel
-from sparsepath_vit.model import attention_backends, encoder_sparsepath_vit, prune_score_operator
+from sparsepath_vit.model import (
+    attention_backends,
+    encoder_sparsepath_vit,
+    linear_products,
+    prune_score_operator,
+    streamed_context,
+)
 from sparsepath_vit.model.streamed_context import strip_contexts
 
 
@@ -85,6 +91,31 @@ def test_context_tokens_are_drawn_without_waiting_for_the_device(batch, image_si
         pixel_values = torch.empty(batch, 3, 160, 168, device="cuda")
         with NoOtherTensorsOfTheHost():
             outputs = model(pixel_values, image_sizes=image_sizes)
+    assert outputs.last_hidden_state.device.type == "cuda"
+
+
+@torch.no_grad()
+def test_strips_with_context_tokens_never_wait_for_the_device(monkeypatch):
+    monkeypatch.setattr(attention_backends, "_missing", lambda name, device: None)
+    monkeypatch.setattr(attention_backends, "_unwanted", lambda name, device: None)
+    streamed, run_in_strips = [], encoder_sparsepath_vit.run_in_strips
+    monkeypatch.setattr(
+        encoder_sparsepath_vit,
+        "run_in_strips",
+        lambda *args, **kwargs: streamed.append(1) or run_in_strips(*args, **kwargs),
+    )
+    settings = {"num_context_tokens": 100, "prune_ratio": 0.5, "tokens_per_strip": 200}
+    with torch.device("meta"):
+        model = SparsePathViTModel(small_config(**settings)).eval()
+    # A fake weight has the type of a fake tensor, as if it were quantised.
+    monkeypatch.setattr(linear_products, "is_plain", lambda linear: type(linear) is torch.nn.Linear)
+    monkeypatch.setattr(streamed_context, "is_plain", lambda linear: type(linear) is torch.nn.Linear)
+    with fake_cuda():
+        model.to_empty(device="cuda")
+        pixel_values = torch.empty(2, 3, 160, 168, device="cuda")
+        with NoTensorsOfTheHost():
+            outputs = model(pixel_values, image_sizes=[(60, 160), (160, 80)])
+    assert len(streamed) == 4
     assert outputs.last_hidden_state.device.type == "cuda"
 
 

@@ -161,6 +161,34 @@ def test_a_model_takes_the_log_sum_exps_of_its_attention_and_launches_one_kernel
     torch.testing.assert_close(scores, expected, rtol=2e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("num_queries, head_dim", [(1, 16), (9, 80), (17, 64)])
+def test_logits_of_a_strip(num_queries, head_dim, dtype):
+    """They go where they are wanted, and nowhere else."""
+    fused = 2.0 * torch.randn(150, 3, 2, head_dim, dtype=torch.float64)
+    fused = fused.to(DEVICE, dtype).permute(1, 2, 0, 3)  # (3, heads, tokens, head_dim)
+    query, key = fused[0, :, :num_queries], fused[1]
+    logits = torch.full((2, num_queries, 160), torch.nan, device=DEVICE)
+    prune_score_operator.write_prune_logits(query, key, logits, 7, 0.3)
+    expected = query.cpu().double() @ key.cpu().double().mT * 0.3
+    torch.testing.assert_close(logits[:, :, 7:157].cpu().double(), expected, rtol=1e-5, atol=2e-5)
+    assert logits[:, :, :7].isnan().all() and logits[:, :, 157:].isnan().all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_strips_launch_one_kernel_each(kind, monkeypatch):
+    settings = {"prune_ratio": 0.5, "prune_score": kind, "tokens_per_strip": 28}
+    model, pixels, launches = small_model(SparsePathViTModel, **settings), random_pixels(1, 12, 7), []
+    model, pixels, launch = model.to(DEVICE), pixels.to(DEVICE), kernel.prune_logits_kernel
+    monkeypatch.setattr(kernel, "prune_logits_kernel", Counted(launch, launches))
+    scores = model(pixels).prune_scores
+    assert len(launches) == 3 + 1  # in the first strip the global tokens see themselves
+    monkeypatch.setattr(prune_score_operator, "kernels_run_on", lambda device: False)
+    torch.testing.assert_close(scores, model(pixels).prune_scores, rtol=2e-5, atol=1e-8)
+    assert len(launches) == 4
+
+
 def test_the_operator_passes_the_checks_of_torch_library():
     grid = TokenGrid.create([(5, 3)], num_global_tokens=2, window_size=4, device=DEVICE)
     packed = [part.transpose(1, 2).reshape(-1, 2, 16) for part in states(grid, 2, 16, torch.float32)]
@@ -168,3 +196,6 @@ def test_the_operator_passes_the_checks_of_torch_library():
     logsumexp = torch.ones(2, grid.num_tokens, device=DEVICE)
     arguments = (*packed, logsumexp, offsets, 15, 2, 0.25, "attention_value")
     torch.library.opcheck(prune_score_operator._prune_scores, arguments)
+    query, key = packed[0].transpose(0, 1)[:, :2], packed[1].transpose(0, 1)
+    logits = torch.zeros(2, 2, key.shape[1] + 3, device=DEVICE)
+    torch.library.opcheck(prune_score_operator.write_prune_logits, (query, key, logits, 3, 0.25))

@@ -10,7 +10,7 @@ import os
 
 import torch
 
-from .attention_backend import AttentionBackend, LayerContext, PreparedGrid
+from .attention_backend import AttentionBackend, LayerContext, PreparedGrid, StripContext
 from .attention_triton_context_tables import ContextTables
 from .attention_triton_tables import AttentionTiles, attention_tiles
 from .token_grid import TokenGrid
@@ -90,7 +90,7 @@ def _forward(
     scale: float,
     dropout: float,
     generator: torch.Generator | None,
-    context: LayerContext | None = None,
+    context: LayerContext | StripContext | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     from .attention_triton_launch import launch_block_attention
 
@@ -98,9 +98,14 @@ def _forward(
 
 
 def _forward_strip(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, prepared: PreparedGrid, scale: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    prepared: PreparedGrid,
+    scale: float,
+    context: StripContext | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    output, logsumexp = _forward(query, key, value, prepared, scale, 0.0, None)
+    output, logsumexp = _forward(query, key, value, prepared, scale, 0.0, None, context)
     return output, logsumexp[:, : prepared_tiles(prepared).num_global_tokens] * math.log(2.0)
 
 
@@ -136,5 +141,5 @@ TRITON = AttentionBackend(
     has_dropout=False,
     takes_key_weights=True,
     returns_logsumexp=True,
-    strips_take_context=False,
+    strips_take_context=True,
 )

@@ -21,8 +21,6 @@ from .attention_triton_functions import (
     near_rows,
     scale_parts,
     split_runs,
-    step_at,
-    step_bias,
     store_grad_mean,
     store_parts,
     tokens_at,
@@ -81,12 +79,11 @@ def _grad_query(
     grad_query = zero_parts(query[0].shape[0], HEAD_DIM)
     step_tokens = tl.arange(0, BLOCK_N)
     for position in range(0, num_whole, BLOCK_N):
-        step_key = step_at(key_states, position, whole, NUM_RUNS)
-        step_value = step_at(value_states, position, whole, NUM_RUNS)
-        bias = step_bias(weight_ptr, position, whole, step_tokens, NUM_RUNS)
+        tokens = tokens_at(position, whole, NUM_RUNS) + step_tokens
+        bias = load_bias(weight_ptr, tokens, None, BOUNDED=False)
         grad_query = _add_grad_query_of(
-            grad_query, query, grad_output, logsumexp, delta, step_key, step_value, step_tokens, None, bias,
-            logit_scale, HEAD_DIM, BOUNDED=False,
+            grad_query, query, grad_output, logsumexp, delta, key_states, value_states, tokens, None, bias, logit_scale,
+            HEAD_DIM, BOUNDED=False,
         )  # fmt: skip
     BLOCK_R: tl.constexpr = BLOCK_N // 2
     for position in range(0, num_rest // BLOCK_R * BLOCK_R, BLOCK_R):
@@ -115,12 +112,10 @@ def _grad_query_of_context(
     """Goes on over the image's context tokens."""
     step_tokens = tl.arange(0, BLOCK_N)
     for position in range(0, length, BLOCK_N):
-        step_key = (key_states[0] + position * key_states[1], key_states[1])
-        step_value = (value_states[0] + position * value_states[1], value_states[1])
-        bias = tl.load(bias_ptr + position + step_tokens)
+        slots = position + step_tokens
         grad_query = _add_grad_query_of(
-            grad_query, query, grad_output, logsumexp, delta, step_key, step_value, step_tokens, None, bias,
-            logit_scale, HEAD_DIM, BOUNDED=False,
+            grad_query, query, grad_output, logsumexp, delta, key_states, value_states, slots, None,
+            tl.load(bias_ptr + slots), logit_scale, HEAD_DIM, BOUNDED=False,
         )  # fmt: skip
     return grad_query
 
@@ -222,12 +217,9 @@ def _grad_key_value(
     gradients = (zero_parts(key[0].shape[0], HEAD_DIM), zero_parts(key[0].shape[0], HEAD_DIM))
     step_tokens = tl.arange(0, BLOCK_N)
     for position in range(0, num_whole, BLOCK_N):
-        step_query = step_at(query_states, position, whole, NUM_RUNS)
-        step_grad_output = step_at(grad_output_states, position, whole, NUM_RUNS)
-        first = tokens_at(position, whole, NUM_RUNS)
-        step_rows = (row_ptrs[0] + first, row_ptrs[1] + first)
+        tokens = tokens_at(position, whole, NUM_RUNS) + step_tokens
         gradients = _add_grad_key_value_of(
-            gradients, key, value, bias, step_query, step_grad_output, step_rows, step_tokens, None, logit_scale,
+            gradients, key, value, bias, query_states, grad_output_states, row_ptrs, tokens, None, logit_scale,
             HEAD_DIM, BOUNDED=False,
         )  # fmt: skip
     BLOCK_R: tl.constexpr = BLOCK_N // 2

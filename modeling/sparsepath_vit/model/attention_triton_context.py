@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from .attention_backend import LayerContext
+from .attention_backend import LayerContext, StripContext
 from .attention_precision import FP_FUSION
 from .attention_triton_context_kernels import (
     context_bias_kernel,
@@ -60,7 +60,11 @@ class StratifiedLayer(NamedTuple):
 
 
 def stratified_layer(
-    key: torch.Tensor, value: torch.Tensor, tiles: AttentionTiles, context: LayerContext, scale: float
+    key: torch.Tensor,
+    value: torch.Tensor,
+    tiles: AttentionTiles,
+    context: LayerContext | StripContext,
+    scale: float,
 ) -> StratifiedLayer:
     """Gathers the context tokens of a layer and attends with its mean queries.
 
@@ -69,8 +73,27 @@ def stratified_layer(
     Args:
         key, value: (M, heads, head_dim).
         tiles: where the tokens are.
-        context: of the layer.
+        context: of the layer; of a strip, with keys and values of its own and what the mean query gets from all tokens.
         scale: positive factor on the logits.
+    """
+    states, first_tokens, of_all = (key, value), tiles.image_offsets, None
+    if isinstance(context, StripContext):
+        states, of_all = (context.key, context.value), context.of_mean
+        first_tokens, context = torch.zeros_like(first_tokens), context.as_layer_context()
+    layer = (context, *_slots(*states, first_tokens, tiles, context), context.mean_query.contiguous())
+    return StratifiedLayer(*layer, *_attend_with_mean_queries(key, value, tiles, layer, scale, of_all))
+
+
+def _slots(
+    key: torch.Tensor, value: torch.Tensor, first_tokens: torch.Tensor, tiles: AttentionTiles, context: LayerContext
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`starts`, `key`, `value` and `bias` of a layer.
+
+    Args:
+        key, value: (tokens, heads, head_dim), of which `context.tokens` are rows.
+        first_tokens: (images + 1,) a row of each image, for slots without a token.
+        tiles: where the tokens are.
+        context: of the layer.
     """
     entries, (num_images, num_heads, head_dim) = tiles.context.entries, context.mean_query.shape
     starts, context_size = context_starts(context.counts, key.device), slots_of_images(context.counts)
@@ -82,19 +105,23 @@ def stratified_layer(
     )
     context_key, context_value = (key.new_empty((num_images * context_size, num_heads, head_dim)) for _ in range(2))
     context_gather_kernel[(num_images * context_size // CONTEXT_SLOTS, num_heads)](
-        *(key, value, starts, context.tokens, context.weights, tiles.image_offsets, context_key, context_value),
+        *(key, value, starts, context.tokens, context.weights, first_tokens, context_key, context_value),
         *(*key.stride()[:2], *value.stride()[:2], context_size),
         HEAD_DIM=head_dim,
         BLOCK_N=CONTEXT_SLOTS,
     )
-    layer = (context, starts, context_key, context_value, bias, context.mean_query.contiguous())
-    return StratifiedLayer(*layer, *_attend_with_mean_queries(key, value, tiles, layer, scale))
+    return starts, context_key, context_value, bias
 
 
 def _attend_with_mean_queries(
-    key: torch.Tensor, value: torch.Tensor, tiles: AttentionTiles, layer: tuple, scale: float
+    key: torch.Tensor,
+    value: torch.Tensor,
+    tiles: AttentionTiles,
+    layer: tuple,
+    scale: float,
+    of_all: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`mean_output` and `mean_logsumexp` of a layer."""
+    """`mean_output` and `mean_logsumexp` of a layer; of a strip `of_all` is known, and that of its logits unknown."""
     _, starts, context_key, context_value, bias, mean_query = layer
     tables, (num_images, num_heads, head_dim) = tiles.context, mean_query.shape
     num_entries, logit_scale = len(tables.entries), scale * math.log2(math.e)
@@ -104,25 +131,23 @@ def _attend_with_mean_queries(
     mean_logsumexp = partial.new_empty((num_heads, num_entries + num_images))
     partials, results = (partial, partial_max, partial_sum), (mean_output, mean_logsumexp)
     states, strides = (mean_query, key, value), (*key.stride()[:2], *value.stride()[:2])
-    shape = {"HEAD_DIM": head_dim, "BLOCK_N": 32, "enable_fp_fusion": FP_FUSION}
-    of_globals = {
-        "NUM_GLOBALS": tiles.num_global_tokens,
-        "BLOCK_G": max(16, triton.next_power_of_2(tiles.num_global_tokens)),
-    }
-    mean_block_kernel[(num_entries, num_heads)](
-        *states, tables.entries, tiles.weights, *partials, *strides, logit_scale, **shape
-    )
-    mean_all_kernel[(num_images, num_heads)](
-        *(*states, tables.entry_offsets, tiles.image_offsets, *partials, *results),
-        *(*strides, num_entries, logit_scale),
-        **of_globals,
-        **shape,
-    )
+    shape, num_globals = {"HEAD_DIM": head_dim, "BLOCK_N": 32, "enable_fp_fusion": FP_FUSION}, tiles.num_global_tokens
+    of_globals = {"NUM_GLOBALS": num_globals, "BLOCK_G": max(16, triton.next_power_of_2(num_globals))}
+    arguments = (*states, tables.entries, tiles.weights, *partials, *strides, logit_scale)
+    mean_block_kernel[(num_entries, num_heads)](*arguments, **shape)
+    if of_all is None:
+        mean_all_kernel[(num_images, num_heads)](
+            *(*states, tables.entry_offsets, tiles.image_offsets, *partials, *results),
+            *(*strides, num_entries, logit_scale),
+            **of_globals | shape,
+        )
+    else:
+        mean_output[num_entries:] = of_all
     chunks = triton.cdiv(tiles.most_entries, MEAN_ROWS)
     mean_merge_kernel[(num_images * chunks, num_heads)](
         *(*states, tables.entries, tables.entry_offsets, tiles.image_offsets, *partials),
         *(context_key, context_value, bias, starts, *results),
-        *(*strides, num_entries, num_images, chunks, bias.shape[1], logit_scale),
+        *(*strides, num_entries, num_images, chunks, tiles.global_shift, bias.shape[1], logit_scale),
         RADIUS=tiles.neighbor_radius,
         BLOCK_E=MEAN_ROWS,
         **of_globals,

@@ -27,8 +27,6 @@ from .attention_triton_functions import (
     load_tile,
     scale_parts,
     split_runs,
-    step_at,
-    step_bias,
     store_parts,
     tokens_at,
     zero_parts,
@@ -80,13 +78,10 @@ def _attend(
     )
     step_tokens = tl.arange(0, BLOCK_N)
     for position in range(0, num_whole, BLOCK_N):
-        step_key, step_value = (
-            step_at(key_states, position, whole, NUM_RUNS),
-            step_at(value_states, position, whole, NUM_RUNS),
-        )
-        bias = step_bias(weight_ptr, position, whole, step_tokens, NUM_RUNS)
+        tokens = tokens_at(position, whole, NUM_RUNS) + step_tokens
+        bias = load_bias(weight_ptr, tokens, None, BOUNDED=False)
         state = _attend_to(
-            state, query, step_key, step_value, step_tokens, None, bias, logit_scale, HEAD_DIM, BOUNDED=False
+            state, query, key_states, value_states, tokens, None, bias, logit_scale, HEAD_DIM, BOUNDED=False
         )
     BLOCK_R: tl.constexpr = BLOCK_N // 2
     for position in range(0, num_rest // BLOCK_R * BLOCK_R, BLOCK_R):
@@ -112,12 +107,11 @@ def _attend_to_context(
     """Goes on over the image's context tokens, in whole steps: those that do not count have a bias of -inf."""
     step_tokens = tl.arange(0, BLOCK_N)
     for position in range(0, length, BLOCK_N):
-        step_key = (key_states[0] + position * key_states[1], key_states[1])
-        step_value = (value_states[0] + position * value_states[1], value_states[1])
-        bias = tl.load(bias_ptr + position + step_tokens)
+        slots = position + step_tokens
         state = _attend_to(
-            state, query, step_key, step_value, step_tokens, None, bias, logit_scale, HEAD_DIM, BOUNDED=False
-        )
+            state, query, key_states, value_states, slots, None, tl.load(bias_ptr + slots), logit_scale, HEAD_DIM,
+            BOUNDED=False,
+        )  # fmt: skip
     return state
 
 

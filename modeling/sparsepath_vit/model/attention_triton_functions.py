@@ -17,8 +17,12 @@ try:
 except ImportError as error:
     raise ImportError("The attention kernel needs Triton, which is not installed: pip install triton.") from error
 
+# Token strides of states that are read are multiples of this; head_dim is, too.
+STRIDE_UNIT = 16
+
 _FIRST_RUN_COLUMN = tl.constexpr(NUM_TILE_COLUMNS)
 _ENTRY_COLUMNS = tl.constexpr(len(ENTRY_COLUMNS))
+_STRIDE_UNIT = tl.constexpr(STRIDE_UNIT)
 _IMAGE_COLUMN = tl.constexpr(ENTRY_COLUMNS.index("image"))
 
 
@@ -26,8 +30,10 @@ _IMAGE_COLUMN = tl.constexpr(ENTRY_COLUMNS.index("image"))
 def load_rows(states, tokens, is_token, HEAD_DIM: tl.constexpr, BOUNDED: tl.constexpr):
     """(tokens, head_dim to the next power of two); zero beyond HEAD_DIM and, where BOUNDED, for absent tokens."""
     dims = tl.arange(0, triton.next_power_of_2(HEAD_DIM))
-    # Row offsets are int64: a million tokens of a fused projection exceed 2**31 elements.
-    pointers = states[0] + tokens.to(tl.int64)[:, None] * states[1] + dims[None, :]
+    # A million tokens of a fused projection exceed 2**31 elements, but not 2**31 times 16 of them: one 32-bit product
+    # for a step, and one instruction for the address of a row.
+    offsets = (tokens * (states[1] // _STRIDE_UNIT)).to(tl.int64) * _STRIDE_UNIT
+    pointers = states[0] + offsets[:, None] + dims[None, :]
     if BOUNDED:
         return tl.load(pointers, mask=is_token[:, None] & (dims < HEAD_DIM)[None, :], other=0.0)
     if triton.next_power_of_2(HEAD_DIM) > HEAD_DIM:
@@ -173,12 +179,6 @@ def tokens_at(positions, runs, NUM_RUNS: tl.constexpr):
 
 
 @triton.jit
-def step_at(states, position, runs, NUM_RUNS: tl.constexpr):
-    """The states from the first token of a whole step on."""
-    return states[0] + tokens_at(position, runs, NUM_RUNS).to(tl.int64) * states[1], states[1]
-
-
-@triton.jit
 def load_bias(weight_ptr, tokens, is_key, BOUNDED: tl.constexpr):
     """What is added to the logits of keys, -inf for absent ones; None where all count once and `weight_ptr` is None."""
     bias = None
@@ -187,15 +187,6 @@ def load_bias(weight_ptr, tokens, is_key, BOUNDED: tl.constexpr):
             bias = tl.load(weight_ptr + tokens, mask=is_key, other=float("-inf"))
         else:
             bias = tl.load(weight_ptr + tokens)
-    return bias
-
-
-@triton.jit
-def step_bias(weight_ptr, position, runs, step_tokens, NUM_RUNS: tl.constexpr):
-    """`load_bias` of a whole step."""
-    bias = None
-    if weight_ptr is not None:
-        bias = tl.load(weight_ptr + tokens_at(position, runs, NUM_RUNS) + step_tokens)
     return bias
 
 

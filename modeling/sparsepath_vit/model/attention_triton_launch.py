@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from .attention_backend import LayerContext
+from .attention_backend import LayerContext, StripContext
 from .attention_precision import FP_FUSION
 from .attention_triton_backward import (
     backward_key_value_kernel,
@@ -29,6 +29,7 @@ from .attention_triton_context import (
     stratified_layer,
 )
 from .attention_triton_forward import forward_kernel, forward_reduce_kernel
+from .attention_triton_functions import STRIDE_UNIT
 from .attention_triton_tables import AttentionTiles
 
 try:
@@ -57,10 +58,11 @@ class LaunchShape(NamedTuple):
 
 
 # By kernel and tile size; 16-bit states with head_dim up to 64, then up to 128. For sm_90 and head_dim 64 the registers
-# with Triton 3.6 are, from the top: 124, 124, 160, 174; 156, 159, 168; 160, 217, 222. With context tokens tiles of 64
-# take 147, 160 and 166. Spilled are, for sm_80 and sm_90: by the backward of queries in tiles of 16 12 bytes; with
-# context tokens by that of keys and values, of heads of 80 and more, 16 to 124 bytes, and in float32 3 kB, nearly all
-# of it outside the loops.
+# of tiles of 128, 64, 32 and 16 with Triton 3.6 are: forward 125, 127, 159, 168; keys and values 163, 206, 182 but for
+# the first; queries 154 and 168 of 64 and 16. With context tokens tiles of 64 take 142, 170 and 168. Spilled are, for
+# sm_80 and sm_90: by the backward of queries in tiles of 16 4 bytes; with context tokens by the forward of 32 28 bytes
+# (3.6), by keys and values, of heads of 80 and more, 16 to 124 bytes, and in float32 of heads of 128 on sm_80 3,128,
+# nearly all of it outside the loops: tiles of 16 would spill 936 and take a tenth more instructions for the same work.
 _SHAPES = {
     ("forward", 128): (LaunchShape(128, 64, 8, 3), LaunchShape(128, 64, 8, 2)),
     ("forward", 64): (LaunchShape(64, 64, 4, 3), LaunchShape(64, 64, 4, 2)),
@@ -168,8 +170,16 @@ def _launch(
         num_split_programs = 0  # the global tokens are done by the first launch
 
 
+def _readable(states: torch.Tensor) -> torch.Tensor:
+    """States (M, heads, head_dim) whose rows the kernels can find: themselves, or a copy of views that lie oddly."""
+    stride, _, last_stride = states.stride()
+    is_near = len(states) * stride < STRIDE_UNIT * 2**31  # offsets of rows are counted in units, in int32
+    return states if stride % STRIDE_UNIT == 0 and is_near and last_stride == 1 else states.contiguous()
+
+
 def _lying_alike(key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values with the same strides: they themselves where they have, as views of one projection do."""
+    key, value = _readable(key), _readable(value)
     return (key, value) if key.stride() == value.stride() else (key.contiguous(), value.contiguous())
 
 
@@ -186,9 +196,9 @@ def launch_block_attention(
     value: torch.Tensor,
     tiles: AttentionTiles,
     scale: float,
-    context: LayerContext | None = None,
+    context: LayerContext | StripContext | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Block-local or stratified attention of packed tokens, or block-local of a strip of them, read in place.
+    """Block-local or stratified attention of packed tokens, or of a strip of them, read in place.
 
     Args:
         query: (M, heads, head_dim), of a strip (G + S, heads, head_dim); contiguous in the last dimension.
@@ -201,7 +211,7 @@ def launch_block_attention(
         The output in the query's shape, and the base-2 log-sum-exp (heads, queries) of each query's logits, float32.
     """
     num_tokens, num_heads, head_dim = query.shape
-    key, value = _lying_alike(key, value)
+    query, (key, value) = _readable(query), _lying_alike(key, value)
     num_images, num_splits, *_ = _programs(tiles, len(key))
     output = query.new_empty(query.shape)
     logsumexp = query.new_empty((num_heads, num_tokens), dtype=torch.float32)
@@ -243,10 +253,10 @@ def launch_block_attention_backward(
     With context tokens also with respect to the mean queries, (images, heads, head_dim).
     """
     num_tokens, num_heads, head_dim = query.shape
-    key, value = _lying_alike(key, value)
+    query, (key, value) = _readable(query), _lying_alike(key, value)
     num_images, num_splits, _, num_split_programs = _programs(tiles, num_tokens)
     # The gradient of a sum is one number expanded to all: its last dimension is not contiguous.
-    grad_output = grad_output if grad_output.stride(-1) == 1 else grad_output.contiguous()
+    grad_output = _readable(grad_output)
     grad_query, grad_key, grad_value = gradients = [query.new_empty(query.shape) for _ in range(3)]
     partial = logsumexp.new_empty((3, num_images, num_heads, num_splits, tiles.num_global_tokens, head_dim))
     states, scales = (query, key, value, grad_output), (scale, scale * math.log2(math.e), tiles.weights)

@@ -75,13 +75,13 @@ def _load_partial(partials, entries, is_entry, HEAD_DIM: tl.constexpr):
 
 @triton.jit
 def _attend_to_globals(
-    mean_query, key_states, value_states, image_ptr, image, logit_scale, NUM_GLOBALS: tl.constexpr,
-    HEAD_DIM: tl.constexpr, BLOCK_G: tl.constexpr,
+    mean_query, key_states, value_states, first_global, logit_scale, NUM_GLOBALS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_G: tl.constexpr,
 ):  # fmt: skip
     """Output, (1, head_dim), maximum and sum, (1,), of the mean query's attention to the global tokens of an image."""
     tokens = tl.arange(0, BLOCK_G)
     is_key = tokens < NUM_GLOBALS
-    tokens += tl.load(image_ptr + image)
+    tokens += first_global
     key = load_rows(key_states, tokens, is_key, HEAD_DIM, True)
     value = load_rows(value_states, tokens, is_key, HEAD_DIM, True).to(tl.float32)
     logits = _mean_logits(mean_query, key, None, is_key, logit_scale)
@@ -104,8 +104,8 @@ def mean_all_kernel(
     mean_query = load_row((mean_query_ptr + head * HEAD_DIM, num_heads * HEAD_DIM), image, HEAD_DIM)
     output, row_max, row_sum = _attend_to_globals(
         mean_query, (key_ptr + head * key_head_stride, key_stride),
-        (value_ptr + head * value_head_stride, value_stride), image_ptr, image, logit_scale, NUM_GLOBALS, HEAD_DIM,
-        BLOCK_G,
+        (value_ptr + head * value_head_stride, value_stride), tl.load(image_ptr + image), logit_scale, NUM_GLOBALS,
+        HEAD_DIM, BLOCK_G,
     )  # fmt: skip
     partials = (partial_output_ptr, partial_max_ptr, partial_sum_ptr)
     for position in range(first, end, BLOCK_N):
@@ -133,12 +133,12 @@ def _merged(state, part):
     return output, new_max, state[2] * weight + part[2] * part_weight
 
 
-@triton.jit(do_not_specialize=["num_entries", "num_images", "chunks"])
+@triton.jit(do_not_specialize=["num_entries", "num_images", "chunks", "global_shift"])
 def mean_merge_kernel(
     mean_query_ptr, key_ptr, value_ptr, entry_ptr, entry_offset_ptr, image_ptr, partial_output_ptr, partial_max_ptr,
     partial_sum_ptr, context_key_ptr, context_value_ptr, bias_ptr, context_start_ptr, mean_output_ptr,
     mean_logsumexp_ptr, key_stride, key_head_stride, value_stride, value_head_stride, num_entries, num_images, chunks,
-    context_size, logit_scale, NUM_GLOBALS: tl.constexpr, RADIUS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    global_shift, context_size, logit_scale, NUM_GLOBALS: tl.constexpr, RADIUS: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """What the mean query gets from the keys of BLOCK_E blocks each; grid (images * chunks of entries, heads)."""
@@ -152,8 +152,8 @@ def mean_merge_kernel(
     mean_query = load_row((mean_query_ptr + head * HEAD_DIM, num_heads * HEAD_DIM), image, HEAD_DIM)
     output, row_max, row_sum = _attend_to_globals(
         mean_query, (key_ptr + head * key_head_stride, key_stride),
-        (value_ptr + head * value_head_stride, value_stride), image_ptr, image, logit_scale, NUM_GLOBALS, HEAD_DIM,
-        BLOCK_G,
+        (value_ptr + head * value_head_stride, value_stride), tl.load(image_ptr + image) - global_shift, logit_scale,
+        NUM_GLOBALS, HEAD_DIM, BLOCK_G,
     )  # fmt: skip
     state = (
         tl.zeros([BLOCK_E, triton.next_power_of_2(HEAD_DIM)], tl.float32) + output,

@@ -87,7 +87,7 @@ def attention_tiles(grid: TokenGrid) -> AttentionTiles:
     entries = _entries(grid, image_offsets)
     table = _sorted_by_size(_pieces(grid, entries, tile_size), tile_sizes(tile_size), counts)
     context = None
-    if grid.has_context:
+    if grid.has_context or (isinstance(grid, TokenStrip) and grid.sees_context):
         columns = (entries.start, entries.end, entries.image, entries.row, entries.column, *entries.counts)
         context = context_tables(torch.stack(columns, dim=1), table[:, -1], grid)
     table = table[:, :-1].to(torch.int32).contiguous()

@@ -19,8 +19,17 @@ _MOST_HEAD_DIM, _MOST_QUERIES = 128, 64
 
 def has_prune_score_kernel(query: torch.Tensor, grid: TokenGrid, kind: str) -> bool:
     """Whether `kernel_prune_scores` takes queries, (batch, heads, tokens, head_dim), of a grid, and knows the score."""
-    is_taken = query.dtype in _DTYPES and query.shape[-1] <= _MOST_HEAD_DIM and grid.num_global_tokens <= _MOST_QUERIES
-    return is_taken and kind in _KINDS and kernels_run_on(query.device)
+    return kind in _KINDS and _takes(query, grid.num_global_tokens)
+
+
+def has_prune_logits_kernel(query: torch.Tensor) -> bool:
+    """Whether `write_prune_logits` takes global queries, (heads, queries, head_dim)."""
+    return _takes(query, query.shape[1])
+
+
+def _takes(query: torch.Tensor, num_queries: int) -> bool:
+    is_taken = query.dtype in _DTYPES and query.shape[-1] <= _MOST_HEAD_DIM and num_queries <= _MOST_QUERIES
+    return is_taken and kernels_run_on(query.device)
 
 
 def kernel_prune_scores(
@@ -76,3 +85,26 @@ def _prune_scores_fake(
 ) -> torch.Tensor:
     num_scored = query.shape[0] - (image_offsets.shape[0] - 1) * num_global_tokens
     return query.new_empty(num_scored, dtype=torch.float32)
+
+
+@torch.library.custom_op(operator_name("write_prune_logits"), mutates_args=("logits",))
+def write_prune_logits(query: torch.Tensor, key: torch.Tensor, logits: torch.Tensor, first: int, scale: float) -> None:
+    """The logits of global queries and some keys, in one launch where torch takes four a head.
+
+    Args:
+        query: (heads, queries, head_dim).
+        key: (heads, keys, head_dim), a view of a fused projection or not.
+        logits: (heads, queries, columns) float32, contiguous; those from column `first` on are written.
+        first: see there.
+        scale: factor on the logits.
+    """
+    from .prune_score_triton import launch_prune_logits
+
+    launch_prune_logits(query, key, logits, first, scale)
+
+
+@write_prune_logits.register_fake
+def _write_prune_logits_fake(
+    query: torch.Tensor, key: torch.Tensor, logits: torch.Tensor, first: int, scale: float
+) -> None:
+    return None

@@ -1,6 +1,6 @@
 # Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
 # ruff: noqa: ANN001, ANN201, ANN202 (Triton infers types)
-"""The prune score on NVIDIA GPUs, in one launch; `prune_score_operator.py` calls it.
+"""The prune score on NVIDIA GPUs, in one launch, and its logits of a strip; `prune_score_operator.py` calls them.
 
 The log-sum-exps of the global queries' logits are those of the attention kernel, base 2. So a program walks the heads
 for a tile of keys and adds up what these receive: the keys are read once, and nothing as long as they are is written
@@ -64,6 +64,50 @@ def prune_score_kernel(
     # Each image before this one, and this one, has NUM_GLOBALS tokens that are given no score.
     places = tokens - NUM_GLOBALS * (image + 1)
     tl.store(score_ptr + places, scores / (num_heads * NUM_QUERIES), mask=is_token)
+
+
+@triton.jit(do_not_specialize=["first", "num_keys", "logit_stride"])
+def prune_logits_kernel(
+    query_ptr, key_ptr, logit_ptr, query_stride, query_head_stride, key_stride, key_head_stride, logit_stride, first,
+    num_keys, scale, NUM_QUERIES: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Logits of BLOCK_N keys, to the columns from `first` on of (heads, queries, columns); grid (tiles, heads)."""
+    head = tl.program_id(1).to(tl.int64)
+    queries, keys = tl.arange(0, BLOCK_G), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    is_query, is_key = queries < NUM_QUERIES, keys < num_keys
+    query = _load_rows(query_ptr + head * query_head_stride, queries, query_stride, is_query, HEAD_DIM)
+    key = _load_rows(key_ptr + head * key_head_stride, keys, key_stride, is_key, HEAD_DIM)
+    logits = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
+    logit_ptr += first
+    pointers = logit_ptr + (head * NUM_QUERIES + queries)[:, None] * logit_stride + keys[None, :]
+    tl.store(pointers, logits, mask=is_query[:, None] & is_key[None, :])
+
+
+def launch_prune_logits(query: torch.Tensor, key: torch.Tensor, logits: torch.Tensor, first: int, scale: float) -> None:
+    """Writes the logits of some keys, read in place.
+
+    Args:
+        query: (heads, queries, head_dim), contiguous in the last dimension, as the key.
+        key: (heads, keys, head_dim).
+        logits: (heads, queries, columns) float32, contiguous; those from column `first` on are written.
+        first: see there.
+        scale: factor on the logits.
+    """
+    num_heads, num_queries, head_dim = query.shape
+    block_n = score_block(query.dtype)
+    with torch.cuda.device_of(query):
+        prune_logits_kernel[(triton.cdiv(key.shape[1], block_n), num_heads)](
+            *(query, key, logits, query.stride(1), query.stride(0), key.stride(1), key.stride(0), logits.stride(1)),
+            first,
+            key.shape[1],
+            scale,
+            NUM_QUERIES=num_queries,
+            HEAD_DIM=head_dim,
+            BLOCK_G=max(16, triton.next_power_of_2(num_queries)),
+            BLOCK_N=block_n,
+            num_warps=NUM_WARPS,
+            enable_fp_fusion=FP_FUSION,
+        )
 
 
 def launch_prune_scores(

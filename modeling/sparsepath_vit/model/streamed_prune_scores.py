@@ -11,6 +11,7 @@ import torch
 from transformers.utils.generic import maybe_autocast
 
 from .processes import Processes
+from .prune_score_operator import has_prune_logits_kernel, write_prune_logits
 from .token_strips import TokenStrip
 
 
@@ -43,7 +44,7 @@ class PruneLogits:
             self._logits = query.new_empty((*query.shape[:2], self._num_tokens), dtype=torch.float32)
         start, end = strip.own
         logits = self._logits[:, :, self._end : self._end + end - start]
-        self._write(query, key[:, start:end], logits)
+        self._write(query, key[:, start:end], self._logits, self._end)
         self._end += end - start
         if strip.weights is not None:
             first = start - strip.num_global_tokens
@@ -51,12 +52,17 @@ class PruneLogits:
         self._normalise_by(logits)
         if strip.is_first:  # the global tokens see themselves
             of_globals = query.new_empty((*query.shape[:2], strip.num_global_tokens), dtype=torch.float32)
-            self._write(query, key[:, : strip.num_global_tokens], of_globals)
+            self._write(query, key[:, : strip.num_global_tokens], of_globals, 0)
             self._normalise_by(of_globals)
         if self._kind == "attention_value":  # the probability times a norm is that of a logit raised by its logarithm
             logits += value[:, start:end].float().norm(dim=-1).log()[:, None]
 
-    def _write(self, query: torch.Tensor, key: torch.Tensor, logits: torch.Tensor) -> None:
+    def _write(self, query: torch.Tensor, key: torch.Tensor, logits: torch.Tensor, first: int) -> None:
+        """Writes the logits of some keys to the columns from `first` on."""
+        if has_prune_logits_kernel(query):
+            write_prune_logits(query, key, logits, first, self._scale)
+            return
+        logits = logits[:, :, first : first + key.shape[1]]
         with maybe_autocast(query.device.type, enabled=False):
             for head in range(len(query)):  # one head at a time: no float32 copy of all keys of a strip
                 torch.mm(query[head].float(), key[head].float().T, out=logits[head]).mul_(self._scale)

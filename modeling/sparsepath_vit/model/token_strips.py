@@ -45,6 +45,7 @@ class TokenStrip(TokenGrid):
         packed_shift: by how much the packed index of a patch token in the batch exceeds that in the strip.
         is_first: whether it is the image's first strip, in which the global tokens see themselves.
         num_token_rows: how many token rows hold the own patch tokens at most.
+        sees_context: whether its image has context tokens, which lie all over it and are no part of a strip.
     """
 
     own: tuple[int, int] = (0, 0)
@@ -52,6 +53,7 @@ class TokenStrip(TokenGrid):
     packed_shift: int = 0
     is_first: bool = False
     num_token_rows: int = 0
+    sees_context: bool = False
 
     @property
     def num_queries(self) -> int:
@@ -135,7 +137,7 @@ def token_strip(grid: TokenGrid, image: int, strip: StripRange) -> TokenStrip:
     """A strip of an image, as a grid.
 
     Args:
-        grid: of the batch. Its context tokens, which lie all over the image, are no part of a strip.
+        grid: of the batch.
         image: which image.
         strip: one of its `strip_ranges`.
     """
@@ -164,6 +166,7 @@ def token_strip(grid: TokenGrid, image: int, strip: StripRange) -> TokenStrip:
         packed_shift=first_packed - num_globals,
         is_first=strip.own[0] == 0,
         num_token_rows=strip.token_rows,
+        sees_context=grid.has_context,
     )
 
 
