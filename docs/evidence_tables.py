@@ -127,6 +127,7 @@ def _against_tiles(name: str) -> str:
 def _accuracy_beside_tiles(row: Row) -> str:
     names = [f"balanced_accuracy{ending}_minus_tiles" for ending in ("", "_low", "_high")]
     accuracy, (difference, low, high) = float(row["balanced_accuracy"]), (float(row[name]) for name in names)
+    difference, low, high = (round(number, 2) + 0.0 for number in (difference, low, high))  # no "-0.00"
     return f"{accuracy:.2f}" if low == high == 0 else f"{accuracy:.2f}, {difference:+.2f} ({low:+.2f} to {high:+.2f})"
 
 
