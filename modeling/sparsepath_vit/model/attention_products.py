@@ -111,11 +111,10 @@ class TileProducts:
         Returns:
             (tiles, heads, queries, head_dim).
         """
-        if len(query) == 1:  # which may have more logits than the caches hold
-            mask = None if mask is None else mask[0, 0]
-            return self._attend_in_groups(query[0], key[0], value[0], key.shape[2], mask, scale)[0][None]
+        if mask is not None and len(query) == 1:
+            mask = mask[0, 0]
         states = (states.flatten(0, 1) for states in (query, key, value))
-        return self._attend(*states, key.shape[2], mask, scale)[0].view(query.shape)
+        return self._attend_in_groups(*states, key.shape[2], mask, scale)[0].view(query.shape)
 
     def _attend_in_groups(
         self,
@@ -126,7 +125,7 @@ class TileProducts:
         mask: torch.Tensor | None,
         scale: float,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`_attend` of one tile, of some heads at a time."""
+        """`_attend`, of one tile that has more logits than the caches hold of some heads at a time."""
         num_groups = -(-len(query) * query.shape[1] * key.shape[1] // _most_logits())
         if num_groups == 1:
             return self._attend(query, key, value, num_keys, mask, scale)

@@ -12,7 +12,7 @@ import torch
 
 from .attention_backend import PreparedGrid
 from .attention_products import MULTIPLE_OF_KEYS, MULTIPLE_OF_QUERIES
-from .attention_sdpa_tables import QueryTile, own_weights
+from .attention_sdpa_tables import QueryTile, are_near, log_weights, next_multiple
 
 # oneDNN compiles a product for the sizes and the number of its tiles, and keeps 2 MB for the three of attention. So
 # there are few sizes: one that so many tiles have is kept, all others are filled up.
@@ -46,7 +46,10 @@ def tile_batches(tiles: Sequence[QueryTile], most_at_once: Callable[[int, int], 
     for tile, size in zip(tiles, sizes, strict=True):
         num_queries, num_keys = size[1:]
         if counts[size] < MIN_TILES_OF_A_SIZE:
-            num_queries, num_keys = _filled_up(num_queries, MULTIPLE_OF_QUERIES), _filled_up(num_keys, MULTIPLE_OF_KEYS)
+            num_queries, num_keys = (
+                next_multiple(num_queries, MULTIPLE_OF_QUERIES),
+                next_multiple(num_keys, MULTIPLE_OF_KEYS),
+            )
         of_size.setdefault((tile.image, num_queries, num_keys), []).append(tile)
     # Image by image: one in a batch of images gets what it gets alone, bit by bit.
     for (_, num_queries, num_keys), alike in of_size.items():
@@ -66,10 +69,6 @@ def _counts(number: int, most: int) -> Iterator[int]:
             part = few if 2 * number > few else 1
         yield part
         number -= part
-
-
-def _filled_up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple
 
 
 class GatheredTiles:
@@ -104,9 +103,7 @@ class GatheredTiles:
         self.queries, _ = _tokens_of_runs([[tile.queries] for tile in tiles], most_queries, device)
         self.keys, self.num_keys = _tokens_of_runs([tile.keys for tile in tiles], most_keys, device)
         self.first_query, self.num_passed = first_query, 0
-        self.block_columns, (self.num_globals, self.neighbor_radius) = prepared.tensors[1], prepared.numbers
-        weights = own_weights(prepared)
-        self.addition = None if weights is None else weights.to(torch.promote_types(key.dtype, torch.float32)).log()
+        self.prepared, self.addition = prepared, log_weights(prepared, key.dtype)
 
     def of(self, batch: TileBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Queries, keys, values and mask of the next batch, good until the one after it.
@@ -141,9 +138,8 @@ class GatheredTiles:
         if any(tile.num_keys < batch.num_keys for tile in batch.tiles):
             is_seen = (torch.arange(batch.num_keys, device=ends.device) < ends[:, None])[:, None]
         if any(tile.joins_blocks for tile in batch.tiles):
-            distance = self.block_columns[queries][:, :, None] - self.block_columns[keys][:, None, :]
-            is_near = distance.abs_() <= self.neighbor_radius
-            is_near[..., : self.num_globals] = True
+            block_columns = self.prepared.tensors[1]
+            is_near = are_near(block_columns[queries], block_columns[keys], self.prepared)
             is_seen = is_near if is_seen is None else is_near & is_seen
         if self.addition is None:
             return None if is_seen is None else is_seen[:, None]

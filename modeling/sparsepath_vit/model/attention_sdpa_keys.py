@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from .attention_backend import LayerContext, PreparedGrid
-from .attention_sdpa_tables import QueryTile, columns_of_queries, near_keys, own_weights
+from .attention_sdpa_tables import QueryTile, columns_of_queries, log_weights, near_keys, next_multiple
 
 
 def _num_context(tile: QueryTile, context: LayerContext | None) -> int:
@@ -49,7 +49,7 @@ class TileKeys:
             self.of_context = [states.transpose(0, 1) for states in of_context]
         elif context is not None:
             self.of_context = [states[:, context.tokens] for states in self.packed]
-        most = self._rounded_up(max(num_keys(tile, context) for tile in tiles))
+        most = next_multiple(max(num_keys(tile, context) for tile in tiles), multiple)
         self.memories = [states.new_empty(states.shape[0] * most * states.shape[2]) for states in self.packed]
         self.layout = (-1, 0, 0)  # an image, so many context tokens of which come first, and the end of the keys
         self.places: list[torch.Tensor] = []
@@ -86,7 +86,7 @@ class TileKeys:
         """Makes `places`, with context tokens and the zeros after the end, unless they are there already."""
         if self.layout == (image, num_context, end):
             return True
-        self.layout, length = (image, num_context, end), self._rounded_up(end)
+        self.layout, length = (image, num_context, end), next_multiple(end, self.multiple)
         self.places = []
         for memory, (heads, _, features) in zip(self.memories, (states.shape for states in self.packed), strict=True):
             self.places.append(memory[: heads * length * features].view(heads, length, features))
@@ -97,9 +97,6 @@ class TileKeys:
             for place in self.places:
                 place[:, end:] = 0
         return False
-
-    def _rounded_up(self, number: int) -> int:
-        return -(-number // self.multiple) * self.multiple
 
 
 class _KeptRun:
@@ -177,8 +174,8 @@ class TileMasks:
         self, prepared: PreparedGrid, tiles: Sequence[QueryTile], context: LayerContext | None, dtype: torch.dtype
     ) -> None:
         self.prepared, self.context = prepared, context
-        dtype, weights = torch.promote_types(dtype, torch.float32), own_weights(prepared)
-        self.own = None if weights is None else TileKeys([weights.to(dtype).log()[:, None, None]], tiles)
+        own, dtype = log_weights(prepared, dtype), torch.promote_types(dtype, torch.float32)
+        self.own = None if own is None else TileKeys([own[:, None, None]], tiles)
         self.of_context = None if context is None else context.weights.to(dtype).log()
         self.row, self.row_of_context = (-1, -1), None  # an image's block row, and `_context_of_row` of it
 

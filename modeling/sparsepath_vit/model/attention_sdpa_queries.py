@@ -11,7 +11,7 @@ from .attention_sdpa_batches import GatheredTiles, tile_batches
 from .attention_sdpa_correction import MeanQueryCorrection
 from .attention_sdpa_keys import TileKeys, TileMasks, num_keys
 from .attention_sdpa_probabilities import at_least_float32, attention_logits, heads_first
-from .attention_sdpa_tables import QueryTile, own_weights
+from .attention_sdpa_tables import QueryTile
 
 # Numbers in the keys of tiles that one SDPA call computes: fewer calls, as long as keys and values stay in the cache.
 MOST_KEY_FEATURES = 2**20
@@ -41,7 +41,6 @@ class TileAttention:
         of_context: Sequence[torch.Tensor] | None = None,
     ) -> None:
         self.context, self.scale, self.correction = correction.context, scale, correction
-        self.are_weighted = own_weights(prepared) is not None
         self.packed, self.prepared = (key, value), prepared
         self.products = products_of_thread() if products_are_faster(key) else None
         multiple = 1 if self.products is None else MULTIPLE_OF_KEYS
@@ -57,7 +56,10 @@ class TileAttention:
 
     def of_rows(self, tile: QueryTile, query: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """(queries, heads, head_dim) of any queries of that form, for each of which the mask has a row."""
-        keys, in_order = num_keys(tile, self.context), self.are_weighted or tile.joins_blocks  # as the mask has them
+        keys, in_order = (
+            num_keys(tile, self.context),
+            self.masks.own is not None or tile.joins_blocks,
+        )  # as the mask has them
         if self._uses_products(len(query), keys):
             return self.products.attend(query, *self.keys.filled_up(tile, in_order), keys, mask, self.scale)[0]
         output = torch.nn.functional.scaled_dot_product_attention(

@@ -72,11 +72,6 @@ def prepare_tiles(grid: TokenGrid) -> PreparedGrid:
     return PreparedGrid(tensors, numbers)
 
 
-def own_weights(prepared: PreparedGrid) -> torch.Tensor | None:
-    """(M,) int64, what each packed token counts for; `None` where each counts for itself."""
-    return prepared.tensors[2] if len(prepared.tensors) > 2 else None
-
-
 @torch.library.custom_op(operator_name("sdpa_tile_table"), mutates_args=())
 def _tile_table(
     block_offsets: torch.Tensor,
@@ -194,18 +189,31 @@ def query_tiles(prepared: PreparedGrid) -> Iterator[QueryTile]:
             yield QueryTile(image, (start, end), keys, block_row, (first, last), num_block_columns, num_keys)
 
 
+def log_weights(prepared: PreparedGrid, dtype: torch.dtype) -> torch.Tensor | None:
+    """(M,) what is added to the logits of each packed token, in at least float32; `None` where that is nothing."""
+    if len(prepared.tensors) == 2:
+        return None
+    return prepared.tensors[2].to(torch.promote_types(dtype, torch.float32)).log()
+
+
 def near_keys(tile: QueryTile, prepared: PreparedGrid, has_mean_queries: bool) -> torch.Tensor:
     """(queries, keys) bool, which keys lie near the queries of a tile that joins blocks; global tokens always do.
 
     With mean queries one of each of its blocks comes after the queries, from left to right.
     """
-    block_columns, (num_global_tokens, neighbor_radius) = prepared.tensors[1], prepared.numbers
     query_columns = columns_of_queries(tile, prepared)
     if has_mean_queries:
-        of_blocks = torch.arange(tile.block_columns[0], tile.block_columns[1] + 1, device=block_columns.device)
+        of_blocks = torch.arange(tile.block_columns[0], tile.block_columns[1] + 1, device=query_columns.device)
         query_columns = torch.cat([query_columns, of_blocks])
-    is_near = query_columns[:, None] - take_runs(block_columns, tile.keys[1:])[None, :]
-    return torch.nn.functional.pad(is_near.abs() <= neighbor_radius, (num_global_tokens, 0), value=True)
+    return are_near(query_columns, take_runs(prepared.tensors[1], tile.keys), prepared)
+
+
+def are_near(query_columns: torch.Tensor, key_columns: torch.Tensor, prepared: PreparedGrid) -> torch.Tensor:
+    """(..., queries, keys) bool of (..., queries) and (..., keys) block columns; the first keys are global tokens."""
+    num_global_tokens, neighbor_radius = prepared.numbers
+    is_near = (query_columns[..., :, None] - key_columns[..., None, :]).abs_() <= neighbor_radius
+    is_near[..., :num_global_tokens] = True
+    return is_near
 
 
 def columns_of_queries(tile: QueryTile, prepared: PreparedGrid) -> torch.Tensor:
@@ -218,3 +226,8 @@ def take_runs(states: torch.Tensor, runs: list[tuple[int, int]]) -> torch.Tensor
     if len(runs) == 1:
         return states[runs[0][0] : runs[0][1]]
     return torch.cat([states[start:end] for start, end in runs])
+
+
+def next_multiple(number: int, multiple: int) -> int:
+    """The smallest multiple that is not less than a number."""
+    return -(-number // multiple) * multiple

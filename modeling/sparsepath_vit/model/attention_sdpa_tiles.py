@@ -65,13 +65,13 @@ def _attend(
     first_query: int = 0,
 ) -> None:
     """Writes what tiles attend to; query and output are (queries, heads, head_dim), from that packed index on."""
-    of_blocks = [] if attention.context is not None else [tile for tile in tiles if tile.block_row >= 0]
-    if of_blocks:
-        attention.write_batches(of_blocks, query, output, first_query)
+    together = [] if attention.context is not None else [tile for tile in tiles if tile.block_row >= 0]
+    if together:
+        attention.write_batches(together, query, output, first_query)
+        tiles = [tile for tile in tiles if tile.block_row < 0]
     for tile in tiles:
-        if attention.context is not None or tile.block_row < 0:
-            queries = slice(tile.queries[0] - first_query, tile.queries[1] - first_query)
-            output[queries] = attention.of(tile, query[queries])
+        queries = slice(tile.queries[0] - first_query, tile.queries[1] - first_query)
+        output[queries] = attention.of(tile, query[queries])
 
 
 def _attend_with_dropout(
