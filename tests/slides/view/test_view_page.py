@@ -265,10 +265,10 @@ def test_similar_places_of_all_slides_are_listed_and_jumped_to(window, opened):
     similarities = [float(name.split()[0]) for name in names]
     assert similarities == sorted(similarities, reverse=True)
     number = next(index for index, name in enumerate(names) if name.endswith("second"))
-    box = window.page.evaluate(FRAME.replace('"slide"', '"places"'))
 
-    def has_jumped():  # a click before the thumbnails are drawn meets none
-        window.page.mouse.click(box[0] + box[2] * (number + 0.5) / 10, box[1] + box[3] / 3)
+    def has_jumped():  # a click before the thumbnails are drawn meets none, and until then their frame is elsewhere
+        left, top, width, height = window.page.evaluate(FRAME.replace('"slide"', '"places"'))
+        window.page.mouse.click(left + width * (number + 0.5) / 10, top + height / 3)
         window.page.wait_for_timeout(1000)
         return window.value("slide_choice") == "second"
 
