@@ -55,9 +55,10 @@ MODEL_ALLOWED = {
     "fused_elementwise": {"attention_precision", "attention_triton", "fused_elementwise"},
     "linear_products": {"attention_precision", "fused_elementwise"},
     "device_memory": set(),
+    "host_compiler": set(),
     "attention": {
-        *("attention", "context_tokens", "device_memory", "mean_query_correction", "operator_names", "processes"),
-        *("token_grid", "token_strips"),
+        *("attention", "context_tokens", "device_memory", "host_compiler", "mean_query_correction", "operator_names"),
+        *("processes", "token_grid", "token_strips"),
     },
     "embeddings": {"configuration_sparsepath_vit", "patch_embeddings", "token_grid"},
     "streamed_prune_scores": {"processes", "prune_score_operator", "token_strips"},

@@ -12,7 +12,13 @@ from small_models import random_pixels, small_model
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from sparsepath_vit import SparsePathViTModel, TokenGrid, block_attention
-from sparsepath_vit.model import attention_backends, attention_operator, attention_sdpa_tables, attention_triton
+from sparsepath_vit.model import (
+    attention_backends,
+    attention_cpu,
+    attention_operator,
+    attention_sdpa_tables,
+    attention_triton,
+)
 from sparsepath_vit.model.attention_backend import PreparedGrid, prepared_grid
 from sparsepath_vit.model.attention_backends import BACKENDS
 
@@ -36,10 +42,13 @@ def random_states(grid, head_dim=16):
 
 
 class TestChoice:
-    def test_automatic_is_the_kernel_on_cuda_and_the_tiles_elsewhere(self, monkeypatch):
+    def test_automatic_is_the_kernel_for_the_device_and_else_the_tiles(self, monkeypatch):
         with_cuda(monkeypatch)
         assert attention_backends.block_attention_backend("cuda") == "triton"
-        assert attention_backends.block_attention_backend("cpu") == "sdpa_tiles"
+        assert attention_backends.block_attention_backend("meta") == "sdpa_tiles"
+        for reason, backend in ((None, "cpu_kernel"), ("there is no C compiler", "sdpa_tiles")):
+            monkeypatch.setattr(attention_cpu, "_reason_against", lambda reason=reason: reason)
+            assert attention_backends.block_attention_backend("cpu") == backend
 
     @pytest.mark.parametrize("capability, backend", [((8, 0), "triton"), ((7, 5), "sdpa_tiles")])
     def test_automatic_leaves_old_gpus_to_the_tiles(self, capability, backend, monkeypatch):
@@ -57,7 +66,7 @@ class TestChoice:
         without_cuda(monkeypatch)
         with pytest.raises(ValueError, match=r"backend='triton' is unavailable: .*there is no CUDA device"):
             block_attention_backend("triton")
-        assert attention_backends.block_attention_backend("cpu") == "sdpa_tiles"
+        assert attention_backends.block_attention_backend("cpu") != "triton"
 
     def test_forcing_the_kernel_without_triton_names_it(self, monkeypatch, block_attention_backend):
         with_cuda(monkeypatch)
@@ -97,6 +106,15 @@ def kernel(block_attention_backend):
     return module
 
 
+@pytest.fixture
+def cpu_kernel(block_attention_backend):
+    """The kernel for CPUs, chosen."""
+    reason = BACKENDS["cpu_kernel"].missing(torch.device("cpu"))
+    if reason is not None:
+        pytest.skip(reason)
+    block_attention_backend("cpu_kernel")
+
+
 class TestKernelAsBackend:
     def test_it_gives_the_numbers_of_the_tiles(self, kernel, block_attention_backend):
         device = "cpu" if kernel.IS_INTERPRETED else "cuda"
@@ -116,7 +134,7 @@ class TestKernelAsBackend:
         monkeypatch.setattr(kernel, "launch_block_attention", lambda *rest: pytest.fail("the kernel has no dropout"))
         attention_backends._log_once.cache_clear()
         said = warnings_said(lambda: block_attention(*states, grid, dropout=0.2))
-        assert said == ["block_sparse: the Triton kernel has no dropout; tiles of SDPA calls run instead."]
+        assert said == ["block_sparse: the Triton kernel has no dropout; left to the tiles of SDPA calls."]
 
     def test_a_head_dimension_it_lacks_is_refused_with_the_way_out(self, kernel):
         device = "cpu" if kernel.IS_INTERPRETED else "cuda"
@@ -148,8 +166,9 @@ class TestPreparation:
         assert prepared_grid(backend, grid) is prepared
 
     @torch.no_grad()
-    def test_all_layers_share_what_is_read_of_a_grid(self, monkeypatch):
+    def test_all_layers_share_what_is_read_of_a_grid(self, monkeypatch, block_attention_backend):
         """Regression: the SDPA tiles read the block offsets, and on a GPU waited for it, in every layer."""
+        block_attention_backend("sdpa_tiles")
         made = []
         make = attention_sdpa_tables._tile_table
         monkeypatch.setattr(attention_sdpa_tables, "_tile_table", lambda *rest: made.append(rest) or make(*rest))
@@ -226,10 +245,14 @@ def attend(fused, grid):
 
 
 class TestOperator:
-    @pytest.mark.parametrize("backend, dropout", [("sdpa_tiles", 0.0), ("sdpa_tiles", 0.3), ("triton", 0.0)])
+    @pytest.mark.parametrize(
+        "backend, dropout", [("sdpa_tiles", 0.0), ("sdpa_tiles", 0.3), ("cpu_kernel", 0.0), ("triton", 0.0)]
+    )
     def test_torch_library_finds_no_fault(self, backend, dropout, request):
         if backend == "triton":
             request.getfixturevalue("kernel")
+        if backend == "cpu_kernel":
+            request.getfixturevalue("cpu_kernel")
         device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
         grid = TokenGrid.create([(3, 2)], num_global_tokens=1, window_size=2, device=device)
         states = [torch.randn(grid.num_tokens, 1, 16, device=device).requires_grad_() for _ in range(3)]
@@ -237,9 +260,13 @@ class TestOperator:
         arguments = (*states, *prepared_grid(BACKENDS[backend], grid), [], None, None, 0.25, dropout, seed, backend)
         torch.library.opcheck(attention_operator._block_attention, arguments)
 
-    @pytest.mark.parametrize("backend", ["sdpa_tiles", "triton"])
-    def test_one_graph_serves_every_image_size(self, backend, request, monkeypatch):
+    @pytest.mark.parametrize("backend", ["sdpa_tiles", "cpu_kernel", "triton"])
+    def test_one_graph_serves_every_image_size(self, backend, request, monkeypatch, block_attention_backend):
         """Two compilations: the first for its size, the second with sizes as variables."""
+        if backend == "cpu_kernel":
+            request.getfixturevalue("cpu_kernel")
+        if backend == "sdpa_tiles":
+            block_attention_backend("sdpa_tiles")
         if backend == "triton":
             # Tables and operator are traced; what the kernel computes is tested elsewhere, and slow to interpret.
             kernel = request.getfixturevalue("kernel")

@@ -96,31 +96,46 @@ def ragged(grid, share, seed=0):
     return grid.select(torch.cat(kept), counts)
 
 
-@pytest.mark.parametrize("backend", ["sdpa_tiles", "reference"])
+def needs(backend, reason):
+    return pytest.mark.skipif(BACKENDS[backend].missing(torch.device("cpu")) is not None, reason=reason)
+
+
+needs_the_kernel = needs("triton", "the kernels are not interpreted here")
+CPU_KERNEL = pytest.param("cpu_kernel", marks=needs("cpu_kernel", "the kernel for CPUs cannot be compiled here"))
+
+
+def dtype_of(backend):
+    """The most exact that a backend itself computes with."""
+    return torch.float32 if backend in ("triton", "cpu_kernel") else torch.float64
+
+
+@pytest.mark.parametrize("backend", ["sdpa_tiles", CPU_KERNEL, "reference"])
 @given(batch=batches(), most_tokens=st.sampled_from([1, 5, 12, 10_000]), share=st.sampled_from([None, 0.2, 0.6]))
 def test_strips_equal_the_specification(backend, batch, most_tokens, share):
     set_block_attention_backend(backend)
     grid = batch.grid()
-    assert_equals_the_specification(grid if share is None else ragged(grid, share), most_tokens)
+    assert_equals_the_specification(grid if share is None else ragged(grid, share), most_tokens, dtype_of(backend))
 
 
-@pytest.mark.parametrize("backend", ["sdpa_tiles", "reference"])
+@pytest.mark.parametrize("backend", ["sdpa_tiles", CPU_KERNEL, "reference"])
 @given(batch=batches(max_side=9), most_tokens=st.sampled_from([1, 5, 12]))
 def test_strips_cut_anywhere_equal_the_specification(backend, batch, most_tokens):
     """Where the host does not know the ends of block rows: a strip may begin and end within a block."""
     set_block_attention_backend(backend)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(token_strips, "block_row_ends", lambda *arguments: None)
-        assert_equals_the_specification(ragged(batch.grid(), 0.6), most_tokens)
+        assert_equals_the_specification(ragged(batch.grid(), 0.6), most_tokens, dtype_of(backend))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_narrow_dtypes(dtype):
+@pytest.mark.parametrize("backend", ["sdpa_tiles", CPU_KERNEL])
+def test_narrow_dtypes(dtype, backend):
+    set_block_attention_backend(backend)
     grid = TokenGrid.create([(11, 9), (30, 14)], num_global_tokens=3, window_size=4)
     assert_equals_the_specification(ragged(grid, 0.5), 30, dtype)
 
 
-@pytest.mark.parametrize("backend", ["sdpa_tiles", "reference"])
+@pytest.mark.parametrize("backend", ["sdpa_tiles", CPU_KERNEL, "reference"])
 @given(
     batch=batches(max_side=9),
     most_tokens=st.sampled_from([1, 12, 10_000]),
@@ -144,27 +159,25 @@ def test_context_tokens_are_keys_outside_the_neighbourhood(
     with pytest.MonkeyPatch.context() as patch:
         if cut == "anywhere":
             patch.setattr(token_strips, "block_row_ends", lambda *arguments: None)
-        assert_equals_the_specification(grid, most_tokens, context=context)
+        assert_equals_the_specification(grid, most_tokens, dtype_of(backend), context)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_context_tokens_in_narrow_dtypes(dtype):
+@pytest.mark.parametrize("backend", ["sdpa_tiles", CPU_KERNEL])
+def test_context_tokens_in_narrow_dtypes(dtype, backend):
+    set_block_attention_backend(backend)
     grid = TokenGrid.create([(11, 9), (30, 14)], num_global_tokens=3, window_size=4, num_context_tokens=30)
     assert_equals_the_specification(grid, 30, dtype, draw_context_tokens(grid))
 
 
-needs_the_kernel = pytest.mark.skipif(
-    BACKENDS["triton"].missing(torch.device("cpu")) is not None, reason="the kernels are not interpreted here"
+@pytest.mark.parametrize(
+    "backend", ["sdpa_tiles", CPU_KERNEL, "reference", pytest.param("triton", marks=needs_the_kernel)]
 )
-
-
-@pytest.mark.parametrize("backend", ["sdpa_tiles", "reference", pytest.param("triton", marks=needs_the_kernel)])
 def test_representatives_count_for_what_they_stand_for(backend):
     set_block_attention_backend(backend)
     grid = ragged(TokenGrid.create([(17, 9)], num_global_tokens=2, window_size=3), 0.5)
     weights = torch.randint(1, 9, (len(grid.rows),), generator=torch.Generator().manual_seed(1))
-    dtype = torch.float32 if backend == "triton" else torch.float64
-    assert_equals_the_specification(dataclasses.replace(grid, weights=weights), 20, dtype)
+    assert_equals_the_specification(dataclasses.replace(grid, weights=weights), 20, dtype_of(backend))
 
 
 CASES = [

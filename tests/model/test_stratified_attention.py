@@ -334,6 +334,7 @@ class TestBackends:
     def test_where_a_backend_takes_no_weighted_keys_the_tiles_run_and_say_so(self, monkeypatch, caplog):
         without = dataclasses.replace(attention_backends.TRITON, takes_key_weights=False)
         monkeypatch.setitem(attention_backends.BACKENDS, "triton", without)
+        monkeypatch.delitem(attention_backends.BACKENDS, "cpu_kernel")
         monkeypatch.setattr(attention_backends, "_missing", lambda name, device: None)
         monkeypatch.setattr(attention_backends, "_unwanted", lambda name, device: None)
         attention_backends._log_once.cache_clear()
@@ -346,8 +347,8 @@ class TestBackends:
             assert torch.isfinite(block_attention(query, query, query, grid, context=context)).all()
         said = [record.getMessage() for record in caplog.records if "weighted keys" in record.getMessage()]
         assert said == [
-            "block_sparse: the Triton kernel has no weighted keys (num_context_tokens, num_representatives); tiles of "
-            "SDPA calls run instead."
+            "block_sparse: the Triton kernel has no weighted keys (num_context_tokens, num_representatives); left to "
+            "the tiles of SDPA calls."
         ]
 
     @pytest.mark.parametrize("is_weighted", [False, True])
@@ -363,7 +364,7 @@ class TestBackends:
         layer_context = (list(context[:-1]), list(context.counts), mean_query)
         torch.library.opcheck(_block_attention, (*states, *prepared, *layer_context, 0.25, 0.0, None, "sdpa_tiles"))
         block_counts = [count for counts in grid.block_counts for count in counts]
-        numbers = (block_counts, list(grid.image_offsets), grid.num_global_tokens, grid.neighbor_radius)
+        numbers = (block_counts, list(grid.image_offsets), grid.num_global_tokens, grid.neighbor_radius, 32)
         torch.library.opcheck(attention_sdpa_tables._tile_table, (grid.block_offsets, *numbers))
 
     def test_a_grid_that_asks_for_context_tokens_gets_them(self):

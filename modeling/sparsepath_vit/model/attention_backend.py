@@ -79,7 +79,8 @@ class AttentionBackend:
 
     Attributes:
         name: what users choose it by.
-        description: what it is, in words that fit into "the ... has no dropout" and "... run instead".
+        description: what it is, in words that fit into "the ... has no dropout" and "left to the ...".
+        device_type: what it was written for, "cuda" or "cpu"; `None` where it is for all.
         missing: what keeps it from running on a device, in words; `None` where it runs.
         unwanted: why "auto" passes it over on a device although it runs there; `None` where it does not.
         check_query: raises a ValueError where it does not take the head_dim or the dtype of (..., head_dim) queries.
@@ -106,6 +107,7 @@ class AttentionBackend:
 
     name: str
     description: str
+    device_type: str | None
     missing: Callable[[torch.device], str | None]
     unwanted: Callable[[torch.device], str | None]
     check_query: Callable[[torch.Tensor], None]

@@ -7,12 +7,14 @@ follow.
 """
 
 import functools
+import itertools
 import logging
 import os
 
 import torch
 
 from .attention_backend import AttentionBackend
+from .attention_cpu import CPU_KERNEL
 from .attention_sdpa_tiles import SDPA_TILES
 from .attention_triton import TRITON
 
@@ -23,6 +25,7 @@ BACKENDS = {
     backend.name: backend
     for backend in (
         TRITON,
+        CPU_KERNEL,
         SDPA_TILES,
     )
 }
@@ -38,7 +41,8 @@ def set_block_attention_backend(backend: str) -> None:
 
     Args:
         backend: "auto" (the fastest that runs on the tensors' device), "triton" (the kernel for NVIDIA GPUs),
-            "sdpa_tiles" (tiles of torch SDPA calls, on any device) or "reference" (the naive specification; quadratic).
+            "cpu_kernel" (the kernel for CPUs, which needs a C compiler), "sdpa_tiles" (tiles of torch SDPA calls, on
+            any device) or "reference" (the naive specification; quadratic).
 
     Raises:
         ValueError: an unknown backend, or one that cannot run on this machine.
@@ -47,14 +51,15 @@ def set_block_attention_backend(backend: str) -> None:
     if backend not in CHOICES:
         raise ValueError(f"backend={backend!r} is unknown: choose one of {', '.join(map(repr, CHOICES))}.")
     if backend in BACKENDS:
-        missing = _missing(backend, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        has_cuda = torch.cuda.is_available() and BACKENDS[backend].device_type != "cpu"
+        missing = _missing(backend, torch.device("cuda" if has_cuda else "cpu"))
         if missing is not None:
             raise ValueError(f"backend={backend!r} is unavailable: {missing}. Choose 'auto' or 'sdpa_tiles'.")
     _chosen_backend = backend
 
 
 def block_attention_backend(device: torch.device | str) -> str:
-    """The backend that runs `block_sparse` on a device: "triton", "sdpa_tiles" or "reference".
+    """The backend that runs `block_sparse` on a device: "triton", "cpu_kernel", "sdpa_tiles" or "reference".
 
     Raises:
         ValueError: SPARSEPATH_ATTENTION_BACKEND holds no backend, or the chosen one cannot run on the device.
@@ -87,7 +92,7 @@ def describe_block_attention_backend(device: torch.device | str) -> str:
         described = f"{name} ({BACKENDS[name].description})"
     if _chosen_backend != AUTOMATIC:
         return f"{described}: chosen by {BACKEND_VARIABLE} or set_block_attention_backend"
-    return f"{described}: {_reason_against_first(torch.device(device)) or 'the fastest, and it runs here'}"
+    return f"{described}: {_reason_against_faster(name, torch.device(device)) or 'the fastest, and it runs here'}"
 
 
 def backend_for(query: torch.Tensor, dropout: float, has_key_weights: bool = False) -> str:
@@ -109,14 +114,14 @@ def backend_for(query: torch.Tensor, dropout: float, has_key_weights: bool = Fal
         fallback = _backend_with_all(query.device, dropout > 0.0, has_key_weights)
         _say_once(
             logging.WARNING,
-            f"block_sparse: the {BACKENDS[name].description} has no {lacking}; {fallback.description} run instead.",
+            f"block_sparse: the {BACKENDS[name].description} has no {lacking}; left to the {fallback.description}.",
         )
         return fallback.name
     BACKENDS[name].check_query(query)
     if _chosen_backend == AUTOMATIC and name != next(iter(BACKENDS)):
-        reason, described = _reason_against_first(query.device), BACKENDS[name].description
+        reason, described = _reason_against_faster(name, query.device), BACKENDS[name].description
         level = logging.WARNING if query.is_cuda else logging.INFO
-        _say_once(level, f"block_sparse: {reason}; {described} run instead, correct but slower.")
+        _say_once(level, f"block_sparse: {reason}; left to the {described}, correct but slower.")
     return name
 
 
@@ -124,7 +129,7 @@ def _automatic_backend(device: torch.device) -> str:
     for name in BACKENDS:
         if _missing(name, device) is None and _unwanted(name, device) is None:
             return name
-    raise ValueError(f"No attention backend runs on {device}: {_reason_against_first(device)}.")
+    raise ValueError(f"No attention backend runs on {device}: {_reason_against_faster(None, device)}.")
 
 
 def _lacking(backend: AttentionBackend, needs_dropout: bool, needs_key_weights: bool) -> str:
@@ -147,10 +152,14 @@ def _backend_with_all(device: torch.device, needs_dropout: bool, needs_key_weigh
     )
 
 
-def _reason_against_first(device: torch.device) -> str | None:
-    """Why "auto" does not choose the fastest backend on a device; `None` where it does."""
-    first = next(iter(BACKENDS))
-    return _missing(first, device) or _unwanted(first, device)
+def _reason_against_faster(name: str | None, device: torch.device) -> str | None:
+    """Why "auto" chooses no backend before the named one; `None` where there is none before it.
+
+    Of backends for another type of device only the first is spoken of, and only where no other reason is left.
+    """
+    faster = list(itertools.takewhile(lambda other: other != name, BACKENDS))
+    of_device = [other for other in faster if BACKENDS[other].device_type in (None, device.type)]
+    return "; ".join(_missing(other, device) or _unwanted(other, device) for other in of_device or faster[:1]) or None
 
 
 @torch.compiler.assume_constant_result

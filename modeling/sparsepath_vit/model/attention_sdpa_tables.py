@@ -53,12 +53,7 @@ def prepare_tiles(grid: TokenGrid) -> PreparedGrid:
 
     One read of the device per grid.
     """
-    block_counts = [count for counts in grid.block_counts for count in counts]
-    numbers = [grid.num_global_tokens, grid.neighbor_radius]
-    layout = (grid.block_offsets, block_counts, list(grid.image_offsets), *numbers)
-    # torch.compile, which needs a table of known size, never sees strips.
-    is_strip = isinstance(grid, TokenStrip)
-    table = torch.tensor(_tiles(*layout, grid.own, grid.global_keys)) if is_strip else _tile_table(*layout)
+    table = tile_table(grid, MIN_QUERIES_PER_TILE)
     window = max(grid.canvas_size) if grid.window_size is None else grid.window_size
     patch_indices = grid.patch_indices()
 
@@ -69,7 +64,23 @@ def prepare_tiles(grid: TokenGrid) -> PreparedGrid:
     tensors = [table, of_packed(grid.columns // window, 0)]
     if grid.weights is not None:
         tensors.append(of_packed(grid.weights, 1))
-    return PreparedGrid(tensors, numbers)
+    return PreparedGrid(tensors, [grid.num_global_tokens, grid.neighbor_radius])
+
+
+def tile_table(grid: TokenGrid, min_queries: int) -> torch.Tensor:
+    """(tiles, 7 + 2 * runs) int64 on the host: `_NUM_TILE_COLUMNS`, then start and end of each run of keys.
+
+    Args:
+        grid: the tokens.
+        min_queries: up to which blocks of a row are joined; 1 for a tile for each block.
+    """
+    block_counts = [count for counts in grid.block_counts for count in counts]
+    layout = (grid.block_offsets, block_counts, list(grid.image_offsets))
+    settings = (grid.num_global_tokens, grid.neighbor_radius, min_queries)
+    # torch.compile, which needs a table of known size, never sees strips.
+    if isinstance(grid, TokenStrip):
+        return torch.tensor(_tiles(*layout, *settings, grid.own, grid.global_keys))
+    return _tile_table(*layout, *settings)
 
 
 @torch.library.custom_op(operator_name("sdpa_tile_table"), mutates_args=())
@@ -79,9 +90,10 @@ def _tile_table(
     image_offsets: list[int],
     num_global_tokens: int,
     neighbor_radius: int,
+    min_queries: int,
 ) -> torch.Tensor:
-    """(tiles, 7 + 2 * runs) int64 on the host, of as many tiles as there can be at most: the last ones are empty."""
-    tiles = _tiles(block_offsets, block_counts, image_offsets, num_global_tokens, neighbor_radius)
+    """The table of `tile_table`, of as many tiles as there can be at most: the last ones are empty."""
+    tiles = _tiles(block_offsets, block_counts, image_offsets, num_global_tokens, neighbor_radius, min_queries)
     most_tiles, columns = _table_shape(block_counts, neighbor_radius)
     return torch.tensor(tiles + [[0] * columns] * (most_tiles - len(tiles)))
 
@@ -92,6 +104,7 @@ def _tiles(
     image_offsets: list[int],
     num_global_tokens: int,
     neighbor_radius: int,
+    min_queries: int,
     own: tuple[int, int] | None = None,
     keys_of_globals: tuple[int, int] | None = None,
 ) -> list[list[int]]:
@@ -107,7 +120,8 @@ def _tiles(
         first_entry = starts.stop
         rows = [offsets[entry : entry + block_columns + 1] for entry in starts]
         bounds = image_offsets[image : image + 2]
-        of_image = _image_tiles(bounds, own, keys_of_globals, rows, num_global_tokens, neighbor_radius)
+        settings = num_global_tokens, neighbor_radius, min_queries
+        of_image = _image_tiles(bounds, own, keys_of_globals, rows, *settings)
         tiles += [[start, end, image, block_columns, *rest] for start, end, *rest in of_image]
     columns = _table_shape(block_counts, neighbor_radius)[1]
     return [tile + [0] * (columns - len(tile)) for tile in tiles]
@@ -120,6 +134,7 @@ def _tile_table_fake(
     image_offsets: list[int],
     num_global_tokens: int,
     neighbor_radius: int,
+    min_queries: int,
 ) -> torch.Tensor:
     shape = _table_shape(block_counts, neighbor_radius)
     return block_offsets.new_empty(shape, dtype=torch.int64, device="cpu")
@@ -138,6 +153,7 @@ def _image_tiles(
     rows: list[list[int]],
     num_global_tokens: int,
     neighbor_radius: int,
+    min_queries: int,
 ) -> Iterator[list[int]]:
     """Queries, block row, first and last block column, and runs of keys of the tiles of one image.
 
@@ -155,19 +171,18 @@ def _image_tiles(
         return
     for row, offsets in enumerate(rows):
         query_offsets = offsets if own is None else [min(max(offset, own[0]), own[1]) for offset in offsets]
-        for queries, blocks in _block_row_tiles(query_offsets):
+        for queries, blocks in _block_row_tiles(query_offsets, min_queries):
             yield [*queries, row, *blocks, *global_keys, *_near_runs(rows, row, blocks, neighbor_radius)]
 
 
-def _block_row_tiles(offsets: list[int]) -> Iterator[tuple[list[int], tuple[int, int]]]:
+def _block_row_tiles(offsets: list[int], min_queries: int) -> Iterator[tuple[list[int], tuple[int, int]]]:
     """Queries, and first and last block, of the tiles of one block row, whose blocks start at `offsets`."""
-    num_block_columns = len(offsets) - 1
-    first = num_block_columns if offsets[0] == offsets[-1] else 0
+    num_block_columns, first = len(offsets) - 1, 0
     while first < num_block_columns:
         last = first
-        while last + 1 < num_block_columns and offsets[last + 1] - offsets[first] < MIN_QUERIES_PER_TILE:
-            last += 1
-        if offsets[last + 1] > offsets[first]:
+        if offsets[first] < offsets[first + 1]:  # a tile does not begin with empty blocks
+            while last + 1 < num_block_columns and offsets[last + 1] - offsets[first] < min_queries:
+                last += 1
             yield [offsets[first], offsets[last + 1]], (first, last)
         first = last + 1
 

@@ -130,6 +130,7 @@ def tiled_strip_attention(
 SDPA_TILES = AttentionBackend(
     name="sdpa_tiles",
     description="tiles of SDPA calls",
+    device_type=None,
     missing=lambda device: None,
     unwanted=lambda device: None,
     check_query=lambda query: None,

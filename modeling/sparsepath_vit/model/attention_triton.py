@@ -131,6 +131,7 @@ def _backward(
 TRITON = AttentionBackend(
     name="triton",
     description="Triton kernel",
+    device_type="cuda",
     missing=_missing,
     unwanted=_unwanted,
     check_query=_check_query,
