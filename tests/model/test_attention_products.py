@@ -32,6 +32,12 @@ def error(output, exact):
     return ((output.double() - exact).norm() / exact.norm()).item()
 
 
+@pytest.fixture(autouse=True)
+def tiles(block_attention_backend):
+    """The backend that computes with products."""
+    block_attention_backend("sdpa_tiles")
+
+
 @needs_bfloat16
 @pytest.mark.parametrize("size", [0.3, 1.0, 2.6])  # logits up to about 0.5, 5 and 35
 @pytest.mark.parametrize(("num_queries", "num_keys"), [(64, 585), (65, 1609), (9, 4100), (36, 203), (1, 1), (320, 400)])

@@ -333,8 +333,8 @@ class TestDropout:
 class TestBackends:
     def test_where_a_backend_takes_no_weighted_keys_the_tiles_run_and_say_so(self, monkeypatch, caplog):
         without = dataclasses.replace(attention_backends.TRITON, takes_key_weights=False)
-        monkeypatch.setitem(attention_backends.BACKENDS, "triton", without)
-        monkeypatch.delitem(attention_backends.BACKENDS, "cpu_kernel")
+        backends = {"triton": without, "sdpa_tiles": SDPA_TILES}  # a dict of its own: the order decides
+        monkeypatch.setattr(attention_backends, "BACKENDS", backends)
         monkeypatch.setattr(attention_backends, "_missing", lambda name, device: None)
         monkeypatch.setattr(attention_backends, "_unwanted", lambda name, device: None)
         attention_backends._log_once.cache_clear()

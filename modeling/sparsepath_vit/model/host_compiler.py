@@ -50,7 +50,7 @@ def compiled_library(name: str, source: str) -> ctypes.CDLL:
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
-        raise CompilationError(f"{path} cannot be loaded ({error}); delete it") from error
+        raise CompilationError(f"{path} cannot be loaded ({error}); delete it, or set XDG_CACHE_HOME") from error
 
 
 def option_for_this_cpu() -> str:
@@ -97,12 +97,13 @@ def _cache_folder() -> Path:
             return folder
     except OSError as error:
         logger.debug("Compiled libraries are not kept: %s", error)
-    return _folder_of_process()
+    return Path(_folder_of_process().name)
 
 
 @functools.cache
-def _folder_of_process() -> Path:
-    return Path(tempfile.mkdtemp(prefix="sparsepath-vit-"))
+def _folder_of_process() -> tempfile.TemporaryDirectory:
+    """It goes when the process ends."""
+    return tempfile.TemporaryDirectory(prefix="sparsepath-vit-")
 
 
 def _compile(command: list[str], source: str, path: Path) -> None:
