@@ -89,7 +89,7 @@ def test_what_a_killed_process_wrote_is_removed_and_what_a_running_one_writes_is
     ready = context.Event()
     process = context.Process(target=hold, args=(tmp_path / "out", is_folder, ready), daemon=True)
     process.start()
-    assert ready.wait(20)
+    assert ready.wait(120)
     remove_stale_files(tmp_path)
     assert names_in(tmp_path) == [f"out.{names_in(tmp_path)[0].split('.')[1]}.tmp"]
     os.kill(process.pid, signal.SIGKILL)
