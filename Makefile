@@ -5,6 +5,9 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 SOURCES := modeling scripts studies tests configuration docs examples
 
+# The tests start many Pythons: without bytecode of torch and Transformers each of them compiles both anew, seconds a time.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test chromium browser-test interop docs notebooks lint format figures benchmark gpu clean
 
 $(INSTALLED): pyproject.toml

@@ -31,7 +31,8 @@ from pathlib import Path
 import torch
 
 from sparsepath_vit.checkpoints import tiny_checkpoint
-from sparsepath_vit.runtime.extras import ScriptParser, run_script
+from sparsepath_vit.runtime.compute import torch_device
+from sparsepath_vit.runtime.extras import ScriptParser, comma_separated, run_script
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # `studies` lies beside this folder and is not installed
 
@@ -51,7 +52,12 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     model = commands.add_parser("model", help="whole forward passes")
     model.add_argument("--architecture", default="vit-small-14-reg8", help="known model, random weights")
-    model.add_argument("--sizes", default="224,448,896,1400", help="pixels of a square image, comma separated")
+    model.add_argument(
+        "--sizes",
+        type=comma_separated(int, least=1),
+        default="224,448,896,1400",
+        help="pixels of a square image, comma separated",
+    )
     model.add_argument("--peers", default=",".join(benchmark_model.PEERS), help="comma separated; all by default")
     model.add_argument("--window-size", type=int, default=8)
     model.add_argument("--prune-ratio", type=float, default=0.6)
@@ -59,16 +65,7 @@ def main() -> None:
     model.add_argument("--compile", action="store_true", help="run all peers through torch.compile")
     model.add_argument("--out", type=Path, default=Path("model_card/results/benchmark_model.csv"))
     model.set_defaults(run=benchmark_models)
-    attention = commands.add_parser("attention", help="attention alone")
-    attention.add_argument("--tokens", default="2500,10000,60025", help="patch tokens of a square grid")
-    attention.add_argument("--windows", default="8,16,64", help="tokens per block side")
-    attention.add_argument("--kept", default="1.0,0.4", help="shares of tokens kept; below 1 at random")
-    attention.add_argument("--peers", default="block_sparse,sdpa_dense", help=f"of {', '.join(attention_peers.PEERS)}")
-    attention.add_argument("--heads", type=int, default=24)
-    attention.add_argument("--head-dim", type=int, default=64)
-    attention.add_argument("--backward", action="store_true", help="time forward and backward together, too")
-    attention.add_argument("--out", type=Path, default=Path("model_card/results/benchmark_attention.csv"))
-    attention.set_defaults(run=benchmark_attention)
+    attention = _attention_parser(commands)
     memory = _memory_parser(commands)
     quantised = _quantised_parser(commands)
     for command in (model, attention, memory, quantised):
@@ -78,21 +75,61 @@ def main() -> None:
         command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
         command.add_argument("--repeats", type=int, default=5, help="measurements of each; the median counts")
     arguments = parser.parse_args()
-    if arguments.threads:
+    run_script(run, arguments)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Runs the command that was asked for.
+
+    Raises:
+        ValueError: a device that is not there, no threads or no measurement.
+    """
+    torch_device(getattr(arguments, "device", "cpu"))
+    for name in ("threads", "repeats"):
+        number = getattr(arguments, name, None)
+        if number is not None and number < 1:
+            raise ValueError(f"{name}={number} is not possible: one at least.")
+    if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
-    run_script(arguments.run, arguments)
+    arguments.run(arguments)
+
+
+def _attention_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> argparse.ArgumentParser:
+    attention = commands.add_parser("attention", help="attention alone")
+    attention.add_argument(
+        "--tokens", type=comma_separated(int, least=1), default="2500,10000,60025", help="patch tokens of a square grid"
+    )
+    attention.add_argument(
+        "--windows", type=comma_separated(int, least=1), default="8,16,64", help="tokens per block side"
+    )
+    attention.add_argument(
+        "--kept", type=comma_separated(float), default="1.0,0.4", help="shares of tokens kept; below 1 at random"
+    )
+    attention.add_argument("--peers", default="block_sparse,sdpa_dense", help=f"of {', '.join(attention_peers.PEERS)}")
+    attention.add_argument("--heads", type=int, default=24)
+    attention.add_argument("--head-dim", type=int, default=64)
+    attention.add_argument("--backward", action="store_true", help="time forward and backward together, too")
+    attention.add_argument("--out", type=Path, default=Path("model_card/results/benchmark_attention.csv"))
+    attention.set_defaults(run=benchmark_attention)
+    return attention
 
 
 def _memory_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> argparse.ArgumentParser:
     memory = commands.add_parser("memory", help="peak memory of a forward on a CPU, each in a process of its own")
     memory.add_argument("--architecture", default="vit-small-14-reg8", help="known model, random weights")
     memory.add_argument("--layers", type=int, default=0, help="how many of its layers; all by default")
-    memory.add_argument("--sizes", default="3430", help="pixels of a square image, comma separated")
-    memory.add_argument("--prune-ratios", default="0,0.6", help="comma separated")
+    memory.add_argument(
+        "--sizes", type=comma_separated(int, least=1), default="3430", help="pixels of a square image, comma separated"
+    )
+    memory.add_argument("--prune-ratios", type=comma_separated(float), default="0,0.6", help="comma separated")
     memory.add_argument("--prune-after-layer", type=int, default=4)
-    memory.add_argument("--context-tokens", default="0", help="comma separated; 0 is block-local attention")
+    memory.add_argument(
+        "--context-tokens", type=comma_separated(int), default="0", help="comma separated; 0 is block-local attention"
+    )
     memory.add_argument("--tokens-per-strip", type=int, default=None, help="0 for whole layers; the model's by default")
-    memory.add_argument("--processes", default="1", help="how many share the image, comma separated")
+    memory.add_argument(
+        "--processes", type=comma_separated(int, least=1), default="1", help="how many share the image, comma separated"
+    )
     memory.add_argument("--out", type=Path, default=Path("model_card/results/benchmark_memory.csv"))
     memory.set_defaults(run=benchmark_memory)
     return memory
@@ -102,7 +139,12 @@ def _quantised_parser(commands: "argparse._SubParsersAction[argparse.ArgumentPar
     quantised = commands.add_parser("quantised", help="int8 and float8 of torchao against the checkpoint, on an image")
     quantised.add_argument("--checkpoint", default=None, help="folder or Hub id; the tiny checkpoint by default")
     quantised.add_argument("--image", type=Path, default=None, help="the one that comes with scikit-image by default")
-    quantised.add_argument("--sizes", default="224,896", help="pixels of the image's longer side, comma separated")
+    quantised.add_argument(
+        "--sizes",
+        type=comma_separated(int, least=1),
+        default="224,896",
+        help="pixels of the image's longer side, comma separated",
+    )
     quantised.add_argument("--kinds", default=",".join(KINDS), help="comma separated; all by default")
     quantised.add_argument("--compile", action="store_true", help="run the models through torch.compile")
     quantised.add_argument("--out", type=Path, default=Path("model_card/results/benchmark_quantised.csv"))
@@ -114,7 +156,7 @@ def benchmark_models(arguments: argparse.Namespace) -> None:
     """Records whole forward passes, size by size."""
     settings = ModelBenchmark(
         architecture=arguments.architecture,
-        sizes=tuple(map(int, arguments.sizes.split(","))),
+        sizes=arguments.sizes,
         peers=tuple(arguments.peers.split(",")),
         dtype=getattr(torch, arguments.dtype),
         device=arguments.device,
@@ -155,10 +197,10 @@ def benchmark_memory(arguments: argparse.Namespace) -> None:
             num_threads=torch.get_num_threads(),
             num_processes=num_processes,
         )
-        for size in map(int, arguments.sizes.split(","))
-        for prune_ratio in map(float, arguments.prune_ratios.split(","))
-        for num_context_tokens in map(int, arguments.context_tokens.split(","))
-        for num_processes in map(int, arguments.processes.split(","))
+        for size in arguments.sizes
+        for prune_ratio in arguments.prune_ratios
+        for num_context_tokens in arguments.context_tokens
+        for num_processes in arguments.processes
     ]
     for row in measure_memory(cases):
         logger.info(
@@ -174,7 +216,7 @@ def record_quantised(arguments: argparse.Namespace) -> None:
     settings = QuantisedBenchmark(
         checkpoint=arguments.checkpoint or tiny_checkpoint(),
         image=arguments.image,
-        sizes=tuple(map(int, arguments.sizes.split(","))),
+        sizes=arguments.sizes,
         kinds=tuple(arguments.kinds.split(",")),
         dtype=getattr(torch, arguments.dtype),
         device=arguments.device,
@@ -196,9 +238,9 @@ def record_quantised(arguments: argparse.Namespace) -> None:
 
 def benchmark_attention(arguments: argparse.Namespace) -> None:
     """Records attention alone, problem by problem."""
-    for tokens in map(int, arguments.tokens.split(",")):
-        for window_size in map(int, arguments.windows.split(",")):
-            for kept_share in map(float, arguments.kept.split(",")):
+    for tokens in arguments.tokens:
+        for window_size in arguments.windows:
+            for kept_share in arguments.kept:
                 case = AttentionCase(
                     tokens=tokens,
                     window_size=window_size,

@@ -211,6 +211,8 @@ def main() -> None:
     parser.add_argument("--channels", type=int, default=1536)
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
+    if min(arguments.tokens, arguments.channels) < 1:
+        parser.error("--tokens and --channels are 1 at least")
     run_script(run, arguments.tokens, arguments.channels, arguments.out)
 
 

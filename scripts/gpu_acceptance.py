@@ -125,6 +125,10 @@ def parse_arguments() -> argparse.Namespace:
     unknown = sorted(set(arguments.steps) - set(STEPS))
     if unknown:
         parser.error(f"--steps holds {', '.join(unknown)}: it takes {', '.join(STEPS)}.")
+    if not all(size.isdecimal() for size in (arguments.sizes or "1").split(",")):
+        parser.error(f"--sizes {arguments.sizes}: it takes pixels, comma separated, such as 224,1400.")
+    if arguments.output_dir.is_file():
+        parser.error(f"--output_dir {arguments.output_dir} is a file: name a folder.")
     return arguments
 
 

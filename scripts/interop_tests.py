@@ -142,6 +142,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="pass over what cannot be installed or tried in time; tests that fail still count",
     )
     options = parser.parse_args(arguments)
+    for flag, folder in (("--trident", options.trident), ("--patho-bench", options.patho_bench)):
+        if folder is not None and not folder.is_dir():
+            parser.error(f"{flag} {folder} is no folder: pass that of a checkout")
     peers = {name: peer for name, peer in PEERS.items() if options.only is None or name in options.only}
     if options.trident is not None:
         peers["trident"] = Peer((str(options.trident.resolve()),), is_overruled=True)

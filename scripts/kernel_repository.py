@@ -132,8 +132,11 @@ def export_kernel(output_dir: str | os.PathLike) -> Path:
 
     Raises:
         FileExistsError: the folder holds something.
+        NotADirectoryError: it is a file.
     """
     output_dir = Path(output_dir)
+    if output_dir.is_file():
+        raise NotADirectoryError(f"output_dir={str(output_dir)!r} is a file: name a folder.")
     if output_dir.exists() and any(output_dir.iterdir()):
         raise FileExistsError(f"output_dir={str(output_dir)!r} is not empty: remove it, or name another folder.")
     with atomic_folder(output_dir) as repository:

@@ -39,6 +39,7 @@ from transformers import (
 
 import sparsepath_vit  # noqa: F401  registers the Auto classes
 from sparsepath_vit.runtime.atomic_files import write_atomically
+from sparsepath_vit.runtime.checkpoint_paths import checkpoint_config
 from sparsepath_vit.runtime.extras import imports_of_extra, run_script
 from sparsepath_vit.runtime.load_model import load_model
 
@@ -292,6 +293,7 @@ def run(argv: list[str]) -> None:
     if training.process_index:
         logging.getLogger().setLevel(logging.ERROR)  # the first process says it for all
     set_seed(training.seed)
+    checkpoint_config(arguments.model_name_or_path, "model_name_or_path")  # said before the data are read
     dataset, problems = load_labelled_rois(
         data.dataset_dir,
         data.image_folder,

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoImageProcessor, HfArgumentParser, TrainingArguments, set_seed
+from transformers import AutoImageProcessor, HfArgumentParser, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from sparsepath_vit import SparsePathViTForUniversalSegmentation
@@ -36,6 +36,7 @@ from sparsepath_vit.model.configuration_segmentation_sparsepath_vit import (
     SparsePathViTUniversalSegmentationConfig,
 )
 from sparsepath_vit.runtime.atomic_files import write_atomically
+from sparsepath_vit.runtime.checkpoint_paths import checkpoint_config
 from sparsepath_vit.runtime.extras import imports_of_extra, run_script
 from sparsepath_vit.runtime.figures import save_image
 
@@ -206,7 +207,7 @@ def load_model(arguments: ModelArguments, label_names: tuple[str, ...]) -> Spars
     backbone_kwargs = arguments.fields_of("backbone_kwargs")
     if window is not None:
         backbone_kwargs["window_size"] = window or None
-    config = AutoConfig.from_pretrained(path)
+    config = checkpoint_config(path, "model_name_or_path")
     if isinstance(config, SparsePathViTUniversalSegmentationConfig):
         own = tuple(config.id2label[index] for index in range(config.num_labels))
         if own != label_names:
@@ -360,7 +361,7 @@ def train_from_flags(argv: list[str]) -> None:
     """Reads the flags, trains, evaluates and writes."""
     data, arguments, training = parse(argv)
     set_seed(training.seed)
-    config = AutoConfig.from_pretrained(arguments.model_name_or_path)
+    config = checkpoint_config(arguments.model_name_or_path, "model_name_or_path")
     pairs = load_data(data, getattr(config, "backbone_config", config).patch_size, training.seed)
     trainer, reported, results = run(pairs, data, arguments, training)
     save(trainer, results)

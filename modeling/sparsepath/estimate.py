@@ -61,12 +61,17 @@ def estimate(
 
 def _config_of(model: str) -> "SparsePathViTConfig":
     """The configuration of a known architecture, or of a checkpoint."""
-    from transformers import AutoConfig
+    from sparsepath_vit.conversion.architectures import architecture, architecture_of_hub_id
+    from sparsepath_vit.runtime.checkpoint_paths import checkpoint_config
 
-    from sparsepath_vit.conversion import architecture
-    from sparsepath_vit.runtime.checkpoint_paths import existing_source
-
-    is_checkpoint = "/" in model or Path(model).expanduser().is_dir()
-    if not is_checkpoint:
+    if Path(model).expanduser().exists():
+        return checkpoint_config(model)
+    published = architecture_of_hub_id(model)  # known without asking the Hub
+    if published is not None:
+        return published.build_config()
+    if "/" in model:
+        return checkpoint_config(model)
+    try:
         return architecture(model).build_config()
-    return AutoConfig.from_pretrained(existing_source(model))
+    except ValueError as error:
+        raise ValueError(f"model={model!r} is no folder here, and no Hub id (owner/name): {error}") from error

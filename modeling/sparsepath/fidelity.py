@@ -31,18 +31,16 @@ def fidelity(
     dtype: options.Dtype = None,
 ) -> None:
     """The same weights, dense, block-local, stratified and pruned: how alike the features are, and what they cost."""
-    from PIL import Image
     from tqdm import tqdm
 
     from sparsepath_vit.comparison.fidelity import compare_image
-    from sparsepath_vit.comparison.images import resized
+    from sparsepath_vit.comparison.images import read_image, resized
     from sparsepath_vit.runtime.compute import torch_device, weight_dtype
     from sparsepath_vit.runtime.load_model import load_model
 
     on = torch_device(device)
     loaded, processor = load_model(model, on, weight_dtype(dtype, on))
-    with Image.open(region) as opened:
-        image = opened.convert("RGB")
+    image = read_image(region, "region")
     for side in tqdm(size or [None], desc="fidelity", unit="size", disable=None):
         rows = compare_image(loaded, processor, resized(image, side))
         say(f"\n{region.name}, {rows[0].size[0]} x {rows[0].size[1]} px, {rows[0].tokens:,} patch tokens")

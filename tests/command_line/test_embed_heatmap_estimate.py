@@ -72,3 +72,12 @@ def test_estimate_prints_tokens_flops_time_and_memory(invoke, small_slide, model
     assert "400 (100% of all)" in result.output and "300" in result.output
     result = invoke("estimate", "--size", 320, "--model", model_folder, "--device", "cpu", "--processes", 2)
     assert "peak memory, each of 2 processes" in result.output
+
+
+def test_estimate_knows_published_models_by_their_hub_id_and_says_what_it_takes(invoke):
+    """Regression: the Hub was asked for a configuration that is timm's, and a wrong name was one of `architecture`."""
+    assert invoke("estimate", "--size", 28, "--model", "bioptimus/H0-mini", "--device", "cpu").exit_code == 0
+    error = invoke("estimate", "--size", 28, "--model", "uni3").exception
+    assert str(error).startswith(
+        "model='uni3' is no folder here, and no Hub id (owner/name): architecture='uni3' is unknown"
+    )

@@ -3,12 +3,14 @@
 
 import ast
 import importlib
+import os
 import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import torch
 from bare_python import run_bare
 from places import ROOT
 
@@ -16,7 +18,7 @@ import sparsepath.app
 import sparsepath_vit
 
 HEAVY = {"torchvision", "torch._dynamo", "transformers.modeling_utils", "accelerate"}
-COMMANDS = ("demo", "convert", "models", "doctor", "estimate", "embed", "heatmap", "segment", "view")
+COMMANDS = [command.callback.__name__ for command in sparsepath.app.app.registered_commands]
 PACKAGES = sorted(
     ".".join(file.parent.relative_to(ROOT / "modeling").parts)
     for file in (ROOT / "modeling/sparsepath_vit").rglob("__init__.py")
@@ -24,51 +26,90 @@ PACKAGES = sorted(
 )
 
 
-def run_python(code, *arguments):
-    run = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+def run_python(code, *arguments, given=None, split=None):
+    """What a fresh process prints, in words."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", code, *arguments]
+    run = subprocess.run(command, capture_output=True, text=True, input=given, env=environment)
     assert run.returncode == 0, run.stderr[-4000:]
-    return run.stdout.split()
+    return run.stdout.split(split)
 
 
-RUN_COMMAND = """
+# In one process, since a command that imports too much is seen where it was the first to: what is there only grows.
+RUN_COMMANDS = """
 import sys
 from sparsepath.app import main
-try:
-    main()
-except SystemExit as ending:
-    assert not ending.code, ending.code
-print("-- modules", *sys.modules)
+for line in sys.stdin.read().splitlines():
+    sys.argv = ["sparsepath", *line.split()]
+    try:
+        main()
+    except SystemExit as ending:
+        assert not ending.code, (line, ending.code)
+    found = {"torch", "transformers", "numpy", "huggingface_hub", "sparsepath_vit"} & set(sys.modules)
+    assert not found, (line, found)
 """
 
 
-@pytest.mark.parametrize("arguments", [("--help",), ("--version",), *((command, "--help") for command in COMMANDS)])
-def test_help_and_version_import_neither_torch_nor_the_library(arguments):
-    said = run_python(RUN_COMMAND, *arguments)
-    modules = set(said[said.index("--") + 1 :])
-    assert "sparsepath.app" in modules
-    assert not {"torch", "transformers", "numpy", "huggingface_hub", "sparsepath_vit"} & modules
+def test_help_and_version_import_neither_torch_nor_the_library():
+    assert len(COMMANDS) == 13 and version("sparsepath-vit") == sparsepath_vit.__version__
+    lines = "\n".join(["--version", "--help", *(f"{command} --help" for command in COMMANDS)])
+    said = run_python(RUN_COMMANDS, given=lines)
+    assert said[:2] == ["sparsepath-vit", sparsepath_vit.__version__] and said.count("Usage:") == 1 + len(COMMANDS)
 
 
-def test_version_is_the_packages():
-    assert version("sparsepath-vit") == sparsepath_vit.__version__
-    assert sparsepath_vit.__version__ in run_python(RUN_COMMAND, "--version")
+# In one process, the lightest first: what is not among the modules after many imports was not after the first.
+IMPORTS = {
+    "Auto classes": "import torch; from transformers import AutoBackbone, AutoConfig, AutoModel, Mask2FormerConfig",
+    "package": "import sparsepath_vit",
+    "slides to look at": "import sparsepath_vit.slides.reader, sparsepath_vit.slides.token_values",
+    "attention on a CPU": "grid = sparsepath_vit.TokenGrid.create([(2, 2)], num_global_tokens=1, window_size=2); "
+    "sparsepath_vit.block_attention(*[torch.randn(1, 1, 5, 16)] * 3, grid)",
+    "slides and commands": "import sparsepath_vit.slides.embed, sparsepath.app",
+    "segmenting": "import sparsepath_vit.tasks.segmentation.regions",
+}
 
 
-AUTO_CLASSES_ALONE = """
-import sys
-import torch
-from transformers import AutoBackbone, AutoConfig, AutoModel, Mask2FormerConfig
-print(*sys.modules)
-"""
+@pytest.fixture(scope="module")
+def modules_after():
+    """The modules that there are after each of `IMPORTS` and those before it, in a fresh process."""
+    program = ["import sys", *(f"{statements}\nprint('|', *sys.modules)" for statements in IMPORTS.values())]
+    return dict(
+        zip(IMPORTS, [set(part.split()) for part in run_python("\n".join(program), split="|")[1:]], strict=True)
+    )
 
 
-def test_importing_the_package_imports_no_model():
+def test_importing_the_package_imports_no_model(modules_after):
     """Nothing heavy but what the configurations and Auto classes of Transformers import: 5.17's torch._dynamo."""
-    modules = set(run_python("import sys, sparsepath_vit; print(*sys.modules)"))
+    modules = modules_after["package"]
     assert "torchvision" not in modules
-    assert not modules & HEAVY - set(run_python(AUTO_CLASSES_ALONE))
+    assert not modules & HEAVY - modules_after["Auto classes"]
     own = {name for name in modules if name.startswith("sparsepath_vit.")}
     assert not [name for name in own if "modeling_" in name or "attention" in name or "image_processing" in name]
+
+
+def test_reading_slides_and_looking_at_them_imports_no_model(modules_after):
+    """The page of a slide took 260 MB more since what tells the free memory imported the model's layers."""
+    assert "sparsepath_vit.slides.token_values" in modules_after["slides to look at"]
+    assert not modules_after["slides to look at"] & HEAVY - {"accelerate"} - modules_after["Auto classes"]
+
+
+def test_without_a_gpu_the_kernels_are_not_imported(modules_after):
+    """With Triton that takes a second, and most commands run no kernel."""
+    assert "sparsepath_vit.model.attention_sdpa_tiles" in modules_after["attention on a CPU"]
+    assert torch.cuda.is_available() or not modules_after["attention on a CPU"] & {
+        "sparsepath_vit.model.attention_triton_launch"
+    }
+
+
+def test_the_library_and_its_commands_import_no_plugin(modules_after):
+    assert {"sparsepath_vit.slides.embed", "sparsepath.app"} < modules_after["slides and commands"]
+    assert not [name for name in modules_after["slides and commands"] if name.startswith("sparsepath_vit.plugins")]
+
+
+def test_segmenting_imports_no_trainer(modules_after):
+    """It needs the model and no training code."""
+    assert "sparsepath_vit.tasks.segmentation.regions" in modules_after["segmenting"]
+    assert not {"transformers.trainer", "sparsepath_vit.tasks.segmentation.training"} & modules_after["segmenting"]
 
 
 AUTO_CLASSES = """
@@ -108,23 +149,14 @@ def test_the_auto_classes_know_the_models_after_a_bare_import(order):
     assert said == [*MODELS, *PROCESSORS, "SparsePathViTModel"]
 
 
-def test_an_image_processor_is_found_without_its_model():
+def test_an_image_processor_is_found_without_its_model_and_a_pipeline_finds_both(tmp_path):
     code = """
 import sys
 import sparsepath_vit
 from transformers import AutoImageProcessor
 print(type(AutoImageProcessor.from_pretrained(sys.argv[1])).__module__)
-"""
-    found = run_python(code, str(sparsepath_vit.tiny_checkpoint()))
-    assert found == ["sparsepath_vit.model.image_processing_sparsepath_vit"]
-
-
-def test_a_pipeline_finds_model_and_processor(tmp_path):
-    code = """
-import sys
-import sparsepath_vit
 from PIL import Image
-from transformers import AutoModelForImageClassification, AutoImageProcessor, pipeline
+from transformers import AutoModelForImageClassification, pipeline
 classifier = pipeline("image-classification", model=sys.argv[1], device="cpu")
 print(type(classifier.model).__name__, type(classifier.image_processor).__name__)
 print(len(classifier(Image.new("RGB", (56, 56)))))
@@ -135,7 +167,9 @@ print(len(classifier(Image.new("RGB", (56, 56)))))
         )
     ).save_pretrained(tmp_path)
     sparsepath_vit.SparsePathViTImageProcessor().save_pretrained(tmp_path)
-    assert run_python(code, str(tmp_path))[:2] == ["SparsePathViTForImageClassification", "SparsePathViTImageProcessor"]
+    module, model, processor, _ = run_python(code, str(tmp_path))
+    assert module == "sparsepath_vit.model.image_processing_sparsepath_vit"
+    assert (model, processor) == ("SparsePathViTForImageClassification", "SparsePathViTImageProcessor")
 
 
 def type_checking_imports(package):
@@ -164,42 +198,36 @@ def test_public_names_are_those_that_type_checkers_see(package):
 
 
 EXTRAS = ("h5py", "openslide", "tifffile", "imagecodecs", "skimage", "scikit_image", "scipy", "sklearn", "matplotlib")
+# One process, in which what cannot be imported cannot be imported by any of them.
 WITHOUT_EXTRAS = """
-import sys
+import sys, traceback
+sys.stderr = sys.stdout
 from sparsepath.app import main
-sys.argv = ["sparsepath", *sys.argv[1:]]
-try:
-    main()
-except SystemExit as ending:
-    print(ending.code)
+for line in sys.argv[1].splitlines():
+    sys.argv = ["sparsepath", *line.split("|")]
+    print("== command")
+    try:
+        main()
+    except SystemExit as ending:
+        print(ending.code)
+    except BaseException:
+        traceback.print_exc()
 """
+COMMANDS_WITHOUT_EXTRAS = {
+    "embed|{slide}|--model|{model}|--out|out|--device|cpu": "slides",
+    "heatmap|{slide}|{slide}": "slides",
+    "estimate|{slide}|--model|{model}|--device|cpu": "slides",
+    "demo|--out|out|--size|56|--device|cpu": "slides",
+    "segment|{slide}|--model|{model}|--out|out": "train",
+}
 
 
-@pytest.mark.parametrize(
-    ("command", "extra"),
-    [
-        (("embed", "{slide}", "--model", "{model}", "--out", "out", "--device", "cpu"), "slides"),
-        (("heatmap", "{slide}", "{slide}"), "slides"),
-        (("estimate", "{slide}", "--model", "{model}", "--device", "cpu"), "slides"),
-        (("demo", "--out", "out", "--size", "56", "--device", "cpu"), "slides"),
-        (("segment", "{slide}", "--model", "{model}", "--out", "out"), "train"),
-    ],
-    ids=lambda value: value[0] if isinstance(value, tuple) else value,
-)
-def test_without_its_extra_a_command_ends_with_the_line_that_installs_it(
-    command, extra, model_folder, small_slide, tmp_path
-):
+def test_without_its_extra_a_command_ends_with_the_line_that_installs_it(model_folder, small_slide, tmp_path):
     for file in (sparsepath.app.__file__, sparsepath_vit.__file__):
         folder = Path(file).parent
         (tmp_path / folder.name).symlink_to(folder)
-    arguments = [part.format(slide=small_slide, model=model_folder) for part in command]
-    code = WITHOUT_EXTRAS.replace("import sys", "import sys\nsys.stderr = sys.stdout", 1)
-    said = run_bare(code, arguments, tmp_path, ("sparsepath", "__editable__", *EXTRAS))
-    assert f'pip install "sparsepath-vit[{extra}]"' in said.replace("\n", " ")
-    assert "Traceback" not in said
-
-
-def test_reading_slides_and_looking_at_them_imports_no_model():
-    """The page of a slide took 260 MB more since what tells the free memory imported the model's layers."""
-    code = "import sys, sparsepath_vit.slides.reader, sparsepath_vit.slides.token_values; print(*sys.modules)"
-    assert not {"torchvision", "torch._dynamo", "transformers.modeling_utils"} & set(run_python(code))
+    lines = "\n".join(COMMANDS_WITHOUT_EXTRAS).format(slide=small_slide, model=model_folder)
+    said = run_bare(WITHOUT_EXTRAS, [lines], tmp_path, ("sparsepath", "__editable__", *EXTRAS)).split("== command")[1:]
+    for (command, extra), lines in zip(COMMANDS_WITHOUT_EXTRAS.items(), said, strict=True):
+        assert f'pip install "sparsepath-vit[{extra}]"' in lines.replace("\n", " "), command
+        assert "Traceback" not in lines

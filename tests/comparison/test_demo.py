@@ -7,6 +7,7 @@ from small_models import small_model
 
 from sparsepath_vit import SparsePathViTImageProcessor, SparsePathViTModel
 from sparsepath_vit.comparison import demo
+from sparsepath_vit.comparison.images import read_image
 
 
 @pytest.fixture
@@ -50,6 +51,36 @@ def test_a_dense_run_that_would_take_too_long_is_predicted_not_run(tmp_path, che
     assert len(report.rows) == 7
     assert pruned_crop.size == (40, 40) or pruned_crop.size == (36, 36)  # a sixteenth of the time: half the side
     assert pruned_crop.cosine is not None
+
+
+def test_an_unknown_device_is_named(tmp_path):
+    """Regression: a traceback of torch."""
+    with pytest.raises(ValueError, match="device='gpu' is unknown: it takes cpu, cuda"):
+        demo.run_demo(tmp_path / "out", size=56, device="gpu")
+
+
+def test_a_file_where_the_results_should_go_is_named_before_anything_is_computed(tmp_path):
+    (tmp_path / "out").touch()
+    with pytest.raises(NotADirectoryError, match=r"out='.*out/demo' is no folder: .*/out is a file. Name a folder"):
+        demo.run_demo(tmp_path / "out" / "demo", model_source="not/asked/for")
+
+
+def test_an_image_that_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "empty.png").touch()
+    assert (
+        read_image_fails(tmp_path / "missing.png", "region")
+        == f"region='{tmp_path}/missing.png': there is no such file"
+    )
+    assert read_image_fails(tmp_path) == f"image='{tmp_path}': there is no such file"
+    assert read_image_fails(tmp_path / "empty.png").startswith(
+        f"image='{tmp_path}/empty.png' is not an image Pillow can read"
+    )
+
+
+def read_image_fails(path, *argument):
+    with pytest.raises(OSError) as failure:
+        read_image(path, *argument)
+    return str(failure.value).split(". ")[0]
 
 
 def test_a_small_bundled_image_is_tiled_by_reflection_to_the_size():

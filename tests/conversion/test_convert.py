@@ -235,6 +235,12 @@ def test_output_that_is_in_use(small_file, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
 
 
+def test_a_converted_checkpoint_is_not_converted_again(small_file, tmp_path):
+    convert_checkpoint(small_file, tmp_path / "once", num_attention_heads=4)
+    with pytest.raises(ValueError, match=r"source='.*once' is a converted checkpoint already: load it"):
+        convert_checkpoint(tmp_path / "once", tmp_path / "twice")
+
+
 def test_overwrite_touches_only_an_earlier_conversion(small_file, tmp_path):
     """overwrite=True on a home directory must not empty it."""
     (tmp_path / "home").mkdir()

@@ -167,6 +167,20 @@ def test_file_that_only_looks_like_a_pickle_by_its_name(tmp_path):
         open_source(tmp_path / "pytorch_model.bin")
 
 
+@pytest.mark.parametrize(("name", "content"), [("notes.txt", b"hello\n"), ("region.png", b"\x89PNG\r\n\x1a\n\0\0")])
+def test_any_other_file_is_named(tmp_path, name, content):
+    """Regression: text ended in a traceback of the unpickler, and an image was said to want to run code."""
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{name} is no PyTorch file: it begins with b'"):
+        open_source(tmp_path / name)
+
+
+def test_what_only_begins_like_a_pickle_is_damaged(tmp_path):
+    (tmp_path / "weights.pth").write_bytes(b"\x80\x02hello\n")
+    with pytest.raises(ValueError, match=r"weights\.pth is truncated or damaged"):
+        open_source(tmp_path / "weights.pth")
+
+
 def test_damaged_file_is_not_read_with_torchs_own_advice(tmp_path):
     """Regression: the message went on with torch's, which may advise weights_only=False."""
     torch.save(STATE, tmp_path / "weights.pth")

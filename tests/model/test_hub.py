@@ -152,6 +152,7 @@ def load(folder, auto_class):
 
 def outputs_of(model):
     assert type(model).__module__.startswith("transformers_modules."), type(model)
+    assert getattr(model, "backbone", model).config._attn_implementation == "block_sparse"
     with torch.no_grad():
         outputs = model.eval()(pixels)
     names = ("last_hidden_state", "logits", "masks_queries_logits", "feature_maps")

@@ -13,8 +13,8 @@ from split_cases import (
     COLUMNS,
     EQUAL,
     KILLED,
-    LOST_AFTER_SECONDS,
     ROWS,
+    TIMEOUT_SECONDS,
     equal_models,
     outputs_of,
     run_cases,
@@ -170,7 +170,7 @@ def test_a_process_that_does_not_answer_ends_the_others_in_the_groups_timeout(pr
     for found in processes[:-1]:
         assert found["no answer"].startswith("LostProcessError: Process ")
         assert "timeout: look for the first error" in found["no answer"]
-        assert found["no answer, seconds"] < 3 * LOST_AFTER_SECONDS + 5
+        assert found["no answer, seconds"] < TIMEOUT_SECONDS / 2
 
 
 def test_a_killed_process_ends_the_others(processes):

@@ -9,7 +9,6 @@ import weakref
 
 import pytest
 import torch
-from bare_python import run_bare
 from small_models import small_config, small_model
 from small_segmentation import (
     SMALL_ADAPTER,
@@ -443,37 +442,32 @@ class TestLoading:
 LOAD_BOTH = """
 import sys, torch
 from transformers import AutoModelForUniversalSegmentation
-folder, threads, trust = sys.argv[1:]
+folder, threads = sys.argv[1:]
 torch.set_num_threads(int(threads))
 pixels = torch.load(f"{folder}/pixels.pt")
 for head in ("mask2former", "queries"):
-    if not trust:
-        import sparsepath_vit
-    model = AutoModelForUniversalSegmentation.from_pretrained(f"{folder}/{head}", trust_remote_code=bool(trust))
-    assert type(model).__module__.startswith("transformers_modules." if trust else "sparsepath_vit."), type(model)
+    import sparsepath_vit
+    model = AutoModelForUniversalSegmentation.from_pretrained(f"{folder}/{head}")
+    assert type(model).__module__.startswith("sparsepath_vit."), type(model)
     assert model.backbone.config._attn_implementation == "block_sparse"
     with torch.no_grad():
         torch.save(model(pixels).masks_queries_logits, f"{folder}/{head}.pt")
-    if trust:
-        model.save_pretrained(f"{folder}/{head}_again")
 """
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("is_remote", [False, True], ids=["package", "remote code"])
-def test_loads_in_a_fresh_process(is_remote, models, tmp_path):
-    """The stock model raises a KeyError there: no process knows the backbone's model type by itself."""
+def test_loads_in_a_fresh_process(models, tmp_path):
+    """The stock model raises a KeyError there: no process knows the backbone's model type by itself.
+
+    As remote code, test_hub loads it.
+    """
     pixels = random_images(1, 48, 70)
     torch.save(pixels, tmp_path / "pixels.pt")
     for head, model in models.items():
         model.save_pretrained(tmp_path / head)
-    arguments = [tmp_path, torch.get_num_threads(), "trust" if is_remote else ""]
-    if is_remote:
-        run_bare(LOAD_BOTH, arguments, tmp_path)
-    else:
-        command = [sys.executable, "-c", LOAD_BOTH, *map(str, arguments)]
-        run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
-        assert run.returncode == 0, run.stderr[-4000:]
+    command = [sys.executable, "-c", LOAD_BOTH, str(tmp_path), str(torch.get_num_threads())]
+    run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    assert run.returncode == 0, run.stderr[-4000:]
     for head, model in models.items():
         assert torch.equal(torch.load(tmp_path / f"{head}.pt"), model(pixels).masks_queries_logits), head
 

@@ -1,7 +1,5 @@
 # Copyright 2026 The SparsePathViT authors. Licensed under the Apache License, Version 2.0.
 import importlib.metadata
-import subprocess
-import sys
 
 import pytest
 
@@ -36,11 +34,3 @@ def test_a_toolkit_that_is_too_old_or_of_another_kind_is_named():
         ImportError, match=r"numpy .* is installed, and numpy\.pathology, which this adapter was written for"
     ):
         import_peer("numpy", "1.0", "numpy.pathology")
-
-
-def test_the_library_and_its_commands_import_no_plugin():
-    program = (
-        "import sys, sparsepath_vit.slides.embed, sparsepath.app\n"
-        "print([name for name in sys.modules if name.startswith('sparsepath_vit.plugins')])"
-    )
-    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout.strip() == "[]"

@@ -11,6 +11,7 @@ import pytest
 from sparsepath_vit.runtime.atomic_files import (
     atomic_folder,
     atomic_path,
+    make_folder,
     remove_stale_files,
     restore_folder,
     write_atomically,
@@ -19,6 +20,16 @@ from sparsepath_vit.runtime.atomic_files import (
 
 def names_in(folder):
     return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_folder_is_made_with_its_parents_and_a_file_in_its_place_is_named(tmp_path):
+    assert make_folder(tmp_path / "a" / "b") == make_folder(str(tmp_path / "a" / "b")) == tmp_path / "a" / "b"
+    (tmp_path / "a" / "file").touch()
+    for name in ("file", "file/below/it"):
+        with pytest.raises(
+            NotADirectoryError, match=rf"^out='.*a/{name}' is no folder: .*a/file is a file\. Name a folder"
+        ):
+            make_folder(tmp_path / "a" / name)
 
 
 def test_a_file_gets_its_name_when_the_block_ends(tmp_path):
@@ -89,7 +100,7 @@ def test_what_a_killed_process_wrote_is_removed_and_what_a_running_one_writes_is
     ready = context.Event()
     process = context.Process(target=hold, args=(tmp_path / "out", is_folder, ready), daemon=True)
     process.start()
-    assert ready.wait(20)
+    assert ready.wait(120)
     remove_stale_files(tmp_path)
     assert names_in(tmp_path) == [f"out.{names_in(tmp_path)[0].split('.')[1]}.tmp"]
     os.kill(process.pid, signal.SIGKILL)

@@ -2,8 +2,11 @@
 import time
 
 import psutil
+import pytest
 import torch
+from set_clock import SetClock
 
+from sparsepath_vit.runtime import measure
 from sparsepath_vit.runtime.measure import (
     describe_run,
     describe_seconds,
@@ -29,29 +32,36 @@ def test_a_run_is_described_by_commit_versions_and_machine():
     assert all(described.values())
 
 
-def test_short_work_is_called_many_times_a_measurement():
+@pytest.fixture
+def clock(monkeypatch):
+    clock = SetClock()
+    monkeypatch.setattr(measure, "time", clock)
+    return clock
+
+
+def test_short_work_is_called_many_times_a_measurement(clock):
     calls = []
 
     def call():
         calls.append(1)
-        time.sleep(0.01)
+        clock.sleep(0.01)
 
     seconds, peak = repeatedly_measured(call, "cpu", repeats=2)
-    assert all(0.01 <= one < 0.05 for one in seconds) and len(seconds) == 2
-    assert len(calls) - 2 >= 2 * 4  # a busy machine sleeps longer, and needs fewer calls
+    assert seconds == pytest.approx([0.01, 0.01])
+    assert len(calls) - 2 in (2 * 10, 2 * 11)  # a tenth of a second each
     assert peak > 0
 
 
-def test_long_work_is_called_once_a_measurement():
+def test_long_work_is_called_once_a_measurement(clock):
     calls = []
-    repeatedly_measured(lambda: calls.append(time.sleep(0.11)), "cpu", repeats=1)
+    repeatedly_measured(lambda: calls.append(clock.sleep(0.11)), "cpu", repeats=1)
     assert len(calls) == 3
 
 
-def test_the_rate_of_matrix_products_counts_two_operations_per_multiply_add(monkeypatch):
-    monkeypatch.setattr(torch.nn.functional, "linear", lambda left, right: time.sleep(0.05))
+def test_the_rate_of_matrix_products_counts_two_operations_per_multiply_add(clock, monkeypatch):
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda left, right: clock.sleep(0.05))
     rate = matrix_flops_per_second(100, 20, 30, torch.float32, "cpu", repeats=1)
-    assert 0.5 <= rate * 0.05 / (2 * 100 * 20 * 30) <= 1.0
+    assert rate == pytest.approx(2 * 100 * 20 * 30 / 0.05)
 
 
 def test_quartiles_of_one_measurement_are_that_measurement():

@@ -3,7 +3,7 @@
 
 import pytest
 
-from sparsepath_vit.runtime.extras import ScriptParser, run_script
+from sparsepath_vit.runtime.extras import ScriptParser, comma_separated, run_script
 
 
 @pytest.mark.parametrize("flags", [["--roi-size", "64"], ["--roi_size", "64"], ["--roi_size=64"]], ids=" ".join)
@@ -22,6 +22,19 @@ def test_flags_of_a_command_too():
     command.add_argument("--window-size", type=int)
     assert isinstance(command, ScriptParser)
     assert parser.parse_args(["model", "--window_size", "8"]).window_size == 8
+
+
+def test_several_numbers_are_one_flag_and_a_word_among_them_is_named(capsys):
+    parser = ScriptParser("Measures.")
+    parser.add_argument("--sizes", type=comma_separated(int, least=1), default="224,1400")
+    parser.add_argument("--kept", type=comma_separated(float), default="1.0")
+    arguments = parser.parse_args(["--kept", "0.4,1"])
+    assert (arguments.sizes, arguments.kept) == ((224, 1400), (0.4, 1.0))
+    for flags in (["--sizes", "224,big"], ["--sizes", ""], ["--sizes", "0"], ["--kept", "half"], ["--kept", "nan"]):
+        with pytest.raises(SystemExit):
+            parser.parse_args(flags)
+        kind = "whole numbers of 1" if flags[0] == "--sizes" else "numbers of 0"
+        assert f"argument {flags[0]}: {flags[1]!r} is not {kind} at least, with commas" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("error", [ValueError, FileNotFoundError, ImportError])

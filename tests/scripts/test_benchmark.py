@@ -39,6 +39,14 @@ def test_unknown_models_are_named(run_script):
         run_script(benchmark, *MODEL, "--peers", "natten")
 
 
+def test_a_device_or_number_of_threads_that_is_not_there_is_named(run_script):
+    with pytest.raises(SystemExit, match="error: device='gpu' is unknown: it takes cpu"):
+        run_script(benchmark, "attention", "--device", "gpu")
+    for name in ("threads", "repeats"):
+        with pytest.raises(SystemExit, match=f"error: {name}=0 is not possible: one at least"):
+            run_script(benchmark, *MODEL, f"--{name}", "0")
+
+
 def test_kinds_of_quantisation_are_named_and_torchao_is_asked_for(run_script, monkeypatch):
     with pytest.raises(SystemExit, match="error: kinds holds int3: it takes none, int8-weights, int8, float8-weights"):
         run_script(benchmark, "quantised", "--kinds", "none,int3")

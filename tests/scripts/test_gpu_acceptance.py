@@ -114,6 +114,17 @@ def test_unknown_steps_are_named(tmp_path, run_script, capsys):
     assert "--steps holds speed: it takes environment" in capsys.readouterr().err
 
 
+def test_sizes_that_are_no_numbers_and_a_file_instead_of_a_folder_are_named(tmp_path, run_script, capsys):
+    (tmp_path / "file").touch()
+    for flags, said in (
+        (("--output_dir", str(tmp_path / "out"), "--sizes", "224,big"), "--sizes 224,big: it takes pixels"),
+        (("--output_dir", str(tmp_path / "file")), "file is a file: name a folder"),
+    ):
+        with pytest.raises(SystemExit):
+            run_script(acceptance, *flags)
+        assert said in capsys.readouterr().err
+
+
 def test_what_fits_into_ten_minutes_is_everything_but_compiled_and_other_models():
     left = 600 - acceptance.START_SECONDS
     run = []

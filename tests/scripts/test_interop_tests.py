@@ -58,6 +58,13 @@ def test_patho_bench_needs_trident_beside_it(tmp_path, capsys):
     assert "--patho-bench needs TRIDENT beside it" in capsys.readouterr().err
 
 
+def test_a_checkout_that_is_not_there_is_named_before_anything_is_installed(no_processes, tmp_path, capsys):
+    commands, _ = no_processes
+    with pytest.raises(SystemExit):
+        interop_tests.main(["--trident", str(tmp_path / "TRIDENT")])
+    assert commands == [] and "TRIDENT is no folder: pass that of a checkout" in capsys.readouterr().err
+
+
 def test_without_time_nothing_is_started(no_processes, tmp_path, caplog):
     commands, _ = no_processes
     try_adapters(tmp_path, {"there": Peer(("there",))}, -1, may_be_missing=True)

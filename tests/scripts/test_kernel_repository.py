@@ -112,4 +112,6 @@ def test_a_folder_that_holds_something_is_left_alone(tmp_path):
     (tmp_path / "note.txt").write_text("mine")
     with pytest.raises(FileExistsError, match=r"output_dir='.*' is not empty: remove it, or name another folder"):
         export_kernel(tmp_path)
+    with pytest.raises(NotADirectoryError, match=r"output_dir='.*note.txt' is a file: name a folder"):
+        export_kernel(tmp_path / "note.txt")
     assert [path.name for path in tmp_path.iterdir()] == ["note.txt"]

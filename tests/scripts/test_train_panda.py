@@ -232,6 +232,10 @@ class TestArguments:
         with pytest.raises(SystemExit, match=r"gone\.yaml cannot be read"):
             run_script(train_panda, str(tmp_path / "gone.yaml"))
 
+    def test_a_word_that_is_no_recipe_is_named(self, run_script):
+        with pytest.raises(SystemExit, match=r"error: 'notes.txt' is no recipe, which ends in \.yaml or \.yml"):
+            run_script(train_panda, "notes.txt", "--output_dir", "x")
+
     def test_a_model_is_needed(self, run_script):
         with pytest.raises(SystemExit, match="--model_name_or_path is missing"):
             run_script(train_panda, "--dataset_dir", "a")

@@ -161,8 +161,15 @@ def test_what_is_missing_is_named_with_the_way_to_get_it(embedded, model_folder,
         read_token_values(without, "attention")
     with pytest.raises(SlideError, match="cannot be read as an HDF5 file"):
         read_token_values(embedded[0])
-    with pytest.raises(SlideError, match=r"cannot be read as a \.npy file"):
+    with pytest.raises(SlideError, match=r"none\.npy does not exist: pass a \.npy file of numbers"):
         read_token_values(embedded[1], str(tmp_path / "none.npy"))
+    for content in (b"", b"text"):  # NumPy's words were to load it unsafely; an empty file was a traceback
+        (tmp_path / "text.npy").write_bytes(content)
+        with pytest.raises(SlideError, match=r"text\.npy is no \.npy file of numbers: numpy\.save writes them\.$"):
+            read_token_values(embedded[1], str(tmp_path / "text.npy"))
+    for path, found in ((tmp_path / "missing.h5", "does not exist"), (tmp_path, "is a folder")):
+        with pytest.raises(SlideError, match=f"{path} {found}: pass the HDF5 file of the slide"):
+            read_token_values(path)
     without = tmp_path / "without.h5"
     without.write_bytes(embedded[1].read_bytes())
     with h5py.File(without, "a") as file:

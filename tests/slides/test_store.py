@@ -211,7 +211,7 @@ def test_killed_process_leaves_no_file_and_a_running_one_is_left_alone(tmp_path)
     ready = context.Event()
     process = context.Process(target=write_forever, args=(tmp_path, ready), daemon=True)
     process.start()
-    assert ready.wait(20)
+    assert ready.wait(120)
     EmbeddingStore(tmp_path, SETTINGS)
     assert len(list(tmp_path.glob("*.tmp"))) == 1
     os.kill(process.pid, signal.SIGKILL)

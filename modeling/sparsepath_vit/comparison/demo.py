@@ -15,13 +15,13 @@ from ..checkpoints import tiny_checkpoint
 from ..model.image_processing_sparsepath_vit import SparsePathViTImageProcessor
 from ..model.modeling_outputs_sparsepath_vit import SparsePathViTModelOutput
 from ..model.modeling_sparsepath_vit import SparsePathViTModel
-from ..runtime.atomic_files import atomic_path
-from ..runtime.compute import faster_dtype
+from ..runtime.atomic_files import atomic_path, make_folder
+from ..runtime.compute import faster_dtype, torch_device
 from ..runtime.cost import mean_keys_per_query, token_grid_of_size
 from ..runtime.figures import block_pattern_figure, prune_map_figure, save_image
 from ..runtime.load_model import load_model
 from ..runtime.measure import measured
-from .images import bundled_image
+from .images import bundled_image, read_image
 
 logger = logging.get_logger(__name__)
 
@@ -93,10 +93,10 @@ def run_demo(
         dense_budget: seconds the dense run may take, as predicted from a probe.
         device: "cuda" where there is one, by default.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    make_folder(output_dir)
+    device = torch_device(device)
     model, processor, name = _load(model_source, device)
     image = _load_region(image_file, size)
-    output_dir.mkdir(parents=True, exist_ok=True)
     strips = {"tokens_per_strip": model.config.tokens_per_strip}
     sparse_settings = {"window_size": model.config.window_size or 8, "prune_ratio": 0.0, **strips}
     pruned_settings = {**sparse_settings, "prune_ratio": model.config.prune_ratio or RECOMMENDED_PRUNE_RATIO}
@@ -120,7 +120,7 @@ def run_demo(
     return DemoReport(name, rows, _write(output_dir, image, pruned))
 
 
-def _load(source: str | None, device: str) -> tuple[SparsePathViTModel, SparsePathViTImageProcessor, str]:
+def _load(source: str | None, device: torch.device) -> tuple[SparsePathViTModel, SparsePathViTImageProcessor, str]:
     """Model in the dtype that is faster on this machine, its processor, and what to call it."""
     dtype = faster_dtype(device)
     name = source or "sparsepath-vit-tiny, trained on 89 tissue images for demonstration, no foundation model"
@@ -135,8 +135,7 @@ def _load_region(image_file: Path | None, size: int) -> Image.Image:
         missing = [max(0, size - side) for side in tissue.shape[:2]]
         tissue = np.pad(tissue, ((0, missing[0]), (0, missing[1]), (0, 0)), mode="symmetric")
         return _crop_center(Image.fromarray(tissue), size)
-    with Image.open(image_file) as opened:
-        return _crop_center(opened.convert("RGB"), size)
+    return _crop_center(read_image(image_file), size)
 
 
 def _crop_center(image: Image.Image, size: int) -> Image.Image:

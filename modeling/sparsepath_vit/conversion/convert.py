@@ -183,6 +183,11 @@ def _open_known(source: str | Path, architecture: str | None) -> tuple[Checkpoin
     """The opened checkpoint and the known model it is: the one that the caller names, or the one of its Hub id."""
     named = None if architecture is None else find_architecture(architecture)
     opened = open_source(source, named)
+    if str(opened.config.get("model_type")).startswith(SparsePathViTConfig.model_type):
+        raise ValueError(
+            f"source={str(source)!r} is a converted checkpoint already: load it, or convert the file that its "
+            "authors publish."
+        )
     if named is not None and opened.known is not None and named != opened.known:
         raise ValueError(
             f"architecture={named.name!r} does not fit {opened.label}, which is {opened.known.name!r}: leave it out."

@@ -249,7 +249,7 @@ def _check_content(path: Path) -> None:
     if start.startswith(b"version ") and b"git-lfs" in start:
         raise ValueError(f"{path.name} is a Git LFS pointer, not weights. Fetch the content with `git lfs pull`.")
     is_pickle = start.startswith(PICKLE_STARTS) or not start
-    if path.suffix in PICKLE_SUFFIXES and not is_pickle:
+    if path.suffix != SAFETENSORS_SUFFIX and not is_pickle:
         raise ValueError(
             f"{path.name} is no PyTorch file: it begins with {start[:16]!r}. Look at what was downloaded, a web page "
             f"perhaps; if it is in the safetensors format, let its name end in {SAFETENSORS_SUFFIX}."
@@ -280,7 +280,7 @@ def _open_pickle(path: Path) -> dict[str, torch.Tensor]:
             "publisher's .safetensors file. If you trust the file, load it yourself in a separate process and save "
             "only its tensors with safetensors.torch.save_file."
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
+    except (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise _damaged(path, error) from error
     return _unwrap(loaded, path)
 

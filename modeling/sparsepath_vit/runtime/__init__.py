@@ -7,7 +7,7 @@ from .lazy_loading import lazy_names
 
 if TYPE_CHECKING:
     from .atomic_files import append_row, write_atomically
-    from .checkpoint_paths import existing_source
+    from .checkpoint_paths import checkpoint_config, existing_source
     from .compute import torch_device, weight_dtype
     from .cost import forward_flops, mean_keys_per_query
     from .doctor import Finding, examine
@@ -20,7 +20,7 @@ __getattr__, __dir__ = lazy_names(
     __name__,
     {
         "atomic_files": ("append_row", "write_atomically"),
-        "checkpoint_paths": ("existing_source",),
+        "checkpoint_paths": ("checkpoint_config", "existing_source"),
         "compute": ("torch_device", "weight_dtype"),
         "cost": ("forward_flops", "mean_keys_per_query"),
         "doctor": ("Finding", "examine"),
@@ -36,6 +36,7 @@ __all__ = [
     "Measurement",
     "append_row",
     "block_pattern_figure",
+    "checkpoint_config",
     "examine",
     "existing_source",
     "forward_bytes",

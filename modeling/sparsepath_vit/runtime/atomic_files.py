@@ -24,6 +24,25 @@ logger = logging.getLogger(__name__)
 _TEMPORARY_NAME = re.compile(r"(?P<name>.+)\.[^.]+-\d+\.(?P<kind>tmp|old)")
 
 
+def make_folder(path: str | os.PathLike[str], argument: str = "out") -> Path:
+    """The folder, made with its parents where it is missing.
+
+    Args:
+        path: as a user wrote it.
+        argument: what messages call it.
+
+    Raises:
+        NotADirectoryError: it or one of its parents is a file.
+    """
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        file = next(parent for parent in (folder, *folder.parents) if parent.exists())
+        raise NotADirectoryError(f"{argument}={str(path)!r} is no folder: {file} is a file. Name a folder.") from error
+    return folder
+
+
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A temporary file beside `path` that takes its name when the block ends, and is gone after an error.

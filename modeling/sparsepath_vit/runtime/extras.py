@@ -4,6 +4,7 @@
 import argparse
 import importlib
 import logging
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -87,6 +88,27 @@ class ScriptParser(argparse.ArgumentParser):
         """As `ArgumentParser.parse_known_args`."""
         arguments = sys.argv[1:] if args is None else args
         return super().parse_known_args([_with_dashes(argument) for argument in arguments], namespace)
+
+
+def comma_separated(kind: type[int] | type[float], least: float = 0) -> Callable[[str], tuple[int | float, ...]]:
+    """The type of a flag that takes several numbers, such as `--sizes 224,1400`.
+
+    Args:
+        kind: of each number.
+        least: the smallest that is taken.
+    """
+
+    def numbers(text: str) -> tuple[int | float, ...]:
+        try:
+            found = tuple(kind(part) for part in text.split(","))
+        except ValueError:
+            found = ()
+        if not found or not all(least <= number < math.inf for number in found):
+            words = f"{'whole ' if kind is int else ''}numbers of {least} at least"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {words}, with commas between and without spaces")
+        return found
+
+    return numbers
 
 
 def run_script(run: Callable[..., object], *arguments: Any) -> None:

@@ -2,13 +2,15 @@
 """A checkpoint and its image processor, from a folder or the Hub, ready to run."""
 
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoImageProcessor, AutoModel, PreTrainedModel
+from transformers.utils import ADAPTER_CONFIG_NAME
 
 from ..model.image_processing_sparsepath_vit import SparsePathViTImageProcessor
-from .checkpoint_paths import existing_source
+from .checkpoint_paths import checkpoint_config, existing_source
 from .compute import torch_device, weight_dtype
 
 
@@ -30,7 +32,8 @@ def load_model(
         **overrides: fields of the configuration, or other arguments of `from_pretrained`.
 
     Raises:
-        ValueError: an unknown device or dtype, or a processor that does not fit the model.
+        ValueError: an unknown device or dtype, a checkpoint that is none of ours (a foundation model that was not
+            converted), or a processor that does not fit the model.
         OSError: no checkpoint at `source`; a path that does not exist is called so.
     """
     source = existing_source(source)
@@ -39,6 +42,10 @@ def load_model(
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     elif isinstance(dtype, str):
         dtype = weight_dtype(dtype, device)
+    if not (
+        Path(source) / ADAPTER_CONFIG_NAME
+    ).is_file():  # trained adapters alone: their configuration names the model
+        checkpoint_config(source)
     model = model_class.from_pretrained(source, dtype=dtype, **overrides)
     processor = AutoImageProcessor.from_pretrained(source)
     patch_size = getattr(model.config, "backbone_config", model.config).patch_size

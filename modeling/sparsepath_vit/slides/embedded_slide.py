@@ -47,6 +47,9 @@ class EmbeddedSlide:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         h5py = require("h5py")
         self.path = Path(path)
+        if not self.path.is_file():
+            found = "is a folder" if self.path.is_dir() else "does not exist"
+            raise SlideError(f"{path} {found}: pass the HDF5 file of the slide that `sparsepath embed --dense` wrote.")
         with decoding(f"{path} cannot be read as an HDF5 file of `sparsepath embed`"), h5py.File(path, "r") as stored:
             if "token_coords" not in stored:
                 raise SlideError(

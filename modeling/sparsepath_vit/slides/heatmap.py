@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from ..runtime.atomic_files import write_atomically
+from ..runtime.atomic_files import make_folder, write_atomically
 from ..runtime.figures import INK, color_overlay, heat_colors, save_image
 from .errors import SlideError
 from .outlines import annotation, feature_collection, outlines
@@ -46,8 +46,7 @@ def write_heatmap(
             f"the tokens are of a slide of {tokens.dimensions[0]} x {tokens.dimensions[1]} pixels; {slide.path} has "
             f"{slide.dimensions[0]} x {slide.dimensions[1]}: pass the slide they were embedded from."
         )
-    folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = make_folder(out)
     picture, polygons = (folder / f"{slide.name}_{tokens.name}{suffix}" for suffix in (".png", ".geojson"))
     save_image(overlay(slide, tokens, max_size, opacity), picture)
     if tokens.is_colored:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+from ..runtime.atomic_files import make_folder
 from ..runtime.extras import require
 from ..runtime.figures import INK, color_overlay, save_image
 from .backends import open_backend
@@ -47,8 +48,7 @@ class Inspection:
         """Writes the picture as `<slide>_inspection.png` into `folder`, made if missing; None without a picture."""
         if self.picture is None:
             return None
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        file = Path(folder) / f"{Slide.name_of(self.path)}_inspection.png"
+        file = make_folder(folder) / f"{Slide.name_of(self.path)}_inspection.png"
         save_image(self.picture, file)
         return file
 

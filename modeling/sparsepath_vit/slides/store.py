@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from ..runtime.atomic_files import append_row, open_temporary, remove_stale_files, write_atomically
+from ..runtime.atomic_files import append_row, make_folder, open_temporary, remove_stale_files, write_atomically
 from ..runtime.extras import require
 
 logger = logging.getLogger(__name__)
@@ -47,9 +47,8 @@ class EmbeddingStore:
     """
 
     def __init__(self, folder: str | os.PathLike[str], settings: dict[str, Any]) -> None:
-        self.folder = Path(folder)
         self.settings = json.loads(json.dumps(settings))  # as they will be read back: tuples become lists
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder = make_folder(folder)
         remove_stale_files(self.folder)
         self._claim()
 

@@ -214,15 +214,26 @@ def _kept(slide: EmbeddedSlide) -> TokenValues:
     return TokenValues("kept", corners, values, slide.token_size, slide.dimensions, (0.0, 1.0), "1 kept, 0 removed")
 
 
+def read_array(path: str | os.PathLike[str]) -> np.ndarray:
+    """The array of a .npy file, read where it is used.
+
+    Raises:
+        SlideError: it is missing, or no .npy file of numbers.
+    """
+    if not Path(path).is_file():
+        raise SlideError(f"{path} does not exist: pass a .npy file of numbers, as numpy.save writes it.")
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:  # NumPy's words advise to load what may run code
+        raise SlideError(f"{path} is no .npy file of numbers: numpy.save writes them.") from error
+
+
 def _of_file(slide: EmbeddedSlide, value: str) -> TokenValues:
     named = _COLUMN.fullmatch(value)
     if named is None:
         raise SlideError(f"value={value!r} is unknown: {VALUES}.")
     path, column = named["path"], named["column"]
-    try:
-        values = np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise SlideError(f"{path} cannot be read as a .npy file: {error}.") from error
+    values = read_array(path)
     if column is not None and values.ndim == 2 and int(column) < values.shape[1]:
         values = values[:, int(column)]
     name = Path(path).stem + ("" if column is None else f"_{column}")

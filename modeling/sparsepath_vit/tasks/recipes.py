@@ -24,12 +24,14 @@ def parse_recipe_and_flags(
         One filled-in dataclass for each the parser has.
 
     Raises:
-        ValueError: a recipe that cannot be read, or with an unknown key.
+        ValueError: a recipe that cannot be read, or with an unknown key; a word that is neither recipe nor flag.
     """
     defaults = dict(defaults)
     if argv and argv[0].endswith((".yaml", ".yml")):
         defaults |= _read_recipe(Path(argv[0]), parser)
         argv = argv[1:]
+    if argv and not argv[0].startswith("-"):
+        raise ValueError(f"{argv[0]!r} is no recipe, which ends in .yaml or .yml, and no flag; --help lists the flags.")
     parser.set_defaults(**defaults)
     return parser.parse_args_into_dataclasses(list(argv), look_for_args_file=False)
 

@@ -115,6 +115,9 @@ def test_what_cannot_be_shown_is_said_with_the_command(embedded, small_slide, tm
         open_viewer([other], [embedded[1]])
     with pytest.raises(SlideError, match="at least one file"):
         open_viewer([])
+    (tmp_path / "empty.geojson").touch()
+    with pytest.raises(SlideError, match=r"polygons='.*empty.geojson' is no GeoJSON of polygons"):
+        open_viewer([embedded[0]], polygons=[tmp_path / "empty.geojson"])
     with pytest.raises(SlideError, match="of one slide"):
         open_viewer([embedded[0], small_slide], polygons=[tmp_path / "some.geojson"])
 

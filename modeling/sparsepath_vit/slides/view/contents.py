@@ -14,7 +14,7 @@ from ..errors import SlideError
 from ..feature_colors import FeatureColors
 from ..reader import Slide
 from ..token_probabilities import TokenProbe
-from ..token_values import TokenValues, attention_values, of_kept, read_token_values
+from ..token_values import TokenValues, attention_values, of_kept, read_array, read_token_values
 from .pyramid import TilePyramid
 
 PRUNE_SCORE, KEPT, NORM, COLORS = "prune score", "kept tokens", "norm of the features", "PCA of the features"
@@ -57,7 +57,7 @@ class ViewedSlide:
 
     Raises:
         SlideError: the tokens are of a slide of another size, or a file does not fit.
-        ValueError: a file is no GeoJSON.
+        SlideError: a file is no GeoJSON, or holds no numbers of the tokens.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class ViewedSlide:
         self.slide, self.embedded = slide, embedded
         self.unit = np.asarray(self.mpp or (1.0, 1.0))
         self.pyramid = TilePyramid(slide, self.unit[0] / self.unit[1])
-        self.polygons: dict[str, Annotations] = {path.name: read_annotations(path) for path in polygons}
+        self.polygons: dict[str, Annotations] = {path.name: _annotations(path) for path in polygons}
         self.notice: str | None = None
         self._layers: dict[str, Values] = {}
         self._computed: dict[str, TokenValues] = {}
@@ -172,11 +172,15 @@ def _attention_layers(embedded: EmbeddedSlide) -> dict[str, Values]:
     return layers
 
 
-def _file_layers(embedded: EmbeddedSlide, path: Path) -> dict[str, Values]:
+def _annotations(path: Path) -> Annotations:
     try:
-        shape = np.load(path, mmap_mode="r", allow_pickle=False).shape
-    except (OSError, ValueError) as error:
-        raise SlideError(f"{path} cannot be read as a .npy file: {error}.") from error
+        return read_annotations(path)
+    except (OSError, ValueError, LookupError) as error:
+        raise SlideError(f"polygons={str(path)!r} is no GeoJSON of polygons ({error!r}).") from error
+
+
+def _file_layers(embedded: EmbeddedSlide, path: Path) -> dict[str, Values]:
+    shape = read_array(path).shape
     columns = [""] if len(shape) != 2 else [f":{column}" for column in range(shape[1])]
     read_token_values(embedded, f"{path}{columns[0]}")  # a file that does not fit is refused before the page opens
     return {path.stem + column: partial(read_token_values, embedded, f"{path}{column}") for column in columns}

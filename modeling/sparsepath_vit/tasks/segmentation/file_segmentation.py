@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoImageProcessor
+from transformers import AutoImageProcessor
 
 from ...model.configuration_segmentation_sparsepath_vit import SparsePathViTUniversalSegmentationConfig
-from ...runtime.atomic_files import write_atomically
-from ...runtime.checkpoint_paths import existing_source
+from ...runtime.atomic_files import make_folder, write_atomically
+from ...runtime.checkpoint_paths import checkpoint_config, existing_source
 from ...runtime.compute import torch_device, weight_dtype
 from ...runtime.figures import save_image
 from ...slides.annotated_area import fill_annotated
@@ -125,8 +125,7 @@ def segment_file(
     """
     settings = settings or SegmentSettings()
     region = _read_region(image, settings)
-    model_source = existing_source(model_source)
-    config = AutoConfig.from_pretrained(model_source)
+    model_source, config = existing_source(model_source), checkpoint_config(model_source)
     if not isinstance(config, SparsePathViTUniversalSegmentationConfig):
         raise ValueError(
             f"model={model_source!r} is a {config.model_type}, no segmentation model: train one with "
@@ -243,7 +242,7 @@ def _write(
     out: Path, region: _RegionPixels, labels: np.ndarray, polygons: dict[str, Any], report: dict[str, Any]
 ) -> list[Path]:
     """The four files, each renamed into place when complete."""
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     files = [out / f"{region.name}{ending}" for ending in ("_mask.png", "_overlay.png", ".geojson", "_report.json")]
     save_image(mask_image(labels), files[0])
     save_image(overlay(region.image, labels), files[1])
