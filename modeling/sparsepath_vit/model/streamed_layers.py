@@ -22,7 +22,7 @@ from .configuration_sparsepath_vit import SparsePathViTConfig
 from .embeddings import OnTokens
 from .linear_products import WrittenProducts
 from .streamed_context import obstacle_to_streamed_context, strip_contexts
-from .streamed_prune_scores import PruneLogits
+from .streamed_prune_scores import StripScores
 from .token_grid import TokenGrid
 from .token_shares import TokenShare, in_proportion
 from .token_strips import TokenStrip, strips_of
@@ -133,15 +133,14 @@ def run_in_strips(
     scores, processes = [], None if share is None else share.processes
     contexts = strip_contexts(layer, packed, grid, most_tokens) if grid.has_context else [None] * grid.batch_size
     for strips, context, start in zip(all_strips, contexts, grid.image_offsets[:-1], strict=True):
-        num_tokens = sum(strip.own[1] - strip.own[0] for strip in strips)
-        logits = PruneLogits(layer.attention.scaling, layer.config.prune_score, num_tokens) if score_tokens else None
-        settings = num_globals, most_tokens, context, logits, on_tokens
+        global_tokens = slice(start, start + num_globals)
+        scored = StripScores(layer, packed, global_tokens, strips, most_tokens, processes) if score_tokens else None
+        settings = num_globals, most_tokens, context, scored, on_tokens
         attention = _run_strips(layer, packed, packed_output, strips, *settings)
         attended = attention.merged(processes).to(packed.dtype)
-        global_tokens = slice(start, start + num_globals)
         _finish(layer, packed[global_tokens], attended, packed_output[global_tokens], most_tokens)
-        if logits is not None:
-            scores.append(logits.scores(processes))
+        if scored is not None:
+            scores.append(scored.scores())
     if not score_tokens:
         return output, None
     return output, torch.cat(scores) if share is None else share.gather(scores[0])
@@ -155,7 +154,7 @@ def _run_strips(
     num_globals: int,
     most_tokens: int,
     context: StripContext | None,
-    logits: PruneLogits | None,
+    scored: StripScores | None,
     on_tokens: OnTokens | None,
 ) -> MergedAttention:
     """The patch tokens of an image: reads its part of (M, hidden_size) hidden states and writes that of the output.
@@ -166,16 +165,14 @@ def _run_strips(
     if not strips:  # of several processes one may have no tokens
         nothing = hidden_states.new_zeros(layer.attention.num_heads, num_globals, layer.attention.head_dim)
         attention.add_nothing(nothing)
-        if logits is not None:
-            logits.add_nothing(nothing)
         return attention
     window = _Window(layer, hidden_states, strips, most_tokens)
     for strip in strips:
         query, key, value = window.states_of(strip)
         attended, logsumexp = strip_attention(query, key, value, strip, context=context, scale=layer.attention.scaling)
         attention.add(attended[:, :num_globals], logsumexp)
-        if logits is not None:
-            logits.add(query[:, :num_globals], key, value, strip)
+        if scored is not None:
+            scored.add(key, value, strip)
         own = slice(*strip.own_in_batch)
         _finish(layer, hidden_states[own], attended[:, num_globals:], output[own], most_tokens)
         if on_tokens is not None:
