@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparsepath_vit import SparsePathViTModel
-from sparsepath_vit.model import encoder_sparsepath_vit, token_strips
+from sparsepath_vit.model import encoder_sparsepath_vit, streamed_layers, token_strips
 from sparsepath_vit.model.streamed_layers import streams, tokens_per_strip
 
 ROW_OF_BLOCKS = 4 * 9  # tokens, on a grid of 9 columns
@@ -249,6 +249,22 @@ class TestMemory:
                 _, scores = encoder_sparsepath_vit.run_in_strips(model.encoder.layers[1], states, grid, **settings)
         # Keys and values of a strip and its surroundings are more than one number a token here, the logits were six.
         assert len(scores) == 600 * 9 and largest.numbers <= 2 * len(scores)
+
+    def test_products_have_few_numbers_of_rows_where_strips_have_many(self, monkeypatch):
+        """Regression: oneDNN keeps 0.6 MB for each number, 100 MB for the ragged strips of a pruned image."""
+        monkeypatch.setitem(streamed_layers.TOKENS_AT_ONCE, "cpu", 16)
+        model, pixels, rows = small_model(SparsePathViTModel, tokens_per_strip=36), random_pixels(1, 60, 9), []
+        grid = model.token_grid(pixels, random_mask(1, 60, 9, share=0.6))
+        layer, add_product = model.encoder.layers[0], torch.addmm
+        monkeypatch.setattr(
+            torch, "addmm", lambda *states, **out: rows.append(len(states[1])) or add_product(*states, **out)
+        )
+        with torch.no_grad():
+            encoder_sparsepath_vit.run_in_strips(layer, model.embeddings(pixels, grid), grid, overwrites=True)
+        strips = token_strips.strips_of(grid, 36)[0]
+        assert len({strip.num_queries for strip in strips}) > 5
+        # The global tokens, all others of the first part, every other part, the last one.
+        assert set(rows) == {3, 13, 16, grid.num_tokens % 16} and rows.count(16) > 2 * len(strips)
 
     def test_a_row_of_blocks_larger_than_a_strip_goes_through_the_mlp_in_parts(self):
         model, pixels, parts = small_model(SparsePathViTModel, tokens_per_strip=10), random_pixels(1, 60, 9), []

@@ -29,7 +29,7 @@ class StripScores:
         hidden_states: (M, hidden_size) packed tokens, what the layer gets; they are read before this returns.
         global_tokens: where the image's lie among them.
         strips: of the image; of several processes those of this one, which may be none.
-        most_tokens: so many are read at a time.
+        at_once: so many are read at a time.
         processes: that have a part of the image each.
     """
 
@@ -39,17 +39,18 @@ class StripScores:
         hidden_states: torch.Tensor,
         global_tokens: slice,
         strips: Sequence[TokenStrip],
-        most_tokens: int,
+        at_once: int,
         processes: Processes | None = None,
     ) -> None:
         self._layer, self._kind = layer, layer.config.prune_score
         query = self._made_of(hidden_states[global_tokens], part=0)  # (heads, G, head_dim)
         self._query = query[:, :1] if self._kind == "cls_attention" else query
         self._scores: list[torch.Tensor] = []
-        self._logsumexp = query.new_full(self._query.shape[:2], -torch.inf, dtype=torch.float32)  # (heads, queries)
-        for tokens, weights in _keys_of_globals(global_tokens, strips, most_tokens):
-            logits = self._logits(self._made_of(hidden_states[tokens], part=1), weights)
-            self._logsumexp = torch.logaddexp(self._logsumexp, logits.logsumexp(dim=2))
+        # (heads, queries) each, put together once: a sum of many parts, one after the other, would round as often.
+        parts = [query.new_full(self._query.shape[:2], -torch.inf, dtype=torch.float32)]
+        for tokens, weights in _keys_of_globals(global_tokens, strips, at_once):
+            parts.append(self._logits(self._made_of(hidden_states[tokens], part=1), weights).logsumexp(dim=2))
+        self._logsumexp = torch.stack(parts).logsumexp(dim=0)
         if processes is not None:
             self._logsumexp = torch.stack(processes.gather(self._logsumexp)).logsumexp(dim=0)
 
@@ -92,19 +93,21 @@ class StripScores:
 
 
 def _keys_of_globals(
-    global_tokens: slice, strips: Sequence[TokenStrip], most_tokens: int
+    global_tokens: slice, strips: Sequence[TokenStrip], at_once: int
 ) -> Iterator[tuple[slice, torch.Tensor | None]]:
     """Packed indices of all tokens of the strips, once each, in parts, and what they stand for, `None` for themselves.
 
     The global tokens are among those of the image's first strip.
     """
-    if strips and strips[0].is_first:
+    if not strips:
+        return
+    if strips[0].is_first:
         yield global_tokens, None
-    for strip in strips:
-        weights, (first, end) = _own_weights(strip), strip.own_in_batch
-        for start in range(first, end, most_tokens):
-            part = slice(start, min(start + most_tokens, end))
-            yield part, None if weights is None else weights[part.start - first : part.stop - first]
+    first, end = strips[0].own_in_batch[0], strips[-1].own_in_batch[1]
+    weights = None if strips[0].weights is None else torch.cat([_own_weights(strip) for strip in strips])
+    for start in range(first, end, at_once):
+        part = slice(start, min(start + at_once, end))
+        yield part, None if weights is None else weights[part.start - first : part.stop - first]
 
 
 def _own_weights(strip: TokenStrip) -> torch.Tensor | None:
