@@ -61,7 +61,7 @@ MODEL_ALLOWED = {
         *("processes", "token_grid", "token_strips"),
     },
     "embeddings": {"configuration_sparsepath_vit", "patch_embeddings", "token_grid"},
-    "streamed_prune_scores": {"processes", "prune_score_operator", "token_strips"},
+    "streamed_prune_scores": {"linear_products", "processes", "prune_score_operator", "token_strips"},
     "streamed_context": {"attention", "context_tokens", "linear_products", "token_grid"},
     "streamed_layers": {
         *("attention", "configuration_sparsepath_vit", "embeddings", "linear_products", "streamed_context"),

@@ -12,9 +12,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparsepath_vit import SparsePathViTModel
-from sparsepath_vit.model import encoder_sparsepath_vit, token_strips
+from sparsepath_vit.model import encoder_sparsepath_vit, streamed_layers, token_strips
 from sparsepath_vit.model.streamed_layers import streams, tokens_per_strip
-from sparsepath_vit.model.streamed_prune_scores import PruneLogits
 
 ROW_OF_BLOCKS = 4 * 9  # tokens, on a grid of 9 columns
 
@@ -229,6 +228,44 @@ class TestMemory:
                 encoder_sparsepath_vit.run_in_strips(model.encoder.layers[0], tokens, grid, overwrites=True)
         assert max(products.tokens) == 36 and sum(products.tokens) == 5 * (3 + 540)
 
+    def test_prune_scores_need_no_more_than_their_own_number_a_token(self):
+        """Regression: the logits of all global queries waited for the last strip, heads x G numbers a token."""
+        model, pixels = small_model(SparsePathViTModel, prune_ratio=0.5, tokens_per_strip=36), random_pixels(1, 600, 9)
+        grid = model.token_grid(pixels)
+
+        class Largest(TorchDispatchMode):
+            numbers = 0
+
+            def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+                made = function(*args, **(kwargs or {}))
+                if isinstance(made, torch.Tensor) and made.untyped_storage().data_ptr() != states.data_ptr():
+                    self.numbers = max(self.numbers, made.numel())
+                return made
+
+        with torch.no_grad():
+            states, settings = model.embeddings(pixels, grid), {"overwrites": True, "score_tokens": True}
+            encoder_sparsepath_vit.run_in_strips(model.encoder.layers[1], states, grid, **settings)  # cuts the strips
+            with Largest() as largest:
+                _, scores = encoder_sparsepath_vit.run_in_strips(model.encoder.layers[1], states, grid, **settings)
+        # Keys and values of a strip and its surroundings are more than one number a token here, the logits were six.
+        assert len(scores) == 600 * 9 and largest.numbers <= 2 * len(scores)
+
+    def test_products_have_few_numbers_of_rows_where_strips_have_many(self, monkeypatch):
+        """Regression: oneDNN keeps 0.6 MB for each number, 100 MB for the ragged strips of a pruned image."""
+        monkeypatch.setitem(streamed_layers.TOKENS_AT_ONCE, "cpu", 16)
+        model, pixels, rows = small_model(SparsePathViTModel, tokens_per_strip=36), random_pixels(1, 60, 9), []
+        grid = model.token_grid(pixels, random_mask(1, 60, 9, share=0.6))
+        layer, add_product = model.encoder.layers[0], torch.addmm
+        monkeypatch.setattr(
+            torch, "addmm", lambda *states, **out: rows.append(len(states[1])) or add_product(*states, **out)
+        )
+        with torch.no_grad():
+            encoder_sparsepath_vit.run_in_strips(layer, model.embeddings(pixels, grid), grid, overwrites=True)
+        strips = token_strips.strips_of(grid, 36)[0]
+        assert len({strip.num_queries for strip in strips}) > 5
+        # The global tokens, all others of the first part, every other part, the last one.
+        assert set(rows) == {3, 13, 16, grid.num_tokens % 16} and rows.count(16) > 2 * len(strips)
+
     def test_a_row_of_blocks_larger_than_a_strip_goes_through_the_mlp_in_parts(self):
         model, pixels, parts = small_model(SparsePathViTModel, tokens_per_strip=10), random_pixels(1, 60, 9), []
         layer, multiplied = model.encoder.layers[0], nn.functional.linear
@@ -287,10 +324,9 @@ def test_a_strip_is_larger_on_cuda():
 @pytest.mark.parametrize("kind", ["attention", "cls_attention", "attention_value"])
 def test_values_of_zero_have_no_score(kind):
     """The logarithm of their norm is -inf."""
-    model = small_model(SparsePathViTModel)
-    grid = model.token_grid(random_pixels(1, 19, 9))
-    (strip,) = token_strips.strips_of(grid, 1000)[0]
-    logits = PruneLogits(0.5, kind, 171)
-    logits.add(torch.randn(2, 3, 16), torch.randn(2, 174, 16), torch.zeros(2, 174, 16), strip)
-    scores = logits.scores()
+    model, pixels = small_model(SparsePathViTModel, prune_ratio=0.5, prune_score=kind), random_pixels(1, 19, 9)
+    for layer in model.encoder.layers:
+        of_value = slice(2 * model.config.hidden_size, None)
+        layer.attention.qkv.weight.data[of_value] = layer.attention.qkv.bias.data[of_value] = 0
+    scores = outputs_of(model, 30, pixels).prune_scores
     assert torch.isfinite(scores).all() and bool((scores == 0).all()) == (kind == "attention_value")

@@ -17,12 +17,13 @@ from torch import nn
 
 from .attention_backend import StripContext
 from .attention_registration import ATTENTION_NAME
+from .attention_sdpa_tables import next_multiple
 from .attention_strips import MergedAttention, prepare_strips, strip_attention, strips_take_context
 from .configuration_sparsepath_vit import SparsePathViTConfig
 from .embeddings import OnTokens
 from .linear_products import WrittenProducts
 from .streamed_context import obstacle_to_streamed_context, strip_contexts
-from .streamed_prune_scores import PruneLogits
+from .streamed_prune_scores import StripScores
 from .token_grid import TokenGrid
 from .token_shares import TokenShare, in_proportion
 from .token_strips import TokenStrip, strips_of
@@ -36,6 +37,9 @@ TOKENS_PER_STRIP = {"cuda": 16_384}
 TOKENS_PER_STRIP_ELSEWHERE = 6_144
 # Several processes have less of everything but the strips: these are smaller for a twentieth of the time.
 TOKENS_PER_STRIP_OF_SHARES = {"cpu": 2_048}
+# What is done token by token is done for so many at once. On a CPU oneDNN keeps 0.6 MB for each number of rows that a
+# bfloat16 product ever had, and pruning leaves each strip another one: 6 products in each of a hundred strips.
+TOKENS_AT_ONCE = {"cpu": 1_024}
 
 
 def tokens_per_strip(config: SparsePathViTConfig, device: torch.device, is_shared: bool = False) -> int:
@@ -51,6 +55,11 @@ def tokens_per_strip(config: SparsePathViTConfig, device: torch.device, is_share
     if is_shared and device.type in TOKENS_PER_STRIP_OF_SHARES:
         return TOKENS_PER_STRIP_OF_SHARES[device.type]
     return TOKENS_PER_STRIP.get(device.type, TOKENS_PER_STRIP_ELSEWHERE)
+
+
+def tokens_at_once(device: torch.device, most_tokens: int) -> int:
+    """How many tokens are normalised and multiplied together, of strips of at most `most_tokens`."""
+    return min(most_tokens, TOKENS_AT_ONCE.get(device.type, most_tokens))
 
 
 def may_stream(config: SparsePathViTConfig, grid: TokenGrid, device: torch.device) -> bool:
@@ -124,6 +133,7 @@ def run_in_strips(
     packed, packed_output = hidden_states.flatten(0, 1), output.flatten(0, 1)  # (M, hidden_size), views
     share, num_globals = grid if isinstance(grid, TokenShare) else None, grid.num_global_tokens
     most_tokens = tokens_per_strip(layer.config, hidden_states.device, is_shared=share is not None) or grid.num_tokens
+    at_once = tokens_at_once(hidden_states.device, most_tokens)
     if share is not None:
         share.fetch_surroundings(packed)
         on_tokens = in_proportion(on_tokens, share.num_owned, share.whole.counts[0])
@@ -133,15 +143,15 @@ def run_in_strips(
     scores, processes = [], None if share is None else share.processes
     contexts = strip_contexts(layer, packed, grid, most_tokens) if grid.has_context else [None] * grid.batch_size
     for strips, context, start in zip(all_strips, contexts, grid.image_offsets[:-1], strict=True):
-        num_tokens = sum(strip.own[1] - strip.own[0] for strip in strips)
-        logits = PruneLogits(layer.attention.scaling, layer.config.prune_score, num_tokens) if score_tokens else None
-        settings = num_globals, most_tokens, context, logits, on_tokens
+        global_tokens = slice(start, start + num_globals)
+        scored = StripScores(layer, packed, global_tokens, strips, at_once, processes) if score_tokens else None
+        settings = num_globals, at_once, context, scored, on_tokens
         attention = _run_strips(layer, packed, packed_output, strips, *settings)
         attended = attention.merged(processes).to(packed.dtype)
-        global_tokens = slice(start, start + num_globals)
-        _finish(layer, packed[global_tokens], attended, packed_output[global_tokens], most_tokens)
-        if logits is not None:
-            scores.append(logits.scores(processes))
+        of_globals = _Unfinished(layer, packed, packed_output, start, num_globals)
+        of_globals.add(attended)
+        if scored is not None:
+            scores.append(scored.scores())
     if not score_tokens:
         return output, None
     return output, torch.cat(scores) if share is None else share.gather(scores[0])
@@ -153,9 +163,9 @@ def _run_strips(
     output: torch.Tensor,
     strips: list[TokenStrip],
     num_globals: int,
-    most_tokens: int,
+    at_once: int,
     context: StripContext | None,
-    logits: PruneLogits | None,
+    scored: StripScores | None,
     on_tokens: OnTokens | None,
 ) -> MergedAttention:
     """The patch tokens of an image: reads its part of (M, hidden_size) hidden states and writes that of the output.
@@ -166,31 +176,59 @@ def _run_strips(
     if not strips:  # of several processes one may have no tokens
         nothing = hidden_states.new_zeros(layer.attention.num_heads, num_globals, layer.attention.head_dim)
         attention.add_nothing(nothing)
-        if logits is not None:
-            logits.add_nothing(nothing)
         return attention
-    window = _Window(layer, hidden_states, strips, most_tokens)
+    window = _Window(layer, hidden_states, strips, at_once)
+    unfinished = _Unfinished(layer, hidden_states, output, strips[0].own_in_batch[0], at_once)
     for strip in strips:
         query, key, value = window.states_of(strip)
         attended, logsumexp = strip_attention(query, key, value, strip, context=context, scale=layer.attention.scaling)
         attention.add(attended[:, :num_globals], logsumexp)
-        if logits is not None:
-            logits.add(query[:, :num_globals], key, value, strip)
-        own = slice(*strip.own_in_batch)
-        _finish(layer, hidden_states[own], attended[:, num_globals:], output[own], most_tokens)
+        if scored is not None:
+            scored.add(key, value, strip)
+        unfinished.add(attended[:, num_globals:])
         if on_tokens is not None:
-            on_tokens(own.stop - own.start)
+            on_tokens(strip.own[1] - strip.own[0])
+    unfinished.finish()
     return attention
 
 
-def _finish(
-    layer: nn.Module, hidden_states: torch.Tensor, attended: torch.Tensor, output: torch.Tensor, most_tokens: int
-) -> None:
-    """The layer after attention: (tokens, hidden_size), with (heads, tokens, head_dim) attended, to the output."""
-    for start in range(0, len(hidden_states), most_tokens):  # one row of blocks may have more tokens than a strip
-        part = slice(start, start + most_tokens)
-        branch = layer.attention.projection(attended[:, part].transpose(0, 1).flatten(1))
-        layer.add_branches(hidden_states[part], branch, output[part])
+class _Unfinished:
+    """Attended tokens, which wait until there are enough for what the layer does token by token after attention.
+
+    Args:
+        layer: what is done.
+        hidden_states: (M, hidden_size), what the layer got.
+        output: (M, hidden_size), what it gives; the same memory or other.
+        first: packed index of the first token that will be added.
+        at_once: so many go together.
+    """
+
+    def __init__(
+        self, layer: nn.Module, hidden_states: torch.Tensor, output: torch.Tensor, first: int, at_once: int
+    ) -> None:
+        self._layer, self._hidden_states, self._output = layer, hidden_states, output
+        self._first, self._length = first, 0
+        attention = layer.attention
+        self._attended = hidden_states.new_empty(at_once, attention.num_heads, attention.head_dim)
+
+    def add(self, attended: torch.Tensor) -> None:
+        """The next tokens, (heads, tokens, head_dim)."""
+        start, num_tokens = 0, attended.shape[1]
+        while start < num_tokens:
+            end = min(num_tokens, start + len(self._attended) - self._length)
+            length = self._length + end - start
+            self._attended[self._length : length] = attended[:, start:end].transpose(0, 1)
+            start, self._length = end, length
+            if length == len(self._attended):
+                self.finish()
+
+    def finish(self) -> None:
+        """Those that wait, however few."""
+        tokens = slice(self._first, self._first + self._length)
+        if self._length:
+            branch = self._layer.attention.projection(self._attended[: self._length].flatten(1))
+            self._layer.add_branches(self._hidden_states[tokens], branch, self._output[tokens])
+        self._first, self._length = tokens.stop, 0
 
 
 class _Window:
@@ -200,21 +238,22 @@ class _Window:
         layer: makes them.
         hidden_states: (M, hidden_size) of the batch.
         strips: of the image, in which order they will be asked for.
-        most_tokens: so many tokens are read at a time.
+        at_once: so many tokens are read at a time.
     """
 
-    def __init__(
-        self, layer: nn.Module, hidden_states: torch.Tensor, strips: list[TokenStrip], most_tokens: int
-    ) -> None:
-        self._layer, self._hidden_states, self._most_tokens = layer, hidden_states, most_tokens
+    def __init__(self, layer: nn.Module, hidden_states: torch.Tensor, strips: list[TokenStrip], at_once: int) -> None:
+        self._layer, self._hidden_states, self._at_once = layer, hidden_states, at_once
         self._end = strips[0].image_start  # packed index of the first token that none are made of yet
         num_globals, first_query = strips[0].num_global_tokens, strips[0].own_in_batch[0]
         first_key = strips[0].around_in_batch[0]
         # Packed indices: those between are another process's tokens, which answer and do not ask.
         self._end_of_globals, self._first_query = self._end + num_globals, first_query
-        # Rows below a strip are made with it: their queries wait.
-        most_queries = max(strip.around_in_batch[1] - strip.own_in_batch[0] for strip in strips)
-        most_keys = max(strip.num_tokens for strip in strips) - num_globals
+        self._last = strips[-1].around_in_batch[1]
+        # Rows below a strip are made with it, and more tokens where those are no multiple of what goes together: on a
+        # CPU it does not pay to make fewer, see `TOKENS_AT_ONCE`. Their queries wait.
+        self._multiple = at_once if hidden_states.device.type in TOKENS_AT_ONCE else 1
+        most_queries = max(strip.around_in_batch[1] - strip.own_in_batch[0] for strip in strips) + self._multiple - 1
+        most_keys = max(strip.num_tokens for strip in strips) - num_globals + self._multiple - 1
         self._queries = _Kept(num_globals + most_queries, num_globals, first_query)
         self._keys_values = _Kept(num_globals + most_keys, num_globals, first_key)
 
@@ -223,10 +262,11 @@ class _Window:
         attention, width = self._layer.attention, self._hidden_states.shape[1]
         of_query, of_key_value = slice(0, width), slice(width, 3 * width)
         first_key, end = strip.around_in_batch
+        end = min(self._last, self._end + next_multiple(end - self._end, self._multiple))
         self._queries.forget(strip.own_in_batch[0])
         self._keys_values.forget(first_key)
-        for start in range(self._end, end, self._most_tokens):
-            part = self._hidden_states[start : min(start + self._most_tokens, end)]
+        for start in range(self._end, end, self._at_once):
+            part = self._hidden_states[start : min(start + self._at_once, end)]
             qkv = WrittenProducts(attention.qkv, self._layer.norm1(part))  # (tokens, 3 * width)
             end_of_globals, first_query = (
                 min(max(0, token - start), len(part)) for token in (self._end_of_globals, self._first_query)
@@ -235,7 +275,8 @@ class _Window:
             self._queries.append(qkv, slice(0, end_of_globals), of_query)
             self._queries.append(qkv, slice(first_query, len(part)), of_query)
         self._end = max(end, self._end)  # the strip before may have seen all
-        states = (self._queries.states()[: strip.num_queries], *self._keys_values.states().split(width, dim=1))
+        keys_values = self._keys_values.states()[: strip.num_tokens]
+        states = (self._queries.states()[: strip.num_queries], *keys_values.split(width, dim=1))
         return tuple(state.unflatten(1, (attention.num_heads, attention.head_dim)).transpose(0, 1) for state in states)
 
 

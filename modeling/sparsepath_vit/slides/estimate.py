@@ -259,8 +259,6 @@ class _Probe:
         if grid.has_context:  # before the first strip: the logits of CLS and the mean query, then the draw
             moments.append(held + tokens * max(2 * 4 * config.num_attention_heads, _DRAW_BYTES))
         if config.prunes:
-            queries = 1 if config.prune_score == "cls_attention" else config.num_global_tokens
-            moments[0] += 4 * share.own * queries * config.num_attention_heads  # the logits of the global tokens
             kept = sum(tokens_after_pruning(config, grid)) * share.of_image
             moments.append(held + kept * row + tokens * _RANKING_BYTES)
         return max(moments)

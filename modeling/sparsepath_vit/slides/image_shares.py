@@ -17,14 +17,12 @@ class ImageShare(NamedTuple):
     """The share of one process in patch tokens.
 
     Attributes:
-        own: those that it computes.
-        held: with those around, which come from its neighbours.
-        of_image: `own` as a share of all tokens of the image.
+        held: its own and those around, which come from its neighbours.
+        of_image: its own as a share of all tokens of the image.
         tokens_of_strip: own tokens of its largest strip.
         tokens_around_strip: tokens of that strip with those around.
     """
 
-    own: int
     held: int
     of_image: float
     tokens_of_strip: int
@@ -53,7 +51,6 @@ def largest_share(config: SparsePathViTConfig, grid: TokenGrid, processes: int, 
     first, last = max(0, rows[0] - grid.neighbor_radius), min(len(row_ends) - 1, rows[1] + grid.neighbor_radius)
     strips = strip_ranges_of_rows(grid, 0, row_ends, rows, most_tokens)
     return ImageShare(
-        own=own,
         held=row_ends[last] - row_ends[first],
         of_image=own / grid.counts[0],
         tokens_of_strip=max(strip.own[1] - strip.own[0] for strip in strips),
