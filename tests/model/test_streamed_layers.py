@@ -314,7 +314,7 @@ def test_progress_counts_every_patch_token_of_every_layer():
 
 def test_a_strip_is_larger_on_cuda():
     config = small_config()
-    assert tokens_per_strip(config, torch.device("cpu")) == 6144
+    assert tokens_per_strip(config, torch.device("cpu")) == 4096
     assert tokens_per_strip(config, torch.device("cuda", 1)) >= 16384
     assert tokens_per_strip(config, torch.device("cpu"), is_shared=True) == 2048
     config.tokens_per_strip = 100

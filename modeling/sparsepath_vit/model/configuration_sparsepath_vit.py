@@ -184,7 +184,7 @@ class SparsePathViTConfig(ConfigRemoteCodeMixin, BackboneConfigMixin, PreTrained
         tokens_per_strip (`int` or `None`): patch tokens that a layer works on at once at inference, or one row of
             blocks where that has more. It bounds the peak memory by the hidden states: queries, keys, values and the
             wide MLP activation exist for one strip at a time. `None` (the default) is what is fastest on the device,
-            6,144 on a CPU and 16,384 on CUDA; 0 runs all tokens at once. The numbers are the same.
+            4,096 on a CPU and 16,384 on CUDA; 0 runs all tokens at once. The numbers are the same.
         apply_layernorm (`bool`): whether the backbone normalises its feature maps.
         reshape_hidden_states (`bool`): whether the backbone's feature maps are maps; else they are sequences of the CLS
             token and all patch tokens, (batch, 1 + rows * columns, hidden_size), as DPT takes them.

@@ -28,13 +28,13 @@ from .token_grid import TokenGrid
 from .token_shares import TokenShare, in_proportion
 from .token_strips import TokenStrip, strips_of
 
-# Patch tokens of a strip. On a CPU (ViT-S/14, bfloat16, two threads) strips of 2,048, 4,096, 6,144 and 8,192 took 1.12,
-# 1.05, 1.01 and 1.02 of the time of whole layers at 1400 px, and those of 4,096 and 8,192 0.76 and 0.74 at 3430 px. On
-# CUDA, where nothing was timed, matrix products have to fill the card: in tiles of 128 x 256, `fc2` of UNI2-h has 192
-# programs for 4,096 tokens, 1.45 rounds on the 132 multiprocessors of an H100, so that the second is half empty; for
-# 16,384 tokens it has 5.8 rounds.
+# Patch tokens of a strip. On a CPU (ViT-S/14, bfloat16, two threads) strips of 2,048, 3,072, 4,096 and 6,144 took 1.02,
+# 1.00, 0.98 and 0.99 of the time of whole layers at 1400 px, and 0.70, 0.70, 0.68 and 0.68 at 3430 px. On CUDA, where
+# nothing was timed, matrix products have to fill the card: in tiles of 128 x 256, `fc2` of UNI2-h has 192 programs for
+# 4,096 tokens, 1.45 rounds on the 132 multiprocessors of an H100, so that the second is half empty; for 16,384 tokens
+# it has 5.8 rounds.
 TOKENS_PER_STRIP = {"cuda": 16_384}
-TOKENS_PER_STRIP_ELSEWHERE = 6_144
+TOKENS_PER_STRIP_ELSEWHERE = 4_096
 # Several processes have less of everything but the strips: these are smaller for a twentieth of the time.
 TOKENS_PER_STRIP_OF_SHARES = {"cpu": 2_048}
 # What is done token by token is done for so many at once. On a CPU oneDNN keeps 0.6 MB for each number of rows that a
