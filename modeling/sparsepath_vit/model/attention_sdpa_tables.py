@@ -44,7 +44,7 @@ class QueryTile(NamedTuple):
 
 
 # Columns of a tile table before those of the runs: first query, end, image, its number of block columns, block row,
-# first and last block column.
+# first and last block column. `attention_cpu_source.py` has names for them in C.
 _NUM_TILE_COLUMNS = 7
 
 
