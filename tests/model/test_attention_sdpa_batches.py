@@ -19,6 +19,12 @@ from sparsepath_vit.model.attention_specification import naive_block_attention
 HEADS, HEAD_DIM = 2, 3
 
 
+@pytest.fixture(autouse=True)
+def tiles(block_attention_backend):
+    """The backend that makes batches of tiles."""
+    block_attention_backend("sdpa_tiles")
+
+
 @given(batches(), st.integers(1, 5), st.integers(1, 4))
 def test_each_tile_gets_its_own_queries_keys_and_mask(batch, most_tiles, min_tiles_of_a_size):
     grid = batch.grid()
