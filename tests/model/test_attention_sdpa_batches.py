@@ -21,7 +21,7 @@ HEADS, HEAD_DIM = 2, 3
 
 @pytest.fixture(autouse=True)
 def tiles(block_attention_backend):
-    """The backend that this is about."""
+    """The backend that makes batches of tiles."""
     block_attention_backend("sdpa_tiles")
 
 

@@ -2,6 +2,10 @@
 """Tiles of about one size together: a tile alone is too little work for the twenty operations that it takes.
 
 What is gathered for them, queries, keys and what is added to the logits, is filled up to the size of the largest.
+
+With context tokens each tile goes alone. The context tokens of an image stay in one place then; beside the keys of each
+tile of a batch they fill the caches, which costs more than there is to save: at 1400 px (ViT-S/14, two threads) a
+layer's attention took 212 ms in batches and 178 ms tile by tile in float32, 137 and 119 ms in bfloat16.
 """
 
 from collections import Counter

@@ -45,10 +45,12 @@ class TileKeys:
         self.packed = [states.transpose(0, 1) for states in packed]  # (heads, M, features)
         self.context, self.multiple = context, multiple
         self.of_context: list[torch.Tensor] = []  # (heads, entries, features)
-        if of_context is not None:
-            self.of_context = [states.transpose(0, 1) for states in of_context]
-        elif context is not None:
-            self.of_context = [states[:, context.tokens] for states in self.packed]
+        if context is not None:
+            if of_context is None:
+                of_context = [states[context.tokens] for states in packed]
+            # A cell without a token has one of another image, perhaps, whose numbers may not be finite.
+            is_empty = (context.weights == 0)[:, None, None]
+            self.of_context = [states.masked_fill(is_empty, 0).transpose(0, 1) for states in of_context]
         most = next_multiple(max(num_keys(tile, context) for tile in tiles), multiple)
         self.memories = [states.new_empty(states.shape[0] * most * states.shape[2]) for states in self.packed]
         self.layout = (-1, 0, 0)  # an image, so many context tokens of which come first, and the end of the keys

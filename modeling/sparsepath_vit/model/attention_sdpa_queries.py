@@ -56,10 +56,8 @@ class TileAttention:
 
     def of_rows(self, tile: QueryTile, query: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """(queries, heads, head_dim) of any queries of that form, for each of which the mask has a row."""
-        keys, in_order = (
-            num_keys(tile, self.context),
-            self.masks.own is not None or tile.joins_blocks,
-        )  # as the mask has them
+        keys = num_keys(tile, self.context)
+        in_order = self.masks.own is not None or tile.joins_blocks  # as the mask has them
         if self._uses_products(len(query), keys):
             return self.products.attend(query, *self.keys.filled_up(tile, in_order), keys, mask, self.scale)[0]
         output = torch.nn.functional.scaled_dot_product_attention(
