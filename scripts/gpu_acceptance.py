@@ -154,7 +154,7 @@ def supervise(arguments: argparse.Namespace) -> None:
             worker_command(arguments, waiting, left), env=worker_environment(arguments), start_new_session=True
         )
         try:
-            ending = watch(process, arguments.output_dir, waiting, deadline)
+            ending = watch(process, arguments, waiting, deadline)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # and the processes it started
@@ -184,16 +184,20 @@ def worker_environment(arguments: argparse.Namespace) -> dict[str, str]:
     return environment
 
 
-def watch(process: subprocess.Popen, folder: Path, steps: list[str], deadline: float) -> str:
-    """Waits for a worker; says how it ended, or why it has to be ended."""
+def watch(process: subprocess.Popen, arguments: argparse.Namespace, steps: list[str], deadline: float) -> str:
+    """Waits for a worker; says how it ended, or why it has to be ended: in a rehearsal only by the budget.
+
+    The costs of steps are those on a GPU, and a CPU that rehearses may be busy with other things.
+    """
     while process.poll() is None:
         time.sleep(POLL_SECONDS)
         if time.monotonic() > deadline + 5:  # the worker itself stops between two findings
             return "not run to its end: the time was used up"
         for name in steps:
-            document = read_document(folder, name)
+            document = read_document(arguments.output_dir, name)
             limit = PATIENCE * STEPS[name].seconds + PATIENCE_SECONDS
-            if document.get("state") == "running" and time.time() - document["started"] > limit:
+            is_running = document.get("state") == "running" and not arguments.rehearse
+            if is_running and time.time() - document["started"] > limit:
                 return f"no end after {limit:.0f} s"
     return f"the process ended with code {process.returncode}"
 

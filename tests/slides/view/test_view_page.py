@@ -17,7 +17,7 @@ from sparsepath_vit.slides import EmbeddedSlide, EmbedSettings, Slide, embed_sli
 from sparsepath_vit.slides.polygon_features import pool_polygon
 
 PATCH = 16
-SECONDS = 30  # that anything on the page may take at most, on a busy machine
+SECONDS = 60  # that anything on the page may take at most, on a busy machine
 FRAME = """
 () => {
   const model = Bokeh.documents[0].get_model_by_name("slide"), view = Bokeh.index.find_one(model)
@@ -84,6 +84,11 @@ class Window:
         left, top, width, height = self.page.evaluate(FRAME)
         image = Image.open(io.BytesIO(self.page.screenshot()))
         return np.asarray(image.convert("RGB"))[round(top) : round(top + height), round(left) : round(left + width)]
+
+    def color(self, x, y):
+        """The colour of level-0 pixel (x, y). The frame is moved first: thumbnails that appear make it smaller."""
+        self.show(0, 0)
+        return self.picture()[y, x]
 
     def difference(self, slide, x, y):
         """Of the frame from the slide at level-0 pixel (x, y) on: means of 4 x 4 pixels, free of noise."""
@@ -163,12 +168,11 @@ def test_overlays_have_the_colours_of_the_numbers_and_can_be_switched(window, op
     assert window.value("layer") == "prune score"
     assert np.allclose(window.overlay(), values.grid()[0], rtol=1e-5, equal_nan=True)
     window.page.evaluate('Bokeh.documents[0].get_model_by_name("opacity").value = 1')
-    window.show(0, 0)
     grid = values.colors()
     row, column = np.argwhere(grid.present)[37]
     x, y = (grid.origin + np.array([column + 0.5, row + 0.5]) * PATCH).astype(int)
     color = grid.colors[row, column].astype(int)
-    until(lambda: np.abs(window.picture()[y, x] - color).max() <= 2, "the colour of a token")
+    until(lambda: np.abs(window.color(x, y) - color).max() <= 2, "the colour of a token")
     window.page.evaluate('Bokeh.documents[0].get_model_by_name("shown").active = false')
     own = slide.slide.read_region(x - 1, y - 1, 3, 3).astype(int).mean((0, 1))
     until(lambda: np.abs(window.picture()[y - 1 : y + 2, x - 1 : x + 2].mean((0, 1)) - own).max() < 25, "the slide")
@@ -177,7 +181,7 @@ def test_overlays_have_the_colours_of_the_numbers_and_can_be_switched(window, op
     colors = slide.values("PCA of the features").colors()
     row, column = np.argwhere(colors.present)[20]
     x, y = (colors.origin + np.array([column + 0.5, row + 0.5]) * PATCH).astype(int)
-    until(lambda: np.abs(window.picture()[y, x] - colors.colors[row, column].astype(int)).max() <= 2, "the components")
+    until(lambda: np.abs(window.color(x, y) - colors.colors[row, column].astype(int)).max() <= 2, "the components")
 
 
 def test_a_click_shows_the_similarity_that_numpy_computes(window, opened):
@@ -208,8 +212,7 @@ def test_a_click_shows_the_similarity_that_numpy_computes(window, opened):
     row, column = np.argwhere(counts == 1)[9]
     x, y = origin + np.array([column + 0.5, row + 0.5]) * PATCH
     color = heat_colors(np.clip((expected[row, column] - low) / (1 - low), 0, 1)).astype(int)
-    window.show(0, 0)
-    until(lambda: np.abs(window.picture()[int(y), int(x)] - color).max() <= 3, "its colour")
+    until(lambda: np.abs(window.color(int(x), int(y)) - color).max() <= 3, "its colour")
 
 
 def cell_means(corners, values, tokens_per_side):
@@ -243,11 +246,10 @@ def test_tokens_of_a_grid_too_large_for_the_browser_share_cells_and_are_clicked_
 
     until(lambda: shows(expected), "the norms, merged")
     window.page.evaluate('Bokeh.documents[0].get_model_by_name("opacity").value = 1')
-    window.show(0, 0)
     colors = values.colors(merged)
     row, column = np.argwhere(colors.present)[3]
     x, y = (origin + np.array([column + 0.5, row + 0.5]) * merged * PATCH).astype(int)
-    until(lambda: np.abs(window.picture()[y, x] - colors.colors[row, column].astype(int)).max() <= 2, "its colour")
+    until(lambda: np.abs(window.color(x, y) - colors.colors[row, column].astype(int)).max() <= 2, "its colour")
     token = 25
     window.click(*(embedded.kept[token] + PATCH / 2))
     cosines = features @ features[token] / norms / norms[token]
