@@ -162,3 +162,15 @@ class TestBadInput:
     def test_a_grid_without_tokens(self, size):
         with pytest.raises(ValueError, match=rf"grid_sizes holds \({size[0]}, {size[1]}\)"):
             self.create([size])
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"window_size": 0}, "window_size=0 is not possible: it takes at least 1, or None"),
+        ({"neighbor_radius": -1}, "neighbor_radius=-1 is not possible: it takes at least 0"),
+    ],
+)
+def test_a_pattern_that_cannot_be_is_refused(setting, message):
+    with pytest.raises(ValueError, match=message):
+        TokenGrid.create([(3, 3)], num_global_tokens=1, **{"window_size": 2, **setting})

@@ -85,10 +85,10 @@ class TokenGrid:
             num_context_tokens: see the class.
 
         Raises:
-            ValueError: a grid without tokens, an image without a present patch token, a mask that does not fit, or a
-                negative number of context tokens.
+            ValueError: a grid without tokens, an image without a present patch token, a mask that does not fit, a
+                window without tokens, or a negative radius or number of context tokens.
         """
-        _check_num_context_tokens(num_context_tokens)
+        _check_pattern(window_size, neighbor_radius, num_context_tokens)
         if present is not None:
             _check_present(present, grid_sizes)
             device = present.device if device is None else device
@@ -367,7 +367,11 @@ def _check_counts(counts: tuple[int, ...]) -> None:
         )
 
 
-def _check_num_context_tokens(num_context_tokens: int) -> None:
+def _check_pattern(window_size: int | None, neighbor_radius: int, num_context_tokens: int) -> None:
+    if window_size is not None and window_size < 1:
+        raise ValueError(f"window_size={window_size} is not possible: it takes at least 1, or None (dense).")
+    if neighbor_radius < 0:
+        raise ValueError(f"neighbor_radius={neighbor_radius} is not possible: it takes at least 0 (the own block).")
     if num_context_tokens < 0:
         raise ValueError(
             f"num_context_tokens={num_context_tokens} is not possible: it must be at least 0, which gives none."
