@@ -2,7 +2,7 @@
 """C for the CPU of this machine, compiled when it is first needed, as Triton compiles for its GPU.
 
 A library is kept in ~/.cache/sparsepath-vit (or $XDG_CACHE_HOME), under a name made of its source, the compiler's
-arguments and the abilities of the CPU, so that machines that share a home directory do not run each other's.
+arguments and what it knows of the CPU, so that machines that share a home directory do not run each other's.
 """
 
 import ctypes
@@ -42,8 +42,7 @@ def compiled_library(name: str, source: str) -> ctypes.CDLL:
         CompilationError: there is no compiler, it failed, or what it made cannot be loaded.
     """
     command = [_compiler(), *_OPTIONS, option_for_this_cpu()]
-    abilities = sorted(torch.cpu.get_capabilities().items())
-    key = hashlib.sha256(repr((source, command, platform.platform(), abilities)).encode()).hexdigest()[:16]
+    key = hashlib.sha256(repr((source, command, platform.platform(), _macros(command))).encode()).hexdigest()[:16]
     path = _cache_folder() / f"{name}-{key}.so"
     if not path.is_file():
         _compile(command, source, path)
@@ -106,18 +105,26 @@ def _folder_of_process() -> tempfile.TemporaryDirectory:
     return tempfile.TemporaryDirectory(prefix="sparsepath-vit-")
 
 
+def _macros(command: list[str]) -> str:
+    """What the compiler defines for this CPU: its version, and a name for each kind of instruction."""
+    return _run([*command, "-dM", "-E", "-x", "c", os.devnull]).stdout
+
+
+def _run(command: list[str]) -> subprocess.CompletedProcess:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise CompilationError(f"the compiler did not run ({error})") from error
+    if done.returncode != 0:
+        first_error = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip())
+        raise CompilationError(f"{command[0]} failed ({first_error})")
+    return done
+
+
 def _compile(command: list[str], source: str, path: Path) -> None:
     logger.info("Compiling %s for this CPU (some seconds, once; kept in %s).", path.stem, path.parent)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         source_path, made = Path(folder, "source.c"), Path(folder, path.name)
         source_path.write_text(source, encoding="utf-8")
-        try:
-            done = subprocess.run(
-                [*command, "-o", str(made), str(source_path), "-lm"], capture_output=True, text=True, timeout=_SECONDS
-            )
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise CompilationError(f"the compiler did not run ({error})") from error
-        if done.returncode != 0:
-            first_error = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip())
-            raise CompilationError(f"{command[0]} failed ({first_error})")
+        _run([*command, "-o", str(made), str(source_path), "-lm"])
         os.replace(made, path)
