@@ -148,8 +148,7 @@ def run_in_strips(
         settings = num_globals, at_once, context, scored, on_tokens
         attention = _run_strips(layer, packed, packed_output, strips, *settings)
         attended = attention.merged(processes).to(packed.dtype)
-        of_globals = _Unfinished(layer, packed, packed_output, start, num_globals)
-        of_globals.add(attended)
+        _Unfinished(layer, packed, packed_output, start, num_globals).add(attended)
         if scored is not None:
             scores.append(scored.scores())
     if not score_tokens:
@@ -193,42 +192,51 @@ def _run_strips(
 
 
 class _Unfinished:
-    """Attended tokens, which wait until there are enough for what the layer does token by token after attention.
+    """Does what the layer does token by token after attention; on devices of `TOKENS_AT_ONCE` tokens wait for enough.
 
     Args:
         layer: what is done.
         hidden_states: (M, hidden_size), what the layer got.
         output: (M, hidden_size), what it gives; the same memory or other.
         first: packed index of the first token that will be added.
-        at_once: so many go together.
+        at_once: so many go together at most.
     """
 
     def __init__(
         self, layer: nn.Module, hidden_states: torch.Tensor, output: torch.Tensor, first: int, at_once: int
     ) -> None:
         self._layer, self._hidden_states, self._output = layer, hidden_states, output
-        self._first, self._length = first, 0
-        attention = layer.attention
-        self._attended = hidden_states.new_empty(at_once, attention.num_heads, attention.head_dim)
+        self._first, self._at_once, self._length = first, at_once, 0
+        self._waiting: torch.Tensor | None = None  # (at_once, heads, head_dim), of which `_length` tokens are there
+        if hidden_states.device.type in TOKENS_AT_ONCE:
+            self._waiting = hidden_states.new_empty(at_once, layer.attention.num_heads, layer.attention.head_dim)
 
     def add(self, attended: torch.Tensor) -> None:
         """The next tokens, (heads, tokens, head_dim)."""
         start, num_tokens = 0, attended.shape[1]
         while start < num_tokens:
-            end = min(num_tokens, start + len(self._attended) - self._length)
-            length = self._length + end - start
-            self._attended[self._length : length] = attended[:, start:end].transpose(0, 1)
-            start, self._length = end, length
-            if length == len(self._attended):
+            end = min(num_tokens, start + self._at_once - self._length)
+            part = attended[:, start:end].transpose(0, 1)
+            start = end
+            if self._waiting is None:
+                self._finish(part)
+                continue
+            length = self._length + len(part)
+            self._waiting[self._length : length], self._length = part, length
+            if length == self._at_once:
                 self.finish()
 
     def finish(self) -> None:
         """Those that wait, however few."""
-        tokens = slice(self._first, self._first + self._length)
         if self._length:
-            branch = self._layer.attention.projection(self._attended[: self._length].flatten(1))
-            self._layer.add_branches(self._hidden_states[tokens], branch, self._output[tokens])
-        self._first, self._length = tokens.stop, 0
+            self._finish(self._waiting[: self._length])
+            self._length = 0
+
+    def _finish(self, attended: torch.Tensor) -> None:
+        tokens = slice(self._first, self._first + len(attended))
+        branch = self._layer.attention.projection(attended.flatten(1))
+        self._layer.add_branches(self._hidden_states[tokens], branch, self._output[tokens])
+        self._first = tokens.stop
 
 
 class _Window:

@@ -45,7 +45,9 @@ class StripScores:
         self._layer, self._kind = layer, layer.config.prune_score
         query = self._made_of(hidden_states[global_tokens], part=0)  # (heads, G, head_dim)
         self._query = query[:, :1] if self._kind == "cls_attention" else query
-        self._scores: list[torch.Tensor] = []
+        # One tensor: many small ones, made between large ones that come and go, would keep holes in the memory.
+        num_tokens = sum(strip.own[1] - strip.own[0] for strip in strips)
+        self._scores, self._end = query.new_empty(num_tokens, dtype=torch.float32), 0
         # (heads, queries) each, put together once: a sum of many parts, one after the other, would round as often.
         parts = [query.new_full(self._query.shape[:2], -torch.inf, dtype=torch.float32)]
         for tokens, weights in _keys_of_globals(global_tokens, strips, at_once):
@@ -65,11 +67,12 @@ class StripScores:
         logits = self._logits(key[:, own], _own_weights(strip))
         if self._kind == "attention_value":  # the probability times a norm is that of a logit raised by its logarithm
             logits += value[:, own].float().norm(dim=-1).log()[:, None]
-        self._scores.append(logits.sub_(self._logsumexp[:, :, None]).exp_().mean(dim=1).mean(dim=0))
+        start, self._end = self._end, self._end + logits.shape[2]
+        self._scores[start : self._end] = logits.sub_(self._logsumexp[:, :, None]).exp_().mean(dim=1).mean(dim=0)
 
     def scores(self) -> torch.Tensor:
         """(patch tokens,) float32 of what was added, in the grid's order."""
-        return torch.cat([self._logsumexp.new_empty(0), *self._scores])
+        return self._scores
 
     def _made_of(self, tokens: torch.Tensor, part: int) -> torch.Tensor:
         """(tokens, hidden_size) -> their queries, keys or values (part 0, 1 or 2), (heads, tokens, head_dim)."""
