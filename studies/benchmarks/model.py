@@ -37,7 +37,8 @@ logger = logging.getLogger(__name__)
 
 TILE_PEERS = ("tiles_timm", "tiles_transformers")
 DENSE_PEERS = ("timm", "transformers", "dense")
-PEERS = (*TILE_PEERS, *DENSE_PEERS, "sparse", "pruned")
+PEERS = (*TILE_PEERS, *DENSE_PEERS, "sparse", "pruned", "stratified")
+NUM_CONTEXT_TOKENS = 1024  # of the stratified peer: CLS is nearly that of dense attention
 TILE_SIZE = 224  # pixels
 TILE_BATCHES = {"cpu": (1, 2, 4, 8, 16), "cuda": (16, 64, 256)}
 # Largest difference to timm, relative to the output's scale, that is still the same network in that dtype.
@@ -139,6 +140,8 @@ def build_peers(settings: ModelBenchmark) -> list[Peer]:
     known = architecture(settings.architecture)
     config = known.build_config(window_size=settings.window_size, prune_ratio=0.0)
     pruned_config = known.build_config(window_size=settings.window_size, prune_ratio=settings.prune_ratio)
+    stratified_config = copy.deepcopy(config)
+    stratified_config.num_context_tokens = NUM_CONTEXT_TOKENS
     dense_config = known.build_config(window_size=None, prune_ratio=0.0)
     logger.info("building %s in %s", known.title, settings.dtype)
     runs = {}
@@ -158,15 +161,15 @@ def build_peers(settings: ModelBenchmark) -> list[Peer]:
 
     def run_ours(variant: SparsePathViTConfig) -> Callable[[torch.Tensor], torch.Tensor]:
         def run(pixel_values: torch.Tensor) -> torch.Tensor:
-            ours.config.window_size, ours.config.prune_ratio = variant.window_size, variant.prune_ratio
+            for name in ("window_size", "prune_ratio", "num_context_tokens"):
+                setattr(ours.config, name, getattr(variant, name))
             return features_of_ours(pixel_values)
 
         return run
 
+    variants = {"dense": dense_config, "sparse": config, "pruned": pruned_config, "stratified": stratified_config}
     peers = {
-        "dense": Peer("dense", run_ours(dense_config), dense_config),
-        "sparse": Peer("sparse", run_ours(config), config),
-        "pruned": Peer("pruned", run_ours(pruned_config), pruned_config),
+        **{name: Peer(name, run_ours(variant), variant) for name, variant in variants.items()},
         **{name: Peer(name, run, dense_config) for name, run in runs.items()},
         **{f"tiles_{name}": Peer(f"tiles_{name}", run, dense_config) for name, run in runs.items()},
     }
