@@ -281,23 +281,13 @@ INLINE void attend_queries(Memory *memory, const Pass *pass, int vectors, int is
   finish(memory, pass, vectors, is_bfloat16);
 }
 
-static void attend_in_floats(Memory *memory, const Pass *pass, int vectors) {
-  if (vectors == 1) attend_queries(memory, pass, 1, 0);
-  else if (vectors == 2) attend_queries(memory, pass, 2, 0);
-  else if (vectors <= 4) attend_queries(memory, pass, 4, 0);
-  else attend_queries(memory, pass, 5, 0);
+/* The compiler makes a kernel for each of these numbers of vectors, and of each type. */
+INLINE void attend_vectors(Memory *memory, const Pass *pass, int vectors, int is_bfloat16) {
+  if (vectors == 1) attend_queries(memory, pass, 1, is_bfloat16);
+  else if (vectors == 2) attend_queries(memory, pass, 2, is_bfloat16);
+  else if (vectors <= 4) attend_queries(memory, pass, 4, is_bfloat16);
+  else attend_queries(memory, pass, 5, is_bfloat16);
 }
-
-#if defined(__AVX512BF16__)
-static void attend_in_bfloat16(Memory *memory, const Pass *pass, int vectors) {
-  if (vectors == 1) attend_queries(memory, pass, 1, 1);
-  else if (vectors == 2) attend_queries(memory, pass, 2, 1);
-  else if (vectors <= 4) attend_queries(memory, pass, 4, 1);
-  else attend_queries(memory, pass, 5, 1);
-}
-#else
-#define attend_in_bfloat16 attend_in_floats
-#endif
 
 /* What the threads share: each takes the next tile and head until there is none. */
 typedef struct {
@@ -322,20 +312,14 @@ static void take_part(void *argument) {
     for (pass.first = tile[START]; pass.first < tile[END]; pass.first += MAX_QUERIES) {
       pass.count = tile[END] - pass.first < MAX_QUERIES ? tile[END] - pass.first : MAX_QUERIES;
       const int vectors = (pass.count + pass.has_mean_query + LANES - 1) / LANES;
-      if (call->is_bfloat16) attend_in_bfloat16(memory, &pass, vectors);
-      else attend_in_floats(memory, &pass, vectors);
+      if (TAKES_BFLOAT16 && call->is_bfloat16) attend_vectors(memory, &pass, vectors, 1);
+      else attend_vectors(memory, &pass, vectors, 0);
     }
   }
   free(memory);
 }
 
-int takes_bfloat16(void) {
-#if defined(__AVX512BF16__)
-  return 1;
-#else
-  return 0;
-#endif
-}
+int takes_bfloat16(void) { return TAKES_BFLOAT16; }
 
 /* `run` is OpenMP's own start of its threads, those that torch uses. 0 where all was done. */
 int attend(const Call *call, void (*run)(void (*)(void *), void *, unsigned, unsigned), unsigned num_threads) {

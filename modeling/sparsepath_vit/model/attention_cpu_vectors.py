@@ -17,6 +17,11 @@ VECTORS = r"""
 #define LANES 4
 #define KEYS 4
 #endif
+#if defined(__AVX512BF16__)
+#define TAKES_BFLOAT16 1
+#else
+#define TAKES_BFLOAT16 0
+#endif
 
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t Integers __attribute__((vector_size(4 * LANES)));

@@ -50,10 +50,8 @@ def tile_batches(tiles: Sequence[QueryTile], most_at_once: Callable[[int, int], 
     for tile, size in zip(tiles, sizes, strict=True):
         num_queries, num_keys = size[1:]
         if counts[size] < MIN_TILES_OF_A_SIZE:
-            num_queries, num_keys = (
-                next_multiple(num_queries, MULTIPLE_OF_QUERIES),
-                next_multiple(num_keys, MULTIPLE_OF_KEYS),
-            )
+            num_queries = next_multiple(num_queries, MULTIPLE_OF_QUERIES)
+            num_keys = next_multiple(num_keys, MULTIPLE_OF_KEYS)
         of_size.setdefault((tile.image, num_queries, num_keys), []).append(tile)
     # Image by image: one in a batch of images gets what it gets alone, bit by bit.
     for (_, num_queries, num_keys), alike in of_size.items():

@@ -42,9 +42,8 @@ def load_model(
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     elif isinstance(dtype, str):
         dtype = weight_dtype(dtype, device)
-    if not (
-        Path(source) / ADAPTER_CONFIG_NAME
-    ).is_file():  # trained adapters alone: their configuration names the model
+    has_adapters_alone = (Path(source) / ADAPTER_CONFIG_NAME).is_file()  # their configuration names the model
+    if not has_adapters_alone:
         checkpoint_config(source)
     model = model_class.from_pretrained(source, dtype=dtype, **overrides)
     processor = AutoImageProcessor.from_pretrained(source)

@@ -56,8 +56,8 @@ class ViewedSlide:
         polygons: GeoJSON files with segmented pieces or annotations.
 
     Raises:
-        SlideError: the tokens are of a slide of another size, or a file does not fit.
-        SlideError: a file is no GeoJSON, or holds no numbers of the tokens.
+        SlideError: the tokens are of a slide of another size, or a file does not fit, is no GeoJSON or holds no
+            numbers of the tokens.
     """
 
     def __init__(
